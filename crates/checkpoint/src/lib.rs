@@ -1,0 +1,1 @@
+//! Tensors and files: Hugging Face folders, GGUF, atomic training checkpoints. Knows no training.

@@ -1,0 +1,2 @@
+//! The trilith command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Mesh, layouts, communicators and the distributed matmul. Knows no layers.

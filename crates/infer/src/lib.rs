@@ -1,0 +1,1 @@
+//! Text out of a model: prefill, decode, sampling. Knows no HTTP.

@@ -1,0 +1,1 @@
+//! Layers, then families: config, forward, weight names. Knows no tiers, no ranks.

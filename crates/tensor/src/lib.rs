@@ -1,0 +1,1 @@
+//! One non-generic Tensor, and the tape. Knows no ranks.

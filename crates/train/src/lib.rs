@@ -1,0 +1,1 @@
+//! The training loop: recipe, schedule, step, metrics. Knows no HTTP.
