@@ -3,6 +3,31 @@
 //! This room knows bytes and element types; it never learns a shape, a tensor or a parameter.
 //! `unsafe` is allowed here and in `kernels` only.
 
+mod buffer;
 mod dtype;
+mod isa;
+mod memory;
+mod threads;
+mod view;
 
+pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
+pub use isa::Isa;
+pub use memory::{MemoryUse, available_bytes, memory_use, release_cached, reset_peak, resident_bytes};
+pub use threads::{Threads, cores, for_each_chunk, for_each_index, num_threads};
+pub use view::{Slice, SliceMut, View, ViewMut};
+
+/// Where a buffer lives and where its ops run. A value, never a type parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Device {
+    /// The cores and the DRAM of this machine.
+    Cpu,
+}
+
+impl std::fmt::Display for Device {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Device::Cpu => f.write_str("cpu"),
+        }
+    }
+}

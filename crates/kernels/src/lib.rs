@@ -1,1 +1,24 @@
-//! One folder per op: contract, reference, CPU. Knows no tensors, no parameters, no ranks.
+//! The math, one folder per op: `mod.rs` holds the shape contract and the one `match` on the
+//! device, `reference.rs` the obvious version, `cpu.rs` the fast one, tested against each other.
+//!
+//! Kernels take views and shapes. This room never learns a tensor, a parameter or a rank.
+//!
+//! Shape letters: B batch, T query tokens, S key tokens, D model width, F ffn width, N query
+//! heads, K kv heads, H head dim, V vocab; M rows of a matrix of tokens.
+
+#[macro_use]
+mod simd;
+
+pub mod adamw;
+pub mod attention;
+pub mod cross_entropy;
+pub mod elementwise;
+pub mod embedding;
+pub mod gelu;
+pub mod gemm;
+pub mod global_norm;
+pub mod head_norm;
+pub mod layer_norm;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
