@@ -14,7 +14,7 @@ pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
 pub use isa::Isa;
 pub use memory::{MemoryUse, available_bytes, memory_use, release_cached, reset_peak, resident_bytes};
-pub use threads::{Threads, cores, for_each_chunk, for_each_index, num_threads};
+pub use threads::{Threads, cores, for_each_chunk, for_each_index, for_each_part, num_threads};
 pub use view::{Slice, SliceMut, View, ViewMut};
 
 /// Where a buffer lives and where its ops run. A value, never a type parameter.

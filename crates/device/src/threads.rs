@@ -56,6 +56,38 @@ pub fn for_each_chunk(count: usize, chunk: usize, body: impl Fn(Range<usize>) + 
     for_each_index(count.div_ceil(chunk), |i| body(i * chunk..((i + 1) * chunk).min(count)));
 }
 
+/// `body(i, part of a, part of b)` for the i-th runs of `a_len` elements of `a` and `b_len` of `b`,
+/// in parallel; the last part may be shorter. Pass an empty `b` and 0 for one output.
+pub fn for_each_part<A: Send, B: Send>(
+    (a, a_len): (&mut [A], usize),
+    (b, b_len): (&mut [B], usize),
+    body: impl Fn(usize, &mut [A], &mut [B]) + Sync + Send,
+) {
+    let parts = a.len().div_ceil(a_len.max(1));
+    split_parts((0, parts), (a, a_len), (b, b_len), &body);
+}
+
+fn split_parts<A: Send, B: Send>(
+    (first, count): (usize, usize),
+    (a, a_len): (&mut [A], usize),
+    (b, b_len): (&mut [B], usize),
+    body: &(impl Fn(usize, &mut [A], &mut [B]) + Sync + Send),
+) {
+    match count {
+        0 => {}
+        1 => body(first, a, b),
+        _ => {
+            let half = count / 2;
+            let (a0, a1) = a.split_at_mut(half * a_len);
+            let (b0, b1) = b.split_at_mut(half * b_len);
+            rayon::join(
+                || split_parts((first, half), (a0, a_len), (b0, b_len), body),
+                || split_parts((first + half, count - half), (a1, a_len), (b1, b_len), body),
+            );
+        }
+    }
+}
+
 fn split(range: Range<usize>, body: &(impl Fn(usize) + Sync + Send)) {
     match range.len() {
         0 => {}
@@ -102,6 +134,17 @@ fn pin_to(_core: usize) {}
 mod tests {
     use super::*;
     use std::sync::Mutex;
+
+    #[test]
+    fn parts_cover_both_arrays_in_step() {
+        let (mut a, mut b) = (vec![0; 23], vec![0; 8]);
+        for_each_part((&mut a, 3), (&mut b, 1), |i, a, b| {
+            a.fill(i);
+            b[0] = a.len();
+        });
+        assert_eq!(a, (0..23).map(|i| i / 3).collect::<Vec<_>>());
+        assert_eq!(b, [3, 3, 3, 3, 3, 3, 3, 2]);
+    }
 
     #[test]
     fn every_index_is_visited_once_on_any_number_of_threads() {

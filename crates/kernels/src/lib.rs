@@ -8,6 +8,8 @@
 
 #[macro_use]
 mod simd;
+#[cfg(test)]
+mod testkit;
 
 pub mod adamw;
 pub mod attention;

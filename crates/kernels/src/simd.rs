@@ -99,6 +99,83 @@ pub(crate) fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { y }
 }
 
+/// Rows a task takes: about 64 Ki elements, so that a task outweighs its start; a function of the
+/// width alone.
+pub(crate) fn rows_per_task(width: usize) -> usize {
+    ((1 << 16) / width.max(1)).max(1)
+}
+
+/// Call `$f::<T>` with the views opened as the element type of `$x`; the others must share it.
+macro_rules! by_dtype {
+    ($x:expr, $t:ident => $body:expr) => {
+        match $x.dtype() {
+            device::DType::F32 => {
+                type $t = f32;
+                $body
+            }
+            device::DType::Bf16 => {
+                type $t = half::bf16;
+                $body
+            }
+            other => panic!("no float kernel takes {other}"),
+        }
+    };
+}
+
+/// Open a view by element type; what `by_dtype!` bodies use.
+pub(crate) trait Open<'a>: Float {
+    /// Shared elements.
+    fn open(view: device::View<'a>) -> &'a [Self];
+    /// Exclusive elements.
+    fn open_mut(view: device::ViewMut<'a>) -> &'a mut [Self];
+}
+
+impl<'a> Open<'a> for f32 {
+    fn open(view: device::View<'a>) -> &'a [f32] {
+        view.f32()
+    }
+    fn open_mut(view: device::ViewMut<'a>) -> &'a mut [f32] {
+        view.f32()
+    }
+}
+
+impl<'a> Open<'a> for bf16 {
+    fn open(view: device::View<'a>) -> &'a [bf16] {
+        view.bf16()
+    }
+    fn open_mut(view: device::ViewMut<'a>) -> &'a mut [bf16] {
+        view.bf16()
+    }
+}
+
+/// A small vector (norm weights, biases) widened once per call.
+pub(crate) fn widened(view: device::View<'_>) -> Vec<f32> {
+    match view.floats() {
+        device::Slice::F32(data) => data.to_vec(),
+        device::Slice::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),
+    }
+}
+
+/// Partial sums of a row reduction, one run of `width` per task, and their fold in task order:
+/// the same bits whatever the number of threads.
+pub(crate) fn reduce_rows(
+    rows: usize,
+    width: usize,
+    out: &mut [f32],
+    body: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync + Send,
+) {
+    let chunk = rows_per_task(width).max(rows.div_ceil(64));
+    let mut partial = vec![0f32; rows.div_ceil(chunk) * width];
+    device::for_each_part((&mut partial, width), (&mut [] as &mut [u8], 0), |i, part, _| {
+        body(i * chunk..((i + 1) * chunk).min(rows), part);
+    });
+    for part in partial.chunks_exact(width) {
+        for (out, x) in out.iter_mut().zip(part) {
+            *out += x;
+        }
+    }
+}
+
 /// Compile one body for portable, AVX2 and AVX-512 and pick by `device::Isa::active()`.
 ///
 /// The body must be plain Rust whose loops the compiler vectorises; helpers it calls must be

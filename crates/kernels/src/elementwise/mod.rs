@@ -1,1 +1,129 @@
-//! elementwise
+//! Sums, copies and scalings of whole arrays, with conversion between float types.
+
+use crate::simd::{Float, Open, reduce_rows};
+use device::{Device, View, ViewMut};
+
+const CHUNK: usize = 1 << 15;
+
+/// y += x; either may be f32 or bf16.
+pub fn add_assign(y: ViewMut<'_>, x: View<'_>) {
+    assert_eq!(y.len(), x.len(), "lengths");
+    match x.device() {
+        Device::Cpu => by_dtype!(y, Y => by_dtype!(x, X => {
+            zip(Y::open_mut(y), X::open(x), add_run::<Y, X>);
+        })),
+    }
+}
+
+/// y = x, rounded or widened to y's type.
+pub fn copy(y: ViewMut<'_>, x: View<'_>) {
+    assert_eq!(y.len(), x.len(), "lengths");
+    match x.device() {
+        Device::Cpu => by_dtype!(y, Y => by_dtype!(x, X => {
+            zip(Y::open_mut(y), X::open(x), copy_run::<Y, X>);
+        })),
+    }
+}
+
+/// y *= factor.
+pub fn scale(y: ViewMut<'_>, factor: f32) {
+    match y.device() {
+        Device::Cpu => by_dtype!(y, Y => {
+            device::for_each_part((Y::open_mut(y), CHUNK), (&mut [] as &mut [u8], 0), |_, y, _| {
+                scale_run(y, factor);
+            });
+        }),
+    }
+}
+
+/// out [N] f32 += sums over the rows of x [M, N]; the same bits on any number of threads.
+pub fn column_sums(x: View<'_>, n: usize, out: ViewMut<'_>) {
+    assert!(out.len() == n && x.len().is_multiple_of(n.max(1)), "columns");
+    match x.device() {
+        Device::Cpu => by_dtype!(x, X => {
+            let x = X::open(x);
+            reduce_rows(x.len() / n.max(1), n, out.f32(), |range, out| {
+                range.for_each(|row| add_run(out, &x[row * n..][..n]));
+            });
+        }),
+    }
+}
+
+fn zip<Y: Float, X: Float>(y: &mut [Y], x: &[X], run: fn(&mut [Y], &[X])) {
+    device::for_each_part((y, CHUNK), (&mut [] as &mut [u8], 0), |i, y, _| {
+        run(y, &x[i * CHUNK..][..y.len()]);
+    });
+}
+
+multiversion! {
+    fn add_run<Y: Float, X: Float>(y: &mut [Y], x: &[X]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = Y::from_f32(y.to_f32() + x.to_f32());
+        }
+    }
+}
+
+multiversion! {
+    fn copy_run<Y: Float, X: Float>(y: &mut [Y], x: &[X]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = Y::from_f32(x.to_f32());
+        }
+    }
+}
+
+multiversion! {
+    fn scale_run<Y: Float>(y: &mut [Y], factor: f32) {
+        for y in y.iter_mut() {
+            *y = Y::from_f32(y.to_f32() * factor);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testkit::*;
+    use device::DType;
+
+    #[test]
+    fn sums_copies_and_scalings_agree_with_f64_in_every_mix_of_types() {
+        for (yt, xt) in [
+            (DType::F32, DType::F32),
+            (DType::F32, DType::Bf16),
+            (DType::Bf16, DType::F32),
+            (DType::Bf16, DType::Bf16),
+        ] {
+            let (y, x) = (Floats::new(&random(70_001, 1), yt), Floats::new(&random(70_001, 2), xt));
+            let mut sum = y.clone();
+            add_assign(sum.view_mut(), x.view());
+            let want: Vec<f64> = y.to_f64().iter().zip(x.to_f64()).map(|(y, x)| y + x).collect();
+            assert_close("sum", &sum.to_f64(), &want, tolerance(yt));
+            let mut twice = x.clone();
+            scale(twice.view_mut(), 2.0);
+            assert_close(
+                "scale",
+                &twice.to_f64(),
+                &x.to_f64().iter().map(|x| 2.0 * x).collect::<Vec<_>>(),
+                1e-9,
+            );
+            copy(sum.view_mut(), x.view());
+            assert_close("copy", &sum.to_f64(), &x.to_f64(), tolerance(yt));
+        }
+    }
+
+    #[test]
+    fn column_sums_agree_with_f64_and_do_not_depend_on_threads() {
+        let (m, n) = (5003, 37);
+        let x = random(m * n, 1);
+        let on = |threads| {
+            let mut out = vec![1f32; n];
+            device::Threads::new(threads)
+                .unwrap()
+                .run(|| column_sums(View::of_f32(&x), n, ViewMut::of_f32(&mut out)));
+            out
+        };
+        let want: Vec<f64> = (0..n).map(|j| 1.0 + (0..m).map(|i| x[i * n + j] as f64).sum::<f64>()).collect();
+        assert_close("sums", &on(2).iter().map(|x| *x as f64).collect::<Vec<_>>(), &want, 1e-5);
+        assert_eq!(on(1), on(3));
+    }
+}

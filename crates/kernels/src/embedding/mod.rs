@@ -1,1 +1,29 @@
-//! embedding
+//! Rows of a table, and the scatter of their gradients.
+
+mod cpu;
+#[cfg(test)]
+mod tests;
+
+use device::{Device, View, ViewMut};
+
+/// out [M, D] = (out +) table[ids]; table [V, D], every id below V.
+pub fn forward(ids: &[u32], table: View<'_>, d: usize, out: ViewMut<'_>, accumulate: bool) {
+    check(ids, table.len(), d, out.len());
+    match table.device() {
+        Device::Cpu => cpu::forward(ids, table, d, out, accumulate),
+    }
+}
+
+/// dtable[ids] += dout; dtable [V, D] f32. Equal ids add up in the order of the tokens.
+pub fn backward(ids: &[u32], dout: View<'_>, d: usize, dtable: ViewMut<'_>) {
+    check(ids, dtable.len(), d, dout.len());
+    match dout.device() {
+        Device::Cpu => cpu::backward(ids, dout, d, dtable),
+    }
+}
+
+fn check(ids: &[u32], table: usize, d: usize, out: usize) {
+    assert_eq!(ids.len() * d, out, "rows");
+    let top = ids.iter().copied().max().unwrap_or(0) as usize;
+    assert!((top + 1) * d <= table || ids.is_empty(), "id {top} of a table of {} rows", table / d.max(1));
+}

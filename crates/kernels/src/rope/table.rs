@@ -1,0 +1,82 @@
+//! The angles, computed once in f64.
+
+/// Stretching of the angles for contexts longer than the model was first trained on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum RopeScaling {
+    /// None.
+    None,
+    /// Positions divided by a factor (Chen et al. 2023).
+    Linear {
+        /// The factor.
+        factor: f32,
+    },
+    /// Llama 3: low frequencies divided by a factor, high ones kept, a ramp between.
+    Llama3 {
+        /// Divisor of low frequencies.
+        factor: f32,
+        /// Wavelengths above `original / low` are low frequencies.
+        low_freq_factor: f32,
+        /// Wavelengths below `original / high` are high frequencies.
+        high_freq_factor: f32,
+        /// Context of the first training, in tokens.
+        original_max_positions: usize,
+    },
+}
+
+/// Cosines and sines for positions `0..positions` and the H/2 frequencies of a head.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RopeTable {
+    dim: usize,
+    positions: usize,
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// Angles for heads of `dim` values (even), base `theta`, positions below `positions`.
+    pub fn new(dim: usize, theta: f32, scaling: &RopeScaling, positions: usize) -> RopeTable {
+        let frequencies: Vec<f64> = (0..dim / 2)
+            .map(|i| scaled((theta as f64).powf(-2.0 * i as f64 / dim as f64), scaling))
+            .collect();
+        let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
+        let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
+        RopeTable { dim, positions, cos, sin }
+    }
+
+    /// Values in a head.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Positions covered.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// (cosines, sines) of a position. [H/2]
+    pub(super) fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let half = self.dim / 2;
+        let range = position * half..(position + 1) * half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+}
+
+fn scaled(frequency: f64, scaling: &RopeScaling) -> f64 {
+    match *scaling {
+        RopeScaling::None => frequency,
+        RopeScaling::Linear { factor } => frequency / factor as f64,
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+            let wavelength = std::f64::consts::TAU / frequency;
+            let original = original_max_positions as f64;
+            let (low, high) = (low_freq_factor as f64, high_freq_factor as f64);
+            if wavelength < original / high {
+                frequency
+            } else if wavelength > original / low {
+                frequency / factor as f64
+            } else {
+                let keep = (original / wavelength - low) / (high - low);
+                (1.0 - keep) * frequency / factor as f64 + keep * frequency
+            }
+        }
+    }
+}

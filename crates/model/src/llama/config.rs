@@ -1,0 +1,234 @@
+//! Sizes and switches of the Llama family, to and from `config.json`.
+
+use crate::ConfigError;
+use crate::config::Keys;
+use serde_json::{Value, json};
+use tensor::RopeScaling;
+
+/// Which relative a config describes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// Llama 2 and 3, SmolLM2.
+    Llama,
+    /// Mistral: sliding window.
+    Mistral,
+    /// Qwen2: biases on q, k, v.
+    Qwen2,
+    /// Qwen3: norms on q and k heads.
+    Qwen3,
+}
+
+impl Family {
+    /// `model_type` in `config.json`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Family::Llama => "llama",
+            Family::Mistral => "mistral",
+            Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
+        }
+    }
+
+    const fn architecture(self) -> &'static str {
+        match self {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Mistral => "MistralForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+        }
+    }
+}
+
+/// Sizes and switches of a Llama-style model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LlamaConfig {
+    /// Which relative.
+    pub family: Family,
+    /// Vocabulary V.
+    pub vocab: usize,
+    /// Width D.
+    pub width: usize,
+    /// Layers L.
+    pub layers: usize,
+    /// Query heads N.
+    pub heads: usize,
+    /// Key and value heads K.
+    pub kv_heads: usize,
+    /// Head dim H.
+    pub head_dim: usize,
+    /// FFN width F.
+    pub ffn: usize,
+    /// Added to the mean square in norms.
+    pub eps: f32,
+    /// Base of the rotary angles.
+    pub rope_theta: f32,
+    /// Stretching of the rotary angles for long contexts.
+    pub rope_scaling: RopeScaling,
+    /// Longest sequence, in tokens.
+    pub max_positions: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+    /// Biases on q, k and v.
+    pub qkv_bias: bool,
+    /// Bias on the attention's output projection.
+    pub out_bias: bool,
+    /// Norms on q and k heads.
+    pub qk_norm: bool,
+    /// Sliding window in tokens, per layer; empty when no layer has one.
+    pub windows: Vec<Option<usize>>,
+    /// Token that begins a text.
+    pub bos: Option<u32>,
+    /// Token that ends a text.
+    pub eos: Option<u32>,
+}
+
+impl LlamaConfig {
+    pub(crate) fn from_keys(family: &str, keys: &Keys<'_>) -> Result<LlamaConfig, ConfigError> {
+        let family = match family {
+            "llama" => Family::Llama,
+            "mistral" => Family::Mistral,
+            "qwen2" => Family::Qwen2,
+            "qwen3" => Family::Qwen3,
+            other => return Err(ConfigError::UnknownFamily(other.to_string())),
+        };
+        let (width, heads) = (keys.required("hidden_size")?, keys.required("num_attention_heads")?);
+        let layers = keys.required("num_hidden_layers")?;
+        let head_dim = match keys.size("head_dim")? {
+            Some(dim) => dim,
+            None if width.is_multiple_of(heads) => width / heads,
+            None => return Err(indivisible("hidden_size", width, "num_attention_heads", heads)),
+        };
+        let kv_heads = keys.size("num_key_value_heads")?.unwrap_or(heads);
+        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+            return Err(indivisible("num_attention_heads", heads, "num_key_value_heads", kv_heads));
+        }
+        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+            let remedy = "rotary positions need an even head dim".to_string();
+            return Err(ConfigError::Unsupported { key: "head_dim", value: head_dim.to_string(), remedy });
+        }
+        check_activation(keys)?;
+        let (rope_theta, rope_scaling) = keys.rope()?;
+        let attention_bias = keys.flag("attention_bias")?.unwrap_or(false);
+        if keys.flag("mlp_bias")?.unwrap_or(false) {
+            let remedy = "biases in the MLP are not supported".to_string();
+            return Err(ConfigError::Unsupported { key: "mlp_bias", value: "true".into(), remedy });
+        }
+        Ok(LlamaConfig {
+            family,
+            vocab: keys.required("vocab_size")?,
+            width,
+            layers,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn: keys.required("intermediate_size")?,
+            eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            rope_theta,
+            rope_scaling,
+            max_positions: keys.size("max_position_embeddings")?.unwrap_or(2048),
+            tied: keys.flag("tie_word_embeddings")?.unwrap_or(false),
+            qkv_bias: family == Family::Qwen2 || attention_bias,
+            out_bias: family != Family::Qwen2 && attention_bias,
+            qk_norm: family == Family::Qwen3,
+            windows: windows(family, layers, keys)?,
+            bos: keys.token("bos_token_id")?,
+            eos: keys.token("eos_token_id")?,
+        })
+    }
+
+    /// Sliding window of a layer, in tokens.
+    pub fn window_of(&self, layer: usize) -> Option<usize> {
+        self.windows.get(layer).copied().flatten()
+    }
+
+    pub(crate) fn to_json(&self, dtype: &str) -> Value {
+        let mut json = json!({
+            "architectures": [self.family.architecture()],
+            "model_type": self.family.name(),
+            "vocab_size": self.vocab,
+            "hidden_size": self.width,
+            "intermediate_size": self.ffn,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "rms_norm_eps": tidy(self.eps),
+            "rope_theta": tidy(self.rope_theta),
+            "attention_bias": self.qkv_bias && self.family != Family::Qwen2,
+            "attention_dropout": 0.0,
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": self.bos,
+            "eos_token_id": self.eos,
+            "torch_dtype": dtype,
+            "use_cache": true,
+        });
+        json["rope_scaling"] = match &self.rope_scaling {
+            RopeScaling::None => Value::Null,
+            RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": tidy(*factor)}),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
+                json!({
+                    "rope_type": "llama3",
+                    "factor": tidy(*factor),
+                    "low_freq_factor": tidy(*low_freq_factor),
+                    "high_freq_factor": tidy(*high_freq_factor),
+                    "original_max_position_embeddings": original_max_positions,
+                })
+            }
+        };
+        let window = self.windows.iter().copied().flatten().next();
+        match self.family {
+            Family::Llama => {}
+            Family::Mistral => json["sliding_window"] = json!(window),
+            Family::Qwen2 | Family::Qwen3 => {
+                json["use_sliding_window"] = json!(window.is_some());
+                json["sliding_window"] = json!(window);
+                let whole = self.windows.iter().take_while(|window| window.is_none()).count();
+                json["max_window_layers"] = json!(whole.min(self.layers));
+            }
+        }
+        json
+    }
+}
+
+/// An f32 as the short decimal people write, not as the nearest f64.
+fn tidy(x: f32) -> f64 {
+    x.to_string().parse().unwrap_or(x as f64)
+}
+
+fn indivisible(key: &'static str, value: usize, by: &str, divisor: usize) -> ConfigError {
+    ConfigError::Unsupported {
+        key,
+        value: value.to_string(),
+        remedy: format!("must be a multiple of `{by}` = {divisor}"),
+    }
+}
+
+fn check_activation(keys: &Keys<'_>) -> Result<(), ConfigError> {
+    match keys.text("hidden_act")?.unwrap_or("silu") {
+        "silu" | "swish" => Ok(()),
+        other => Err(ConfigError::Unsupported {
+            key: "hidden_act",
+            value: other.to_string(),
+            remedy: "this family uses silu".into(),
+        }),
+    }
+}
+
+fn windows(family: Family, layers: usize, keys: &Keys<'_>) -> Result<Vec<Option<usize>>, ConfigError> {
+    let Some(window) = keys.size("sliding_window")? else { return Ok(Vec::new()) };
+    if let Some(types) = keys.list("layer_types") {
+        let slides = |i: usize| types.get(i).and_then(Value::as_str) == Some("sliding_attention");
+        return Ok((0..layers).map(|i| slides(i).then_some(window)).collect());
+    }
+    let first = match family {
+        Family::Llama => return Ok(Vec::new()),
+        Family::Mistral => 0,
+        Family::Qwen2 | Family::Qwen3 if keys.flag("use_sliding_window")?.unwrap_or(false) => {
+            keys.size("max_window_layers")?.unwrap_or(28)
+        }
+        Family::Qwen2 | Family::Qwen3 => return Ok(Vec::new()),
+    };
+    Ok((0..layers).map(|i| (i >= first).then_some(window)).collect())
+}

@@ -1,0 +1,62 @@
+//! The ops of the tape, one file each: a method on `Tape` that runs it, and its way back.
+
+mod attention;
+mod embedding;
+mod linear;
+mod loss;
+mod norm;
+mod swiglu_linear;
+
+pub use attention::{AttentionShape, KvCache};
+pub use loss::Targets;
+pub use norm::Norm;
+
+use crate::tape::{Grads, Replay};
+use crate::{Tape, Tensor};
+use device::OutOfMemory;
+
+/// A recorded op with what it kept for the way back.
+pub(crate) enum Op {
+    Attention(attention::Saved),
+    Embedding(embedding::Saved),
+    HeadLoss(loss::Saved),
+    HeadNorm(norm::SavedHeads),
+    Linear(linear::Saved),
+    Norm(norm::Saved),
+    Recompute { input: Tensor, body: Replay },
+    SwigluLinear(swiglu_linear::Saved),
+}
+
+impl Op {
+    /// Whether the op starts the backward pass by itself.
+    pub(crate) fn seeds_itself(&self) -> bool {
+        matches!(self, Op::HeadLoss(_))
+    }
+
+    /// Pass `arrived`, the gradient of the output, on to the inputs and the parameters.
+    pub(crate) fn backward(
+        self,
+        tape: &mut Tape<'_>,
+        inputs: &[usize],
+        arrived: Option<Tensor>,
+        grads: &mut Grads,
+    ) -> Result<(), OutOfMemory> {
+        if let Op::HeadLoss(saved) = self {
+            return saved.backward(tape, inputs, grads);
+        }
+        let Some(dy) = arrived else { return Ok(()) };
+        match self {
+            Op::HeadLoss(_) => Ok(()),
+            Op::Attention(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::Embedding(saved) => saved.backward(tape, dy),
+            Op::HeadNorm(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::Linear(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::Norm(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::SwigluLinear(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::Recompute { input, body } => match tape.replay(&body, input, dy)? {
+                Some(dx) => grads.add(inputs[0], dx),
+                None => Ok(()),
+            },
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Parameters: handles outside, flat memory inside.
+//!
+//! Layers and the tape hold `ParamRef`s; only this file knows where the bytes lie. Weights are one
+//! flat array in the compute type, gradients one flat f32 array, in the order of the handles, so
+//! that the optimizer, the checkpoint and the memory tiers see runs of bytes, not tensors.
+
+use crate::init::{Init, fill};
+use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
+use std::sync::Mutex;
+
+/// Handle of one parameter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ParamRef(u32);
+
+impl ParamRef {
+    /// Position in the store's order.
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// What a parameter is, before it has storage.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParamSpec {
+    /// Unique name, as in `layers.3.qkv.weight`.
+    pub name: String,
+    /// Sizes; matrices are [out, in].
+    pub shape: Vec<usize>,
+    /// Initial values.
+    pub init: Init,
+    /// Whether weight decay applies (by default to matrices, not to norms and biases).
+    pub decay: bool,
+}
+
+impl ParamSpec {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Whether it has no elements.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// The parameters of a model being built, in the order they are added.
+#[derive(Clone, Debug, Default)]
+pub struct ParamList {
+    specs: Vec<ParamSpec>,
+}
+
+impl ParamList {
+    /// Add one; the handle is valid in the store made of this list.
+    pub fn add(&mut self, spec: ParamSpec) -> ParamRef {
+        self.specs.push(spec);
+        ParamRef(self.specs.len() as u32 - 1)
+    }
+
+    /// What was added, in order.
+    pub fn specs(&self) -> &[ParamSpec] {
+        &self.specs
+    }
+}
+
+/// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector
+/// loads of one never straddle a cache line with another.
+const ALIGN: usize = 32;
+
+/// All parameters of a model: specs, weights, and gradients while training.
+pub struct ParamStore {
+    device: Device,
+    dtype: DType,
+    specs: Vec<ParamSpec>,
+    starts: Vec<usize>,
+    total: usize,
+    weights: Buffer,
+    grads: Option<Buffer>,
+    /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
+    touched: Vec<bool>,
+}
+
+impl ParamStore {
+    /// Storage for `list` in `dtype` (f32 or bf16), zeroed.
+    pub fn new(device: Device, dtype: DType, list: &ParamList) -> Result<ParamStore, OutOfMemory> {
+        let specs = list.specs.clone();
+        let mut total = 0usize;
+        let starts = specs
+            .iter()
+            .map(|spec| {
+                let start = total;
+                total = (total + spec.len()).next_multiple_of(ALIGN);
+                start
+            })
+            .collect();
+        let touched = vec![false; specs.len()];
+        let weights = Buffer::zeroed(device, total * dtype.size_bytes())?;
+        Ok(ParamStore { device, dtype, specs, starts, total, weights, grads: None, touched })
+    }
+
+    /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
+    pub fn enable_grads(&mut self) -> Result<(), OutOfMemory> {
+        if self.grads.is_none() {
+            self.grads = Some(Buffer::zeroed(self.device, self.total * 4)?);
+        }
+        Ok(())
+    }
+
+    /// Initial values of every parameter from `seed`, handed to `put(param, first element, values)`
+    /// in pieces, so that whoever keeps a finer master can keep the full f32 value.
+    pub fn initial_values(&self, seed: u64, mut put: impl FnMut(ParamRef, usize, &[f32])) {
+        const PIECE: usize = 1 << 20;
+        const FILL: usize = 1 << 14;
+        let mut values = vec![0f32; PIECE];
+        for (index, spec) in self.specs.iter().enumerate() {
+            for first in (0..spec.len()).step_by(PIECE) {
+                let count = PIECE.min(spec.len() - first);
+                let chunks: Vec<_> = values[..count].chunks_mut(FILL).map(Mutex::new).collect();
+                device::for_each_index(chunks.len(), |i| {
+                    if let Ok(mut chunk) = chunks[i].lock() {
+                        fill(spec.init, seed, &spec.name, (first + i * FILL) as u64, &mut chunk);
+                    }
+                });
+                drop(chunks);
+                put(ParamRef(index as u32), first, &values[..count]);
+            }
+        }
+    }
+
+    /// Handles in order.
+    pub fn refs(&self) -> impl Iterator<Item = ParamRef> + use<> {
+        (0..self.specs.len() as u32).map(ParamRef)
+    }
+
+    /// What a parameter is.
+    pub fn spec(&self, param: ParamRef) -> &ParamSpec {
+        &self.specs[param.index()]
+    }
+
+    /// Handle of a name.
+    pub fn find(&self, name: &str) -> Option<ParamRef> {
+        self.specs.iter().position(|spec| spec.name == name).map(|i| ParamRef(i as u32))
+    }
+
+    /// Elements of the flat arrays a parameter covers.
+    pub fn range(&self, param: ParamRef) -> std::ops::Range<usize> {
+        let start = self.starts[param.index()];
+        start..start + self.specs[param.index()].len()
+    }
+
+    /// Elements of the flat arrays, padding included.
+    pub fn flat_len(&self) -> usize {
+        self.total
+    }
+
+    /// Elements that are parameters.
+    pub fn parameter_count(&self) -> usize {
+        self.specs.iter().map(ParamSpec::len).sum()
+    }
+
+    /// Compute type of the weights.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
+    /// Where the weights live.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Weights of one parameter.
+    pub fn weight(&self, param: ParamRef) -> View<'_> {
+        let range = self.range(param);
+        self.weights.view(self.dtype, range.start, range.len())
+    }
+
+    /// Weights of one parameter, for loading.
+    pub fn weight_mut(&mut self, param: ParamRef) -> ViewMut<'_> {
+        let range = self.range(param);
+        self.weights.view_mut(self.dtype, range.start, range.len())
+    }
+
+    /// Gradient of one parameter. Panics when gradients were never enabled: our bug.
+    pub fn grad(&self, param: ParamRef) -> View<'_> {
+        let range = self.range(param);
+        self.grads.as_ref().expect("gradients enabled").view(DType::F32, range.start, range.len())
+    }
+
+    /// Weights beside the gradient to write, and whether to add to it: the first write of a step
+    /// overwrites, which saves clearing the gradients and reading them once.
+    pub fn weight_and_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>, bool) {
+        let range = self.range(param);
+        let grads = self.grads.as_mut().expect("gradients enabled");
+        let grad = grads.view_mut(DType::F32, range.start, range.len());
+        let add = std::mem::replace(&mut self.touched[param.index()], true);
+        (self.weights.view(self.dtype, range.start, range.len()), grad, add)
+    }
+
+    /// The same for kernels that only add: a stale gradient is cleared first.
+    pub fn weight_and_added_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>) {
+        let (weight, mut grad, add) = self.weight_and_grad(param);
+        if !add {
+            grad.reborrow().bytes().fill(0);
+        }
+        (weight, grad)
+    }
+
+    /// Weights to update beside the gradient to read, for the optimizer.
+    pub fn weight_mut_and_grad(&mut self, param: ParamRef) -> (ViewMut<'_>, View<'_>) {
+        let range = self.range(param);
+        let grads = self.grads.as_ref().expect("gradients enabled");
+        let grad = grads.view(DType::F32, range.start, range.len());
+        (self.weights.view_mut(self.dtype, range.start, range.len()), grad)
+    }
+
+    /// All gradients as one flat array, padding (always zero) included.
+    pub fn all_grads(&self) -> View<'_> {
+        self.grads.as_ref().expect("gradients enabled").view(DType::F32, 0, self.total)
+    }
+
+    /// Start a step: every gradient counts as zero.
+    pub fn clear_grads(&mut self) {
+        self.touched.fill(false);
+    }
+
+    /// End the backward passes of a step: gradients nobody wrote become zeros.
+    pub fn settle_grads(&mut self) {
+        for param in self.refs() {
+            if !self.touched[param.index()] {
+                self.weight_and_added_grad(param);
+            }
+        }
+    }
+
+    /// Whether gradients are reserved.
+    pub fn has_grads(&self) -> bool {
+        self.grads.is_some()
+    }
+}

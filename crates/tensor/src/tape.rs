@@ -1,0 +1,216 @@
+//! The tape: ops run at once and, while recording, leave a node each; `backward` walks the nodes
+//! from the last to the first.
+//!
+//! A node holds its op with the handles it saved, the values it read and the one it wrote.
+//! Parameters appear as `ParamRef`, so their bytes may leave and come back between the two passes.
+
+use crate::ops::Op;
+use crate::{ParamRef, ParamStore, Tensor};
+use device::OutOfMemory;
+use std::rc::Rc;
+
+/// A value on the tape.
+#[derive(Clone)]
+pub struct Var {
+    pub(crate) id: usize,
+    /// The bytes.
+    pub value: Tensor,
+}
+
+/// Which way the tape is being walked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Phase {
+    /// Ops run.
+    Forward,
+    /// Gradients flow back.
+    Backward,
+    /// Ops run a second time because their values were not kept.
+    Recompute,
+}
+
+/// One op about to run: what memory tiers, profilers and traces are told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moment<'a> {
+    /// Count since the tape began; the clock of a step.
+    pub index: u64,
+    /// Which way.
+    pub phase: Phase,
+    /// Name of the op.
+    pub op: &'static str,
+    /// Layer the op belongs to, as `Tape::set_layer` was told.
+    pub layer: usize,
+    /// Parameters whose weights it reads and, backward, whose gradients it writes.
+    pub params: &'a [ParamRef],
+}
+
+/// Whoever is told of every moment.
+pub type Watch<'a> = &'a mut dyn FnMut(&Moment<'_>);
+
+/// A stretch of ops that can be run again.
+pub(crate) type Replay = Rc<dyn Fn(&mut Tape<'_>, &Var) -> Result<Var, OutOfMemory>>;
+
+pub(crate) struct Node {
+    pub(crate) op: Op,
+    pub(crate) inputs: Vec<usize>,
+    pub(crate) output: usize,
+    pub(crate) layer: usize,
+}
+
+/// Runs ops on the parameters of a store.
+pub struct Tape<'a> {
+    /// Where parameters are looked up, by handle.
+    pub params: &'a mut ParamStore,
+    recording: bool,
+    phase: Phase,
+    layer: usize,
+    clock: u64,
+    next_id: usize,
+    nodes: Vec<Node>,
+    watch: Option<Watch<'a>>,
+}
+
+/// Gradients of the values of a tape, by id.
+#[derive(Default)]
+pub(crate) struct Grads {
+    by_id: Vec<Option<Tensor>>,
+}
+
+impl Grads {
+    /// Take what has arrived for a value.
+    pub(crate) fn take(&mut self, id: usize) -> Option<Tensor> {
+        self.by_id.get_mut(id).and_then(Option::take)
+    }
+
+    /// Add `grad` to what has arrived for a value.
+    pub(crate) fn add(&mut self, id: usize, grad: Tensor) -> Result<(), OutOfMemory> {
+        if self.by_id.len() <= id {
+            self.by_id.resize_with(id + 1, || None);
+        }
+        self.by_id[id] = Some(match self.by_id[id].take() {
+            None => grad,
+            Some(mut sum) => {
+                if !sum.is_unique() {
+                    sum = sum.duplicate()?;
+                }
+                kernels::elementwise::add_assign(sum.view_mut(), grad.view());
+                sum
+            }
+        });
+        Ok(())
+    }
+}
+
+impl<'a> Tape<'a> {
+    /// A tape that records, for training.
+    pub fn recording(params: &'a mut ParamStore) -> Tape<'a> {
+        Self::with_recording(params, true)
+    }
+
+    /// A tape that only runs, for evaluation and inference.
+    pub fn running(params: &'a mut ParamStore) -> Tape<'a> {
+        Self::with_recording(params, false)
+    }
+
+    fn with_recording(params: &'a mut ParamStore, recording: bool) -> Tape<'a> {
+        let phase = Phase::Forward;
+        Tape { params, recording, phase, layer: 0, clock: 0, next_id: 0, nodes: Vec::new(), watch: None }
+    }
+
+    /// Tell `watch` of every moment from now on.
+    pub fn watched_by(mut self, watch: Watch<'a>) -> Tape<'a> {
+        self.watch = Some(watch);
+        self
+    }
+
+    /// Name the layer the following ops belong to.
+    pub fn set_layer(&mut self, layer: usize) {
+        self.layer = layer;
+    }
+
+    /// Whether ops leave nodes.
+    pub fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    /// A value that comes from outside the tape.
+    pub fn input(&mut self, value: Tensor) -> Var {
+        self.next_id += 1;
+        Var { id: self.next_id - 1, value }
+    }
+
+    pub(crate) fn moment(&mut self, op: &'static str, params: &[ParamRef]) {
+        let moment = Moment { index: self.clock, phase: self.phase, op, layer: self.layer, params };
+        self.clock += 1;
+        if let Some(watch) = &mut self.watch {
+            watch(&moment);
+        }
+    }
+
+    /// Put the output of an op on the tape; `op` is built only while recording.
+    pub(crate) fn push(&mut self, inputs: &[usize], value: Tensor, op: impl FnOnce() -> Op) -> Var {
+        let output = self.input(value);
+        if self.recording {
+            let (inputs, layer) = (inputs.to_vec(), self.layer);
+            self.nodes.push(Node { op: op(), inputs, output: output.id, layer });
+        }
+        output
+    }
+
+    /// Run `body` on `input` keeping nothing but the input; the backward pass runs it again.
+    /// Same bits as running it plainly, less memory, more time.
+    pub fn recompute(
+        &mut self,
+        input: &Var,
+        body: impl Fn(&mut Tape<'_>, &Var) -> Result<Var, OutOfMemory> + 'static,
+    ) -> Result<Var, OutOfMemory> {
+        if !self.recording {
+            return body(self, input);
+        }
+        self.recording = false;
+        let output = body(self, input);
+        self.recording = true;
+        let (value, saved) = (output?.value, input.value.clone());
+        Ok(self.push(&[input.id], value, || Op::Recompute { input: saved, body: Rc::new(body) }))
+    }
+
+    /// Walk back from a scalar loss whose op already seeded its input's gradient; gradients of
+    /// parameters accumulate in the store. Consumes the recorded nodes.
+    pub fn backward(&mut self) -> Result<(), OutOfMemory> {
+        let nodes = std::mem::take(&mut self.nodes);
+        self.phase = Phase::Backward;
+        let done = self.walk_back(nodes, &mut Grads::default());
+        self.phase = Phase::Forward;
+        done
+    }
+
+    fn walk_back(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), OutOfMemory> {
+        while let Some(node) = nodes.pop() {
+            self.layer = node.layer;
+            // The loss seeds itself; any other value nobody used has no gradient to pass on.
+            let arrived = grads.take(node.output);
+            if arrived.is_some() || node.op.seeds_itself() {
+                node.op.backward(self, &node.inputs, arrived, grads)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Run a stretch again, this time recording, and walk back through it.
+    pub(crate) fn replay(
+        &mut self,
+        body: &Replay,
+        input: Tensor,
+        grad: Tensor,
+    ) -> Result<Option<Tensor>, OutOfMemory> {
+        let outer = std::mem::take(&mut self.nodes);
+        let input = self.input(input);
+        self.phase = Phase::Recompute;
+        let output = body(self, &input);
+        self.phase = Phase::Backward;
+        let inner = std::mem::replace(&mut self.nodes, outer);
+        let mut grads = Grads::default();
+        grads.add(output?.id, grad)?;
+        self.walk_back(inner, &mut grads)?;
+        Ok(grads.take(input.id))
+    }
+}
