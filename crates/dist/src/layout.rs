@@ -52,7 +52,9 @@ impl std::fmt::Display for Layout {
 
 /// Two layouts that cannot be multiplied as they lie.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("no product of x {x} and w {w} on axis `{axis}`; shard both along the summed dim, or redistribute one")]
+#[error(
+    "no product of x {x} and w {w} on axis `{axis}`; shard both along the summed dim, or redistribute one"
+)]
 pub struct LayoutError {
     /// Layout of the activations [M, K].
     pub x: Layout,
@@ -99,6 +101,8 @@ mod tests {
     fn a_wrong_pair_names_both_layouts_and_the_axis() {
         let x = Layout::REPLICATED.with(Axis::Y, Shard(1));
         let refused = product(&x, &Layout::REPLICATED).unwrap_err().to_string();
-        assert!(refused.contains("[y: dim 1]") && refused.contains("[replicated]") && refused.contains("`y`"));
+        assert!(
+            refused.contains("[y: dim 1]") && refused.contains("[replicated]") && refused.contains("`y`")
+        );
     }
 }

@@ -8,6 +8,7 @@
 
 #[macro_use]
 mod simd;
+mod raw;
 #[cfg(test)]
 mod testkit;
 
@@ -21,6 +22,7 @@ pub mod gemm;
 pub mod global_norm;
 pub mod head_norm;
 pub mod layer_norm;
+pub mod peak;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;

@@ -1,13 +1,10 @@
 //! What every CPU kernel shares: element conversion, lane-wise reductions and `multiversion!`,
 //! which compiles one plain-Rust body for each instruction set and picks at run time.
 
-use device::DType;
 use half::bf16;
 
 /// An element a kernel reads and writes; the arithmetic itself is always in f32.
 pub(crate) trait Float: Copy + Send + Sync + 'static {
-    /// Its type as a value.
-    const DTYPE: DType;
     /// Widen, exact.
     fn to_f32(self) -> f32;
     /// Round to nearest, ties to even.
@@ -15,7 +12,6 @@ pub(crate) trait Float: Copy + Send + Sync + 'static {
 }
 
 impl Float for f32 {
-    const DTYPE: DType = DType::F32;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -27,7 +23,6 @@ impl Float for f32 {
 }
 
 impl Float for bf16 {
-    const DTYPE: DType = DType::Bf16;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)

@@ -77,12 +77,7 @@ impl Linear {
     }
 
     /// x [M, in] (+ residual [M, out]) -> [M, out].
-    pub fn forward(
-        &self,
-        tape: &mut Tape<'_>,
-        x: &Var,
-        residual: Option<&Var>,
-    ) -> Result<Var, OutOfMemory> {
+    pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, residual: Option<&Var>) -> Result<Var, OutOfMemory> {
         dist::matmul(tape, &self.mesh, x, (self.weight, self.bias), residual)
     }
 
@@ -111,6 +106,12 @@ pub(crate) fn attend(
 }
 
 /// A vector parameter [width] without weight decay, stored under `stored` in files.
-pub(crate) fn vector(builder: &mut Builder, name: String, stored: String, width: usize, init: Init) -> ParamRef {
+pub(crate) fn vector(
+    builder: &mut Builder,
+    name: String,
+    stored: String,
+    width: usize,
+    init: Init,
+) -> ParamRef {
     builder.whole(ParamSpec { name, shape: vec![width], init, decay: false }, stored, vec![width])
 }

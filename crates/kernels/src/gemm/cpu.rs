@@ -5,9 +5,9 @@ use super::micro::Tile;
 use super::pack::{Source, pack_panel};
 use super::{Epilogue, Mat, MatMut, gemv};
 use crate::gelu::{GeluKind, gelu};
+use crate::raw::RawFloats;
 use crate::simd::Float;
-use device::{Buffer, DType, Device, Isa, Slice, SliceMut, View};
-use half::bf16;
+use device::{Buffer, DType, Device, Isa, Slice, View};
 use std::cell::RefCell;
 
 /// Values of k per block: a panel of B (16 columns) then fills half of a 32 KiB L1.
@@ -205,70 +205,6 @@ pub(super) struct Finish<'a> {
     bias: Option<View<'a>>,
     residual: Option<(View<'a>, usize)>,
     gelu: Option<(GeluKind, RawFloats)>,
-}
-
-/// A float matrix written by many tasks, each its own part.
-#[derive(Clone, Copy)]
-enum RawFloats {
-    F32(*mut f32),
-    Bf16(*mut bf16),
-}
-// SAFETY: tasks write disjoint parts.
-unsafe impl Send for RawFloats {}
-// SAFETY: as above.
-unsafe impl Sync for RawFloats {}
-
-impl RawFloats {
-    fn of(view: device::ViewMut<'_>) -> RawFloats {
-        match view.floats() {
-            SliceMut::F32(data) => RawFloats::F32(data.as_mut_ptr()),
-            SliceMut::Bf16(data) => RawFloats::Bf16(data.as_mut_ptr()),
-        }
-    }
-
-    /// # Safety
-    /// Elements `[start, start + out.len())` are inside and not written meanwhile.
-    unsafe fn read(self, start: usize, out: &mut [f32]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                RawFloats::F32(p) => widen(std::slice::from_raw_parts(p.add(start), out.len()), out),
-                RawFloats::Bf16(p) => widen(std::slice::from_raw_parts(p.add(start), out.len()), out),
-            }
-        }
-    }
-
-    /// # Safety
-    /// Elements `[start, start + values.len())` are inside and ours.
-    unsafe fn write(self, start: usize, values: &[f32]) {
-        // SAFETY: the caller's promise.
-        unsafe {
-            match self {
-                RawFloats::F32(p) => {
-                    narrow(values, std::slice::from_raw_parts_mut(p.add(start), values.len()))
-                }
-                RawFloats::Bf16(p) => {
-                    narrow(values, std::slice::from_raw_parts_mut(p.add(start), values.len()))
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    fn widen<T: Float>(from: &[T], out: &mut [f32]) {
-        for (out, x) in out.iter_mut().zip(from) {
-            *out = x.to_f32();
-        }
-    }
-}
-
-multiversion! {
-    fn narrow<T: Float>(from: &[f32], out: &mut [T]) {
-        for (out, x) in out.iter_mut().zip(from) {
-            *out = T::from_f32(*x);
-        }
-    }
 }
 
 multiversion! {

@@ -43,26 +43,34 @@ pub(crate) fn packed_len(lanes: usize, width: usize, kc: usize) -> usize {
     lanes.next_multiple_of(width) * kc
 }
 
-/// c [m, n] (+)= packed a times packed b over `kc`; c has leading dimension `ldc`.
+/// Packed panels, and the steps of k each was packed with (of which a product may use fewer).
+#[derive(Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) data: &'a [f32],
+    pub(crate) kc: usize,
+}
+
+/// c [m, n] (+)= packed a times packed b over the first `kc` steps; c has leading dimension `ldc`.
 pub(crate) fn block(
     tile: Tile,
     (m, n, kc): (usize, usize, usize),
-    a: &[f32],
-    b: &[f32],
+    a: Panels<'_>,
+    b: Panels<'_>,
     (c, ldc): (&mut [f32], usize),
     add: bool,
 ) {
-    let steps = tile.steps(kc);
-    assert!(a.len() >= m.next_multiple_of(tile.mr) * steps && b.len() >= n.next_multiple_of(tile.nr) * steps);
+    // Panels of pairs would need an even `kc`; attention works in f32 panels only.
+    assert!(!tile.pairs && kc <= a.kc && kc <= b.kc);
+    assert!(a.data.len() >= packed_len(m, tile.mr, a.kc) && b.data.len() >= packed_len(n, tile.nr, b.kc));
     assert!(n <= ldc && (m == 0 || (m - 1) * ldc + n <= c.len()));
     for (ip, i) in (0..m).step_by(tile.mr).enumerate() {
         for (jp, j) in (0..n).step_by(tile.nr).enumerate() {
             let (rows, cols) = (tile.mr.min(m - i), tile.nr.min(n - j));
             // SAFETY: whole panels and a tile inside c, asserted above.
             unsafe {
-                let a = a.as_ptr().add(ip * tile.mr * steps);
-                let b = b.as_ptr().add(jp * tile.nr * steps);
-                tile.run(steps, a, b, c.as_mut_ptr().add(i * ldc + j), ldc, (rows, cols), add);
+                let a = a.data.as_ptr().add(ip * tile.mr * a.kc);
+                let b = b.data.as_ptr().add(jp * tile.nr * b.kc);
+                tile.run(kc, a, b, c.as_mut_ptr().add(i * ldc + j), ldc, (rows, cols), add);
             }
         }
     }

@@ -6,9 +6,7 @@ use crate::names::{Builder, Place};
 use crate::{ConfigError, Linear, Recompute, Tokens};
 use dist::Mesh;
 use serde_json::{Value, json};
-use tensor::{
-    AttentionShape, GeluKind, Init, KvCache, Norm, OutOfMemory, ParamRef, ParamSpec, Tape, Var,
-};
+use tensor::{AttentionShape, GeluKind, Init, KvCache, Norm, OutOfMemory, ParamRef, ParamSpec, Tape, Var};
 
 const INIT_STD: f32 = 0.02;
 
@@ -126,7 +124,9 @@ impl Gpt2 {
             return Err(ConfigError::Unsupported {
                 key: "n_positions",
                 value: config.max_positions.to_string(),
-                remedy: format!("shorter than the {context} tokens asked for; learnt positions do not stretch"),
+                remedy: format!(
+                    "shorter than the {context} tokens asked for; learnt positions do not stretch"
+                ),
             });
         }
         let table = |builder: &mut Builder, ours: &str, theirs: &str, rows: usize, decay: bool| {

@@ -66,7 +66,8 @@ impl Llama {
             false => builder.whole(matrix("head"), "lm_head.weight".into(), vec![v, d]),
         };
         let norm = Norm::Rms { weight, eps: config.eps };
-        let rope = Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, context));
+        let rope =
+            Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, context));
         Ok(Llama { config: config.clone(), embedding, blocks, norm, head, rope })
     }
 

@@ -67,9 +67,7 @@ impl Tape<'_> {
         gemm(m, n, k, Mat::new(x.value.view(), k), w.t(), out, false, epilogue);
         let inputs = [x.id, residual.map_or(x.id, |r| r.id)];
         let (x, residual) = (x.value.clone(), residual.is_some());
-        Ok(self.push(&inputs, y, || {
-            Op::Linear(Saved { x, weight, bias, gelu: gelu.zip(pre), residual })
-        }))
+        Ok(self.push(&inputs, y, || Op::Linear(Saved { x, weight, bias, gelu: gelu.zip(pre), residual })))
     }
 
     /// x [M, in] times weight [out, in] transposed, as f32 logits [M, out]; leaves no node.

@@ -80,9 +80,7 @@ impl Tape<'_> {
         let (x, out) = (qkv.value.view(), y.view_mut());
         head_norm::forward(x, q_weight, k_weight, heads, eps, out, inv.view_mut());
         let saved = qkv.value.clone();
-        Ok(self.push(&[qkv.id], y, || {
-            Op::HeadNorm(SavedHeads { qkv: saved, inv, wq, wk, heads: (n, k, h) })
-        }))
+        Ok(self.push(&[qkv.id], y, || Op::HeadNorm(SavedHeads { qkv: saved, inv, wq, wk, heads: (n, k, h) })))
     }
 }
 

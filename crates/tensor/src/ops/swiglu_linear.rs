@@ -27,8 +27,7 @@ impl Tape<'_> {
         let mut act = Tensor::new(device, dtype, &[m, f])?;
         kernels::swiglu::forward(gate_up.value.view(), f, act.view_mut());
         let mut y = Tensor::new(device, dtype, &[m, n])?;
-        let epilogue =
-            Epilogue { residual: Some(Mat::new(residual.value.view(), n)), ..Epilogue::default() };
+        let epilogue = Epilogue { residual: Some(Mat::new(residual.value.view(), n)), ..Epilogue::default() };
         let w = Mat::new(self.params.weight(weight), f);
         let out = MatMut { data: y.view_mut(), ld: n };
         gemm(m, n, f, Mat::new(act.view(), f), w.t(), out, false, epilogue);
