@@ -63,6 +63,20 @@ pub(super) fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: View
     }
 }
 
+pub(super) fn split_all(src: &[f32], high: &mut [bf16], low: &mut [u16]) {
+    device::for_each_part((high, CHUNK), (low, CHUNK), |i, high, low| {
+        run_split_all(&src[i * CHUNK..][..high.len()], high, low);
+    });
+}
+
+multiversion! {
+    fn run_split_all(src: &[f32], high: &mut [bf16], low: &mut [u16]) {
+        for ((x, high), low) in src.iter().zip(high).zip(low) {
+            (*high, *low) = split(*x);
+        }
+    }
+}
+
 multiversion! {
     fn run_f32(step: Step, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
         let n = w.len();

@@ -58,6 +58,12 @@ pub fn join(high: bf16, low: u16) -> f32 {
     f32::from_bits(((high.to_bits() as u32) << 16).wrapping_add(low as i16 as i32 as u32))
 }
 
+/// `split` of every element: a bf16 model and its low halves from f32 weights.
+pub fn split_all(src: &[f32], high: &mut [bf16], low: &mut [u16]) {
+    assert!(src.len() == high.len() && src.len() == low.len(), "halves of {} weights", src.len());
+    cpu::split_all(src, high, low);
+}
+
 /// One step on a run of parameters; grad, m and v are f32, m and v are updated.
 pub fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: ViewMut<'_>, hyper: &Hyper) {
     let len = match &master {

@@ -15,6 +15,20 @@ pub fn add_assign(y: ViewMut<'_>, x: View<'_>) {
     }
 }
 
+/// y = a + b; all three of one type.
+pub fn add(a: View<'_>, b: View<'_>, y: ViewMut<'_>) {
+    assert!(a.len() == b.len() && a.len() == y.len(), "lengths");
+    match a.device() {
+        Device::Cpu => by_dtype!(a, T => {
+            let (a, b) = (T::open(a), T::open(b));
+            device::for_each_part((T::open_mut(y), CHUNK), (&mut [] as &mut [u8], 0), |i, y, _| {
+                let at = i * CHUNK..i * CHUNK + y.len();
+                sum_run(&a[at.clone()], &b[at], y);
+            });
+        }),
+    }
+}
+
 /// y = x, rounded or widened to y's type.
 pub fn copy(y: ViewMut<'_>, x: View<'_>) {
     assert_eq!(y.len(), x.len(), "lengths");
@@ -59,6 +73,14 @@ multiversion! {
     fn add_run<Y: Float, X: Float>(y: &mut [Y], x: &[X]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y = Y::from_f32(y.to_f32() + x.to_f32());
+        }
+    }
+}
+
+multiversion! {
+    fn sum_run<T: Float>(a: &[T], b: &[T], y: &mut [T]) {
+        for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+            *y = T::from_f32(a.to_f32() + b.to_f32());
         }
     }
 }
