@@ -9,6 +9,7 @@
 #[macro_use]
 mod simd;
 mod raw;
+mod rows;
 #[cfg(test)]
 mod testkit;
 

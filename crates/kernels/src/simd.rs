@@ -41,18 +41,13 @@ impl Float for bf16 {
 /// compiles the same body, and wide enough to fill two AVX-512 registers.
 pub(crate) const LANES: usize = 32;
 
-/// Sum with `LANES` partial sums, folded in a fixed order.
+/// Sum with `LANES` partial sums, folded in a fixed order: upper half onto lower, five times.
 #[inline(always)]
 pub(crate) fn fold(lanes: [f32; LANES]) -> f32 {
-    let mut lanes = lanes;
-    let mut width = LANES / 2;
-    while width > 0 {
-        for i in 0..width {
-            lanes[i] += lanes[i + width];
-        }
-        width /= 2;
-    }
-    lanes[0]
+    let x: [f32; 16] = std::array::from_fn(|i| lanes[i] + lanes[i + 16]);
+    let x: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
+    let x: [f32; 4] = std::array::from_fn(|i| x[i] + x[i + 4]);
+    (x[0] + x[2]) + (x[1] + x[3])
 }
 
 /// Sum of `f(i)` for `i < len` in the lane order.
@@ -73,6 +68,49 @@ pub(crate) fn lane_sum(len: usize, f: impl Fn(usize) -> f32) -> f32 {
     fold(lanes)
 }
 
+/// Sum of `f(x[i])` in the lane order. Slices and not indices: a bounds check in the inner loop
+/// would keep it scalar.
+#[inline(always)]
+pub(crate) fn lane_sum_of<T: Float>(x: &[T], f: impl Fn(f32) -> f32) -> f32 {
+    let mut lanes = [0f32; LANES];
+    let (chunks, tail) = x.as_chunks::<LANES>();
+    for x in chunks {
+        for lane in 0..LANES {
+            lanes[lane] += f(x[lane].to_f32());
+        }
+    }
+    for (lane, x) in lanes.iter_mut().zip(tail) {
+        *lane += f(x.to_f32());
+    }
+    fold(lanes)
+}
+
+/// Two sums over three arrays of one length, each in the lane order: the components of
+/// `f(x[i], y[i], z[i])`.
+#[inline(always)]
+pub(crate) fn lane_sums_of<X: Float, Y: Float, Z: Float>(
+    (x, y, z): (&[X], &[Y], &[Z]),
+    f: impl Fn(f32, f32, f32) -> (f32, f32),
+) -> (f32, f32) {
+    let (mut a, mut b) = ([0f32; LANES], [0f32; LANES]);
+    let (xs, x_tail) = x.as_chunks::<LANES>();
+    let (ys, y_tail) = y.as_chunks::<LANES>();
+    let (zs, z_tail) = z.as_chunks::<LANES>();
+    for ((x, y), z) in xs.iter().zip(ys).zip(zs) {
+        for lane in 0..LANES {
+            let (p, q) = f(x[lane].to_f32(), y[lane].to_f32(), z[lane].to_f32());
+            a[lane] += p;
+            b[lane] += q;
+        }
+    }
+    for (lane, ((x, y), z)) in x_tail.iter().zip(y_tail).zip(z_tail).enumerate() {
+        let (p, q) = f(x.to_f32(), y.to_f32(), z.to_f32());
+        a[lane] += p;
+        b[lane] += q;
+    }
+    (fold(a), fold(b))
+}
+
 /// e^x by range reduction and a degree-6 polynomial: about 2 ulp between -87 and 88, 0 below.
 /// Cody and Waite's split of ln 2; coefficients after Cephes `expf`.
 #[inline(always)]
@@ -80,7 +118,8 @@ pub(crate) fn exp(x: f32) -> f32 {
     let clamped = x.clamp(-87.3, 88.0);
     // Adding and taking away 1.5 * 2^23 rounds to the nearest integer without a libm call.
     const ROUND: f32 = 12_582_912.0;
-    let k = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let shifted = clamped * std::f32::consts::LOG2_E + ROUND;
+    let k = shifted - ROUND;
     let r = clamped - k * 0.693_359_4;
     let r = r + k * 2.121_944_4e-4;
     let p = 1.987_569_1e-4;
@@ -90,14 +129,9 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p * r + 1.666_666_5e-1;
     let p = p * r + 5e-1;
     let p = p * r * r + r + 1.0;
-    let y = p * f32::from_bits((((k as i32) + 127) << 23) as u32);
+    // The low bits of `shifted` are k: Rust's float to integer cast saturates, lane by lane.
+    let y = p * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { y }
-}
-
-/// Rows a task takes: about 64 Ki elements, so that a task outweighs its start; a function of the
-/// width alone.
-pub(crate) fn rows_per_task(width: usize) -> usize {
-    ((1 << 16) / width.max(1)).max(1)
 }
 
 /// Call `$f::<T>` with the views opened as the element type of `$x`; the others must share it.
@@ -140,34 +174,6 @@ impl<'a> Open<'a> for bf16 {
     }
     fn open_mut(view: device::ViewMut<'a>) -> &'a mut [bf16] {
         view.bf16()
-    }
-}
-
-/// A small vector (norm weights, biases) widened once per call.
-pub(crate) fn widened(view: device::View<'_>) -> Vec<f32> {
-    match view.floats() {
-        device::Slice::F32(data) => data.to_vec(),
-        device::Slice::Bf16(data) => data.iter().map(|x| x.to_f32()).collect(),
-    }
-}
-
-/// Partial sums of a row reduction, one run of `width` per task, and their fold in task order:
-/// the same bits whatever the number of threads.
-pub(crate) fn reduce_rows(
-    rows: usize,
-    width: usize,
-    out: &mut [f32],
-    body: impl Fn(std::ops::Range<usize>, &mut [f32]) + Sync + Send,
-) {
-    let chunk = rows_per_task(width).max(rows.div_ceil(64));
-    let mut partial = vec![0f32; rows.div_ceil(chunk) * width];
-    device::for_each_part((&mut partial, width), (&mut [] as &mut [u8], 0), |i, part, _| {
-        body(i * chunk..((i + 1) * chunk).min(rows), part);
-    });
-    for part in partial.chunks_exact(width) {
-        for (out, x) in out.iter_mut().zip(part) {
-            *out += x;
-        }
     }
 }
 

@@ -1,4 +1,5 @@
 use super::{Hyper, Master, join, split};
+use crate::rows::Parts;
 use device::{View, ViewMut};
 use half::bf16;
 
@@ -43,21 +44,22 @@ impl Step {
 
 pub(super) fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: ViewMut<'_>, hyper: &Hyper) {
     let (step, g) = (Step::new(hyper), grad.f32());
-    let mut moments: Vec<(&mut [f32], &mut [f32])> =
-        m.f32().chunks_mut(CHUNK).zip(v.f32().chunks_mut(CHUNK)).collect();
+    let (m, v) = (Parts::new(m.f32()), Parts::new(v.f32()));
     match master {
         Master::F32(weights) => {
-            device::for_each_part((weights.f32(), CHUNK), (&mut moments, 1), |i, w, moments| {
-                let (m, v) = &mut moments[0];
-                run_f32(step, w, &g[i * CHUNK..][..w.len()], m, v);
+            device::for_each_part((weights.f32(), CHUNK), (&mut [] as &mut [u8], 0), |i, w, _| {
+                let at = i * CHUNK..i * CHUNK + w.len();
+                // SAFETY: each task takes the state of its own weights.
+                let (m, v) = unsafe { (m.part(at.clone()), v.part(at.clone())) };
+                run_f32(step, w, &g[at], m, v);
             });
         }
         Master::Split { high, low } => {
-            let mut lows: Vec<_> =
-                low.u16().chunks_mut(CHUNK).zip(moments).map(|(low, (m, v))| (low, m, v)).collect();
-            device::for_each_part((high.bf16(), CHUNK), (&mut lows, 1), |i, high, state| {
-                let (low, m, v) = &mut state[0];
-                run_split(step, high, low, &g[i * CHUNK..][..high.len()], m, v);
+            device::for_each_part((high.bf16(), CHUNK), (low.u16(), CHUNK), |i, high, low| {
+                let at = i * CHUNK..i * CHUNK + high.len();
+                // SAFETY: as above.
+                let (m, v) = unsafe { (m.part(at.clone()), v.part(at.clone())) };
+                run_split(step, high, low, &g[at], m, v);
             });
         }
     }

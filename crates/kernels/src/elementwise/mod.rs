@@ -1,6 +1,7 @@
 //! Sums, copies and scalings of whole arrays, with conversion between float types.
 
-use crate::simd::{Float, Open, reduce_rows};
+use crate::rows::sum_rows;
+use crate::simd::{Float, Open};
 use device::{Device, View, ViewMut};
 
 const CHUNK: usize = 1 << 15;
@@ -56,8 +57,8 @@ pub fn column_sums(x: View<'_>, n: usize, out: ViewMut<'_>) {
     match x.device() {
         Device::Cpu => by_dtype!(x, X => {
             let x = X::open(x);
-            reduce_rows(x.len() / n.max(1), n, out.f32(), |range, out| {
-                range.for_each(|row| add_run(out, &x[row * n..][..n]));
+            sum_rows(x.len() / n.max(1), out.f32(), |range, out| {
+                add_rows(&x[range.start * n..range.end * n], out);
             });
         }),
     }
@@ -73,6 +74,16 @@ multiversion! {
     fn add_run<Y: Float, X: Float>(y: &mut [Y], x: &[X]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y = Y::from_f32(y.to_f32() + x.to_f32());
+        }
+    }
+}
+
+multiversion! {
+    fn add_rows<X: Float>(x: &[X], out: &mut [f32]) {
+        for x in x.chunks_exact(out.len()) {
+            for (out, x) in out.iter_mut().zip(x) {
+                *out += x.to_f32();
+            }
         }
     }
 }

@@ -1,5 +1,9 @@
-use crate::simd::{Float, Open, rows_per_task};
-use device::{View, ViewMut};
+use crate::rows::{rows_per_task, scratch};
+use crate::simd::{Float, Open};
+use device::{DType, View, ViewMut};
+
+/// Table rows a task owns.
+const ROWS: usize = 512;
 
 pub(super) fn forward(ids: &[u32], table: View<'_>, d: usize, out: ViewMut<'_>, accumulate: bool) {
     let rows = rows_per_task(d);
@@ -36,9 +40,10 @@ multiversion! {
 pub(super) fn backward(ids: &[u32], dout: View<'_>, d: usize, dtable: ViewMut<'_>) {
     // Tokens ordered by id (and by place among equals): each task owns a run of table rows, so
     // no two write one row, and a row's sum has one order.
-    let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-    order.sort_by_key(|token| ids[*token as usize]);
-    const ROWS: usize = 512;
+    let mut order = scratch(DType::U32, ids.len());
+    let order = order.view_mut(DType::U32, 0, ids.len()).u32();
+    order.iter_mut().zip(0..).for_each(|(token, i)| *token = i);
+    order.sort_unstable_by_key(|token| (ids[*token as usize], *token));
     by_dtype!(dout, T => {
         let dout = T::open(dout);
         device::for_each_part((dtable.f32(), ROWS * d), (&mut [] as &mut [u8], 0), |i, rows, _| {

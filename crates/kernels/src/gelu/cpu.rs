@@ -15,8 +15,18 @@ pub(super) fn forward(kind: GeluKind, x: View<'_>, y: ViewMut<'_>) {
 
 multiversion! {
     fn run<T: Float>(kind: GeluKind, x: &[T], y: &mut [T]) {
-        for (y, x) in y.iter_mut().zip(x) {
-            *y = T::from_f32(gelu(kind, x.to_f32()));
+        // The kind is a constant inside each loop, which would not vectorise around a branch.
+        match kind {
+            GeluKind::Tanh => {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = T::from_f32(gelu(GeluKind::Tanh, x.to_f32()));
+                }
+            }
+            GeluKind::Erf => {
+                for (y, x) in y.iter_mut().zip(x) {
+                    *y = T::from_f32(gelu(GeluKind::Erf, x.to_f32()));
+                }
+            }
         }
     }
 }
@@ -33,8 +43,17 @@ pub(super) fn backward(kind: GeluKind, x: View<'_>, dy: View<'_>, dx: ViewMut<'_
 
 multiversion! {
     fn run_back<T: Float>(kind: GeluKind, x: &[T], dy: &[T], dx: &mut [T]) {
-        for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
-            *dx = T::from_f32(dy.to_f32() * slope(kind, x.to_f32()));
+        match kind {
+            GeluKind::Tanh => {
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                    *dx = T::from_f32(dy.to_f32() * slope(GeluKind::Tanh, x.to_f32()));
+                }
+            }
+            GeluKind::Erf => {
+                for ((dx, x), dy) in dx.iter_mut().zip(x).zip(dy) {
+                    *dx = T::from_f32(dy.to_f32() * slope(GeluKind::Erf, x.to_f32()));
+                }
+            }
         }
     }
 }

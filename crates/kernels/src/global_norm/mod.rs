@@ -1,32 +1,39 @@
 //! Sum of squares over flat memory: the square of the gradient's global norm.
 
-use crate::simd::{Float, Open, lane_sum};
+use crate::simd::{Float, Open, lane_sum_of};
 use device::{Device, View};
 
 /// Elements per partial sum; fixed, so that the bits depend on the data alone.
 const CHUNK: usize = 1 << 15;
 
-/// Sum of x^2 over any number of floats: f32 within a chunk, f64 across. NaN and infinity show.
+/// Sum of x^2 over any number of floats: f32 within a chunk, f64 across. NaN and infinity show,
+/// and so does, as infinity, a value above 1.8e19, whose square f32 cannot hold.
 pub fn sum_of_squares(x: View<'_>) -> f64 {
     match x.device() {
         Device::Cpu => cpu(x),
     }
 }
 
+/// Partial sums held at a time, on the stack.
+const PARTIALS: usize = 512;
+
 fn cpu(x: View<'_>) -> f64 {
-    let mut partial = vec![0f64; x.len().div_ceil(CHUNK)];
     by_dtype!(x, T => {
-        let x = T::open(x);
-        device::for_each_part((&mut partial, 1), (&mut [] as &mut [u8], 0), |i, sum, _| {
-            sum[0] = squares(&x[i * CHUNK..((i + 1) * CHUNK).min(x.len())]) as f64;
-        });
-    });
-    partial.iter().sum()
+        let sum_of = |x: &[T]| {
+            let mut partial = [0f64; PARTIALS];
+            let used = x.len().div_ceil(CHUNK);
+            device::for_each_part((&mut partial[..used], 1), (&mut [] as &mut [u8], 0), |i, sum, _| {
+                sum[0] = squares(&x[i * CHUNK..((i + 1) * CHUNK).min(x.len())]) as f64;
+            });
+            partial.iter().sum::<f64>()
+        };
+        T::open(x).chunks(PARTIALS * CHUNK).map(sum_of).sum()
+    })
 }
 
 multiversion! {
     fn squares<T: Float>(x: &[T]) -> f32 {
-        lane_sum(x.len(), |i| x[i].to_f32() * x[i].to_f32())
+        lane_sum_of(x, |x| x * x)
     }
 }
 

@@ -1,5 +1,6 @@
 use super::Heads;
-use crate::simd::{Float, Open, lane_sum, reduce_rows, rows_per_task, widened};
+use crate::rows::{Widened, rows_per_task, with_sums};
+use crate::simd::{Float, Open, lane_sum_of, lane_sums_of};
 use device::{View, ViewMut};
 
 pub(super) fn forward(
@@ -10,34 +11,34 @@ pub(super) fn forward(
     out: ViewMut<'_>,
     inv_rms: ViewMut<'_>,
 ) {
-    let (wq, wk) = (&widened(wq), &widened(wk));
+    let w: (&[f32], &[f32]) = (&Widened::new(wq), &Widened::new(wk));
     let (width, normed) = (heads.width(), heads.n + heads.k);
     let rows = rows_per_task(width);
     by_dtype!(qkv, T => {
         let qkv = T::open(qkv);
         device::for_each_part((T::open_mut(out), rows * width), (inv_rms.f32(), rows * normed), |i, out, inv| {
-            for (r, out) in out.chunks_exact_mut(width).enumerate() {
-                let x = &qkv[(i * rows + r) * width..][..width];
-                for head in 0..normed {
-                    let at = head * heads.h..(head + 1) * heads.h;
-                    let w = if head < heads.n { wq } else { wk };
-                    inv[r * normed + head] = norm(&x[at.clone()], w, eps, &mut out[at]);
-                }
-                out[normed * heads.h..].copy_from_slice(&x[normed * heads.h..]);
-            }
+            run(&qkv[i * rows * width..][..out.len()], w, heads, eps, out, inv);
         });
     });
 }
 
 multiversion! {
-    fn norm<T: Float>(x: &[T], w: &[f32], eps: f32, out: &mut [T]) -> f32 {
-        let h = w.len();
-        let (x, out) = (&x[..h], &mut out[..h]);
-        let inv = 1.0 / (lane_sum(h, |j| x[j].to_f32() * x[j].to_f32()) / h as f32 + eps).sqrt();
-        for j in 0..h {
-            out[j] = T::from_f32(x[j].to_f32() * inv * w[j]);
+    fn run<T: Float>(
+        x: &[T], w: (&[f32], &[f32]), heads: Heads, eps: f32, out: &mut [T], inv_rms: &mut [f32],
+    ) {
+        let (h, width, normed) = (heads.h, heads.width(), heads.n + heads.k);
+        let rows = x.chunks_exact(width).zip(out.chunks_exact_mut(width));
+        for ((x, out), inv_rms) in rows.zip(inv_rms.chunks_exact_mut(normed)) {
+            let each = x.chunks_exact(h).zip(out.chunks_exact_mut(h)).zip(inv_rms);
+            for (head, ((x, out), inv)) in each.enumerate() {
+                let w = if head < heads.n { w.0 } else { w.1 };
+                *inv = 1.0 / (lane_sum_of(x, |x| x * x) / h as f32 + eps).sqrt();
+                for ((out, x), w) in out.iter_mut().zip(x).zip(w) {
+                    *out = T::from_f32(x.to_f32() * *inv * w);
+                }
+            }
+            out[normed * h..].copy_from_slice(&x[normed * h..]);
         }
-        inv
     }
 }
 
@@ -50,56 +51,39 @@ pub(super) fn backward(
     dqkv: ViewMut<'_>,
     (dwq, dwk): (ViewMut<'_>, ViewMut<'_>),
 ) {
-    let (wq, wk, inv, h) = (&widened(wq), &widened(wk), inv_rms.f32(), heads.h);
-    let (width, normed) = (heads.width(), heads.n + heads.k);
-    let rows = rows_per_task(width);
-    let mut sums = vec![0f32; 2 * h];
+    let w: (&[f32], &[f32]) = (&Widened::new(wq), &Widened::new(wk));
+    let (inv, width, normed) = (inv_rms.f32(), heads.width(), heads.n + heads.k);
     by_dtype!(qkv, T => {
         let (x, dy) = (T::open(qkv), T::open(dout));
-        device::for_each_part((T::open_mut(dqkv), rows * width), (&mut [] as &mut [u8], 0), |i, dx, _| {
-            for (r, dx) in dx.chunks_exact_mut(width).enumerate() {
-                let row = i * rows + r;
-                let (x, dy) = (&x[row * width..][..width], &dy[row * width..][..width]);
-                for head in 0..normed {
-                    let at = head * h..(head + 1) * h;
-                    let w = if head < heads.n { wq } else { wk };
-                    let inv = inv[row * normed + head];
-                    norm_back(&x[at.clone()], w, inv, &dy[at.clone()], &mut dx[at]);
-                }
-                dx[normed * h..].copy_from_slice(&dy[normed * h..]);
-            }
-        });
-        reduce_rows(x.len() / width, 2 * h, &mut sums, |range, sums| {
-            for (row, head) in range.flat_map(|row| (0..normed).map(move |head| (row, head))) {
-                let at = row * width + head * h;
-                let part = if head < heads.n { 0 } else { h };
-                let inv = inv[row * normed + head];
-                add_weight_grad(&x[at..at + h], &dy[at..at + h], inv, &mut sums[part..part + h]);
-            }
+        with_sums((T::open_mut(dqkv), width), [dwq.f32(), dwk.f32()], |first, dx, sums| {
+            let at = first * width..first * width + dx.len();
+            run_back(&x[at.clone()], w, &inv[first * normed..], heads, &dy[at], dx, sums);
         });
     });
-    for (j, (dwq, dwk)) in dwq.f32().iter_mut().zip(dwk.f32()).enumerate() {
-        *dwq += sums[j];
-        *dwk += sums[h + j];
-    }
 }
 
 multiversion! {
-    fn norm_back<T: Float>(x: &[T], w: &[f32], inv: f32, dy: &[T], dx: &mut [T]) {
-        let h = w.len();
-        let (x, dy, dx) = (&x[..h], &dy[..h], &mut dx[..h]);
-        let along = lane_sum(h, |j| dy[j].to_f32() * w[j] * x[j].to_f32());
-        let c = along * inv * inv * inv / h as f32;
-        for j in 0..h {
-            dx[j] = T::from_f32(dy[j].to_f32() * w[j] * inv - x[j].to_f32() * c);
-        }
-    }
-}
-
-multiversion! {
-    fn add_weight_grad<T: Float>(x: &[T], dy: &[T], inv: f32, dw: &mut [f32]) {
-        for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
-            *dw += dy.to_f32() * x.to_f32() * inv;
+    fn run_back<T: Float>(
+        x: &[T], w: (&[f32], &[f32]), inv_rms: &[f32], heads: Heads, dy: &[T], dx: &mut [T],
+        sums: &mut [f32],
+    ) {
+        let (h, width, normed) = (heads.h, heads.width(), heads.n + heads.k);
+        let (dwq, dwk) = sums.split_at_mut(h);
+        for (row, dx) in dx.chunks_exact_mut(width).enumerate() {
+            let (x, dy) = (&x[row * width..][..width], &dy[row * width..][..width]);
+            let inv_rms = &inv_rms[row * normed..][..normed];
+            for (head, (dx, inv)) in dx.chunks_exact_mut(h).zip(inv_rms).enumerate() {
+                let (x, dy) = (&x[head * h..][..h], &dy[head * h..][..h]);
+                let (w, dw) = if head < heads.n { (w.0, &mut *dwq) } else { (w.1, &mut *dwk) };
+                let (along, _) = lane_sums_of((x, dy, w), |x, dy, w| (dy * w * x, 0.0));
+                let c = along * inv * inv * inv / h as f32;
+                for ((((dx, x), dy), w), dw) in dx.iter_mut().zip(x).zip(dy).zip(w).zip(dw) {
+                    let (x, dy) = (x.to_f32(), dy.to_f32());
+                    *dw += dy * x * inv;
+                    *dx = T::from_f32(dy * w * inv - x * c);
+                }
+            }
+            dx[normed * h..].copy_from_slice(&dy[normed * h..]);
         }
     }
 }

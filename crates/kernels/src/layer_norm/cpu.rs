@@ -1,4 +1,5 @@
-use crate::simd::{Float, Open, lane_sum, reduce_rows, rows_per_task, widened};
+use crate::rows::{Parts, Widened, rows_per_task, with_sums};
+use crate::simd::{Float, Open, lane_sum_of, lane_sums_of};
 use device::{View, ViewMut};
 
 pub(super) fn forward(
@@ -10,36 +11,36 @@ pub(super) fn forward(
     mean: ViewMut<'_>,
     inv_std: ViewMut<'_>,
 ) {
-    let (w, b) = (&widened(w), &widened(b));
+    let (w, b): (&[f32], &[f32]) = (&Widened::new(w), &Widened::new(b));
     let d = w.len();
     let rows = rows_per_task(d);
-    let mut stats = vec![(0f32, 0f32); inv_std.len()];
+    let inv_std = Parts::new(inv_std.f32());
     by_dtype!(x, T => {
-        let (x, y) = (T::open(x), T::open_mut(y));
-        device::for_each_part((y, rows * d), (&mut stats, rows), |i, y, stats| {
-            let x = &x[i * rows * d..][..y.len()];
-            for ((x, y), stats) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats) {
-                *stats = row(x, w, b, eps, y);
-            }
+        let x = T::open(x);
+        device::for_each_part((T::open_mut(y), rows * d), (mean.f32(), rows), |i, y, mean| {
+            // SAFETY: each task takes the rows of its own part.
+            let inv_std = unsafe { inv_std.part(i * rows..i * rows + mean.len()) };
+            run(&x[i * rows * d..][..y.len()], w, b, eps, y, (mean, inv_std));
         });
     });
-    for (((m, inv), mean), inv_std) in stats.iter().zip(mean.f32()).zip(inv_std.f32()) {
-        (*mean, *inv_std) = (*m, *inv);
-    }
 }
 
 multiversion! {
-    fn row<T: Float>(x: &[T], w: &[f32], b: &[f32], eps: f32, y: &mut [T]) -> (f32, f32) {
+    fn run<T: Float>(
+        x: &[T], w: &[f32], b: &[f32], eps: f32, y: &mut [T], stats: (&mut [f32], &mut [f32]),
+    ) {
         let d = w.len();
-        let (x, y, b) = (&x[..d], &mut y[..d], &b[..d]);
-        let mean = lane_sum(d, |j| x[j].to_f32()) / d as f32;
-        // Two passes: subtracting squares of large means would cancel.
-        let var = lane_sum(d, |j| (x[j].to_f32() - mean) * (x[j].to_f32() - mean)) / d as f32;
-        let inv = 1.0 / (var + eps).sqrt();
-        for j in 0..d {
-            y[j] = T::from_f32((x[j].to_f32() - mean) * inv * w[j] + b[j]);
+        let stats = stats.0.iter_mut().zip(stats.1);
+        for ((x, y), (mean_out, inv_out)) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats) {
+            let mean = lane_sum_of(x, |x| x) / d as f32;
+            // Two passes: subtracting squares of large means would cancel.
+            let var = lane_sum_of(x, |x| (x - mean) * (x - mean)) / d as f32;
+            let inv = 1.0 / (var + eps).sqrt();
+            for (((y, x), w), b) in y.iter_mut().zip(x).zip(w).zip(b) {
+                *y = T::from_f32((x.to_f32() - mean) * inv * w + b);
+            }
+            (*mean_out, *inv_out) = (mean, inv);
         }
-        (mean, inv)
     }
 }
 
@@ -54,71 +55,51 @@ pub(super) fn backward(
     dw: ViewMut<'_>,
     db: ViewMut<'_>,
 ) {
-    let (w, mean, inv) = (&widened(w), mean.f32(), inv_std.f32());
+    let (w, mean, inv): (&[f32], _, _) = (&Widened::new(w), mean.f32(), inv_std.f32());
     let d = w.len();
-    let mut sums = vec![0f32; 2 * d];
     by_dtype!(x, T => {
-        let (x, dy, carried, dx) = (T::open(x), T::open(dy), carried.map(T::open), T::open_mut(dx));
-        let rows = rows_per_task(d);
-        device::for_each_part((dx, rows * d), (&mut [] as &mut [u8], 0), |i, dx, _| {
-            for (r, dx) in dx.chunks_exact_mut(d).enumerate() {
-                let row = i * rows + r;
-                let at = row * d..(row + 1) * d;
-                let carried = carried.map(|c| &c[at.clone()]);
-                row_back(&x[at.clone()], w, (mean[row], inv[row]), &dy[at], carried, dx);
-            }
-        });
-        reduce_rows(inv.len(), 2 * d, &mut sums, |range, sums| {
-            for row in range {
-                let at = row * d..(row + 1) * d;
-                add_weight_grads(&x[at.clone()], &dy[at], (mean[row], inv[row]), sums);
-            }
+        let (x, dy, carried) = (T::open(x), T::open(dy), carried.map(T::open));
+        with_sums((T::open_mut(dx), d), [dw.f32(), db.f32()], |first, dx, sums| {
+            let at = first * d..first * d + dx.len();
+            let carried = carried.map(|carried| &carried[at.clone()]);
+            let stats = (&mean[first..], &inv[first..]);
+            run_back(&x[at.clone()], w, stats, &dy[at], carried, dx, sums);
         });
     });
-    for (j, (dw, db)) in dw.f32().iter_mut().zip(db.f32()).enumerate() {
-        *dw += sums[j];
-        *db += sums[d + j];
-    }
 }
 
 multiversion! {
-    fn row_back<T: Float>(
-        x: &[T], w: &[f32], stats: (f32, f32), dy: &[T], carried: Option<&[T]>, dx: &mut [T],
+    fn run_back<T: Float>(
+        x: &[T], w: &[f32], stats: (&[f32], &[f32]), dy: &[T], carried: Option<&[T]>, dx: &mut [T],
+        sums: &mut [f32],
     ) {
         let d = w.len();
-        let (x, dy, dx) = (&x[..d], &dy[..d], &mut dx[..d]);
-        let (mean, inv) = stats;
-        let sum = lane_sum(d, |j| dy[j].to_f32() * w[j]) / d as f32;
-        let along = lane_sum(d, |j| dy[j].to_f32() * w[j] * (x[j].to_f32() - mean) * inv) / d as f32;
-        let back = |j: usize| {
-            let normed = (x[j].to_f32() - mean) * inv;
-            (dy[j].to_f32() * w[j] - sum - normed * along) * inv
-        };
-        match carried {
-            Some(carried) => {
-                let carried = &carried[..d];
-                for j in 0..d {
-                    dx[j] = T::from_f32(carried[j].to_f32() + back(j));
-                }
-            }
-            None => {
-                for j in 0..d {
-                    dx[j] = T::from_f32(back(j));
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    fn add_weight_grads<T: Float>(x: &[T], dy: &[T], stats: (f32, f32), sums: &mut [f32]) {
-        let d = sums.len() / 2;
-        let (x, dy) = (&x[..d], &dy[..d]);
         let (dw, db) = sums.split_at_mut(d);
-        let db = &mut db[..d];
-        for j in 0..d {
-            dw[j] += dy[j].to_f32() * (x[j].to_f32() - stats.0) * stats.1;
-            db[j] += dy[j].to_f32();
+        for (row, dx) in dx.chunks_exact_mut(d).enumerate() {
+            let (at, mean, inv) = (row * d..(row + 1) * d, stats.0[row], stats.1[row]);
+            let (x, dy, dw, db) = (&x[at.clone()], &dy[at.clone()], &mut dw[..d], &mut db[..d]);
+            let (sum, along) =
+                lane_sums_of((x, dy, w), |x, dy, w| (dy * w, dy * w * ((x - mean) * inv)));
+            let (sum, along) = (sum / d as f32, along / d as f32);
+            let mut back = |j: usize| {
+                let (normed, dy) = ((x[j].to_f32() - mean) * inv, dy[j].to_f32());
+                dw[j] += dy * normed;
+                db[j] += dy;
+                (dy * w[j] - sum - normed * along) * inv
+            };
+            match carried {
+                Some(carried) => {
+                    let carried = &carried[at];
+                    for (j, (dx, carried)) in dx.iter_mut().zip(carried).enumerate() {
+                        *dx = T::from_f32(carried.to_f32() + back(j));
+                    }
+                }
+                None => {
+                    for (j, dx) in dx.iter_mut().enumerate() {
+                        *dx = T::from_f32(back(j));
+                    }
+                }
+            }
         }
     }
 }

@@ -1,30 +1,28 @@
-use crate::simd::{Float, Open, lane_sum, reduce_rows, rows_per_task, widened};
+use crate::rows::{Widened, rows_per_task, with_sums};
+use crate::simd::{Float, Open, lane_sum_of, lane_sums_of};
 use device::{View, ViewMut};
 
 pub(super) fn forward(x: View<'_>, w: View<'_>, eps: f32, y: ViewMut<'_>, inv_rms: ViewMut<'_>) {
-    let w = &widened(w);
+    let w: &[f32] = &Widened::new(w);
+    let d = w.len();
+    let rows = rows_per_task(d);
     by_dtype!(x, T => {
-        let (x, y, d) = (T::open(x), T::open_mut(y), w.len());
-        let rows = rows_per_task(d);
-        device::for_each_part((y, rows * d), (inv_rms.f32(), rows), |i, y, inv| {
-            let x = &x[i * rows * d..][..y.len()];
-            for ((x, y), inv) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inv) {
-                *inv = row(x, w, eps, y);
-            }
+        let x = T::open(x);
+        device::for_each_part((T::open_mut(y), rows * d), (inv_rms.f32(), rows), |i, y, inv| {
+            run(&x[i * rows * d..][..y.len()], w, eps, y, inv);
         });
     });
 }
 
 multiversion! {
-    fn row<T: Float>(x: &[T], w: &[f32], eps: f32, y: &mut [T]) -> f32 {
+    fn run<T: Float>(x: &[T], w: &[f32], eps: f32, y: &mut [T], inv_rms: &mut [f32]) {
         let d = w.len();
-        let (x, y) = (&x[..d], &mut y[..d]);
-        let squares = lane_sum(d, |j| x[j].to_f32() * x[j].to_f32());
-        let inv = 1.0 / (squares / d as f32 + eps).sqrt();
-        for j in 0..d {
-            y[j] = T::from_f32(x[j].to_f32() * inv * w[j]);
+        for ((x, y), inv) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inv_rms) {
+            *inv = 1.0 / (lane_sum_of(x, |x| x * x) / d as f32 + eps).sqrt();
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = T::from_f32(x.to_f32() * *inv * w);
+            }
         }
-        inv
     }
 }
 
@@ -37,58 +35,46 @@ pub(super) fn backward(
     dx: ViewMut<'_>,
     dw: ViewMut<'_>,
 ) {
-    let (w, inv) = (&widened(w), inv_rms.f32());
+    let (w, inv): (&[f32], _) = (&Widened::new(w), inv_rms.f32());
     let d = w.len();
     by_dtype!(x, T => {
-        let (x, dy, carried, dx) = (T::open(x), T::open(dy), carried.map(T::open), T::open_mut(dx));
-        let rows = rows_per_task(d);
-        device::for_each_part((dx, rows * d), (&mut [] as &mut [u8], 0), |i, dx, _| {
-            for (r, dx) in dx.chunks_exact_mut(d).enumerate() {
-                let row = i * rows + r;
-                let at = row * d..(row + 1) * d;
-                let carried = carried.map(|c| &c[at.clone()]);
-                row_back(&x[at.clone()], w, inv[row], &dy[at], carried, dx);
-            }
-        });
-        reduce_rows(inv.len(), d, dw.f32(), |range, dw| {
-            for row in range {
-                add_weight_grad(&x[row * d..][..d], &dy[row * d..][..d], inv[row], dw);
-            }
+        let (x, dy, carried) = (T::open(x), T::open(dy), carried.map(T::open));
+        with_sums((T::open_mut(dx), d), [dw.f32()], |first, dx, dw| {
+            let at = first * d..first * d + dx.len();
+            let carried = carried.map(|carried| &carried[at.clone()]);
+            run_back(&x[at.clone()], w, &inv[first..], &dy[at], carried, dx, dw);
         });
     });
 }
 
 multiversion! {
-    fn row_back<T: Float>(
-        x: &[T], w: &[f32], inv: f32, dy: &[T], carried: Option<&[T]>, dx: &mut [T],
+    fn run_back<T: Float>(
+        x: &[T], w: &[f32], inv_rms: &[f32], dy: &[T], carried: Option<&[T]>, dx: &mut [T], dw: &mut [f32],
     ) {
         let d = w.len();
-        let (x, dy, dx) = (&x[..d], &dy[..d], &mut dx[..d]);
-        let along = lane_sum(d, |j| dy[j].to_f32() * w[j] * x[j].to_f32());
-        let c = along * inv * inv * inv / d as f32;
-        match carried {
-            Some(carried) => {
-                let carried = &carried[..d];
-                for j in 0..d {
-                    let back = dy[j].to_f32() * w[j] * inv - x[j].to_f32() * c;
-                    dx[j] = T::from_f32(carried[j].to_f32() + back);
+        for (row, dx) in dx.chunks_exact_mut(d).enumerate() {
+            let (at, inv) = (row * d..(row + 1) * d, inv_rms[row]);
+            let (x, dy, dw) = (&x[at.clone()], &dy[at.clone()], &mut dw[..d]);
+            let (along, _) = lane_sums_of((x, dy, w), |x, dy, w| (dy * w * x, 0.0));
+            let c = along * inv * inv * inv / d as f32;
+            let mut back = |j: usize| {
+                let (x, dy) = (x[j].to_f32(), dy[j].to_f32());
+                dw[j] += dy * x * inv;
+                dy * w[j] * inv - x * c
+            };
+            match carried {
+                Some(carried) => {
+                    let carried = &carried[at];
+                    for (j, (dx, carried)) in dx.iter_mut().zip(carried).enumerate() {
+                        *dx = T::from_f32(carried.to_f32() + back(j));
+                    }
+                }
+                None => {
+                    for (j, dx) in dx.iter_mut().enumerate() {
+                        *dx = T::from_f32(back(j));
+                    }
                 }
             }
-            None => {
-                for j in 0..d {
-                    dx[j] = T::from_f32(dy[j].to_f32() * w[j] * inv - x[j].to_f32() * c);
-                }
-            }
-        }
-    }
-}
-
-multiversion! {
-    fn add_weight_grad<T: Float>(x: &[T], dy: &[T], inv: f32, dw: &mut [f32]) {
-        let d = dw.len();
-        let (x, dy) = (&x[..d], &dy[..d]);
-        for j in 0..d {
-            dw[j] += dy[j].to_f32() * x[j].to_f32() * inv;
         }
     }
 }

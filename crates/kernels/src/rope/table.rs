@@ -23,7 +23,7 @@ pub enum RopeScaling {
     },
 }
 
-/// Cosines and sines for positions `0..positions` and the H/2 frequencies of a head.
+/// Cosines and sines for positions `0..positions` and the R/2 frequencies of a head.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
     dim: usize,
@@ -33,8 +33,9 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// Angles for heads of `dim` values (even), base `theta`, positions below `positions`.
+    /// Angles for the `dim` values of a head that turn (even), base `theta`, positions below `positions`.
     pub fn new(dim: usize, theta: f32, scaling: &RopeScaling, positions: usize) -> RopeTable {
+        assert!(dim.is_multiple_of(2), "pairs of {dim} values");
         let frequencies: Vec<f64> = (0..dim / 2)
             .map(|i| scaled((theta as f64).powf(-2.0 * i as f64 / dim as f64), scaling))
             .collect();
@@ -43,7 +44,7 @@ impl RopeTable {
         RopeTable { dim, positions, cos, sin }
     }
 
-    /// Values in a head.
+    /// Values of a head that turn.
     pub fn dim(&self) -> usize {
         self.dim
     }
@@ -53,7 +54,7 @@ impl RopeTable {
         self.positions
     }
 
-    /// (cosines, sines) of a position. [H/2]
+    /// (cosines, sines) of a position. [R/2]
     pub(super) fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let half = self.dim / 2;
         let range = position * half..(position + 1) * half;

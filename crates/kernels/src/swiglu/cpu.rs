@@ -1,4 +1,5 @@
-use crate::simd::{Float, Open, exp, rows_per_task};
+use crate::rows::rows_per_task;
+use crate::simd::{Float, Open, exp};
 use device::{View, ViewMut};
 
 #[inline(always)]
@@ -11,21 +12,19 @@ pub(super) fn forward(gate_up: View<'_>, f: usize, out: ViewMut<'_>) {
         let (gate_up, out) = (T::open(gate_up), T::open_mut(out));
         let rows = rows_per_task(f);
         device::for_each_part((out, rows * f), (&mut [] as &mut [u8], 0), |i, out, _| {
-            let gate_up = &gate_up[i * rows * 2 * f..][..2 * out.len()];
-            for (gate_up, out) in gate_up.chunks_exact(2 * f).zip(out.chunks_exact_mut(f)) {
-                row(gate_up, out);
-            }
+            run(&gate_up[i * rows * 2 * f..][..2 * out.len()], f, out);
         });
     });
 }
 
 multiversion! {
-    fn row<T: Float>(gate_up: &[T], out: &mut [T]) {
-        let f = out.len();
-        let (gate, up) = (&gate_up[..f], &gate_up[f..2 * f]);
-        for j in 0..f {
-            let g = gate[j].to_f32();
-            out[j] = T::from_f32(g * sigmoid(g) * up[j].to_f32());
+    fn run<T: Float>(gate_up: &[T], f: usize, out: &mut [T]) {
+        for (gate_up, out) in gate_up.chunks_exact(2 * f).zip(out.chunks_exact_mut(f)) {
+            let (gate, up) = gate_up.split_at(f);
+            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                let gate = gate.to_f32();
+                *out = T::from_f32(gate * sigmoid(gate) * up.to_f32());
+            }
         }
     }
 }
@@ -43,31 +42,53 @@ pub(super) fn backward(
         let act = act.map_or(&mut [] as &mut [T], T::open_mut);
         let act_len = if act.is_empty() { 0 } else { rows * f };
         device::for_each_part((dgate_up, rows * 2 * f), (act, act_len), |i, dgate_up, act| {
-            let mut acts = act.chunks_exact_mut(f);
-            for (r, dgate_up) in dgate_up.chunks_exact_mut(2 * f).enumerate() {
-                let row = i * rows + r;
-                let gate_up = &gate_up[row * 2 * f..][..2 * f];
-                row_back(gate_up, &dout[row * f..][..f], dgate_up);
-                if let Some(act) = acts.next() {
-                    self::row(gate_up, act);
-                }
+            let gate_up = &gate_up[i * rows * 2 * f..][..dgate_up.len()];
+            let dout = &dout[i * rows * f..][..dgate_up.len() / 2];
+            match act.is_empty() {
+                true => run_back(gate_up, f, dout, dgate_up),
+                false => run_back_and_act(gate_up, f, dout, dgate_up, act),
             }
         });
     });
 }
 
+/// (d out / d gate, d out / d up = silu(gate)).
+#[inline(always)]
+fn slopes(gate: f32, up: f32) -> (f32, f32) {
+    let s = sigmoid(gate);
+    let silu = gate * s;
+    (up * (s + silu * (1.0 - s)), silu)
+}
+
 multiversion! {
-    fn row_back<T: Float>(gate_up: &[T], dout: &[T], dgate_up: &mut [T]) {
-        let f = dout.len();
-        let (gate, up) = (&gate_up[..f], &gate_up[f..2 * f]);
-        let (dgate, dup) = dgate_up.split_at_mut(f);
-        let dup = &mut dup[..f];
-        for j in 0..f {
-            let (g, d) = (gate[j].to_f32(), dout[j].to_f32());
-            let s = sigmoid(g);
-            let silu = g * s;
-            dup[j] = T::from_f32(d * silu);
-            dgate[j] = T::from_f32(d * up[j].to_f32() * (s + silu * (1.0 - s)));
+    fn run_back<T: Float>(gate_up: &[T], f: usize, dout: &[T], dgate_up: &mut [T]) {
+        let rows = gate_up.chunks_exact(2 * f).zip(dgate_up.chunks_exact_mut(2 * f));
+        for ((gate_up, dgate_up), dout) in rows.zip(dout.chunks_exact(f)) {
+            let ((gate, up), (dgate, dup)) = (gate_up.split_at(f), dgate_up.split_at_mut(f));
+            let ins = gate.iter().zip(up).zip(dout);
+            for ((dgate, dup), ((gate, up), d)) in dgate.iter_mut().zip(dup).zip(ins) {
+                let (to_gate, to_up) = slopes(gate.to_f32(), up.to_f32());
+                *dgate = T::from_f32(d.to_f32() * to_gate);
+                *dup = T::from_f32(d.to_f32() * to_up);
+            }
+        }
+    }
+}
+
+multiversion! {
+    fn run_back_and_act<T: Float>(gate_up: &[T], f: usize, dout: &[T], dgate_up: &mut [T], act: &mut [T]) {
+        let rows = gate_up.chunks_exact(2 * f).zip(dgate_up.chunks_exact_mut(2 * f));
+        let outs = dout.chunks_exact(f).zip(act.chunks_exact_mut(f));
+        for ((gate_up, dgate_up), (dout, act)) in rows.zip(outs) {
+            let ((gate, up), (dgate, dup)) = (gate_up.split_at(f), dgate_up.split_at_mut(f));
+            let ins = gate.iter().zip(up).zip(dout);
+            for (((dgate, dup), act), ((gate, up), d)) in dgate.iter_mut().zip(dup).zip(act).zip(ins) {
+                let (to_gate, to_up) = slopes(gate.to_f32(), up.to_f32());
+                *dgate = T::from_f32(d.to_f32() * to_gate);
+                *dup = T::from_f32(d.to_f32() * to_up);
+                // The very expression of the forward pass: `to_up` is gate * sigmoid(gate).
+                *act = T::from_f32(to_up * up.to_f32());
+            }
         }
     }
 }
