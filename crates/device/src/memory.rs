@@ -48,6 +48,24 @@ fn size_class(bytes: usize) -> Option<usize> {
     bytes.checked_next_multiple_of(step)
 }
 
+/// From this size on a block is made of huge pages where the system has them: panels of a product
+/// touch more small pages than the TLB holds.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+fn layout_of(class: usize) -> Option<Layout> {
+    let align = if class >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { ALIGN_BYTES };
+    Layout::from_size_align(class, align).ok()
+}
+
+fn ask_for_huge_pages(ptr: NonNull<u8>, layout: Layout) {
+    #[cfg(target_os = "linux")]
+    if layout.align() == HUGE_PAGE_BYTES {
+        // SAFETY: advice on our own fresh block; a refusal changes nothing.
+        unsafe { libc::madvise(ptr.as_ptr().cast(), layout.size(), libc::MADV_HUGEPAGE) };
+    }
+    let _ = (ptr, layout);
+}
+
 /// A block of at least `bytes`, from the cache or the system; contents are unspecified.
 /// `None` when the system refuses.
 pub(crate) fn take(bytes: usize) -> Option<NonNull<u8>> {
@@ -60,9 +78,10 @@ pub(crate) fn take(bytes: usize) -> Option<NonNull<u8>> {
             block.0
         }
         None => {
-            let layout = Layout::from_size_align(class, ALIGN_BYTES).ok()?;
+            let layout = layout_of(class)?;
             // SAFETY: the size is not zero.
             let ptr = NonNull::new(unsafe { alloc(layout) })?;
+            ask_for_huge_pages(ptr, layout);
             // Fresh pages are touched here, so that every element is initialised memory and the
             // first step, not a random later one, pays for the page faults.
             // SAFETY: the block has `class` bytes.
@@ -101,8 +120,9 @@ pub fn release_cached() -> usize {
     let mut cache = cache();
     for (class, blocks) in cache.parked.drain() {
         for block in blocks {
+            let Some(layout) = layout_of(class) else { continue };
             // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
-            unsafe { dealloc(block.0.as_ptr(), Layout::from_size_align_unchecked(class, ALIGN_BYTES)) };
+            unsafe { dealloc(block.0.as_ptr(), layout) };
         }
     }
     std::mem::take(&mut cache.usage.cached_bytes)

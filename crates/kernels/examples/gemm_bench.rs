@@ -35,7 +35,7 @@ fn measure(shape: &Shape, dtype: DType) -> f64 {
     };
     let mat = |data, rows, cols, t| Mat { data, ld: if t { rows } else { cols }, transposed: t };
     let (a, b) = (mat(av, m, k, shape.transposed.0), mat(bv, k, n, shape.transposed.1));
-    let seconds = best_of(4, || {
+    let seconds = best_of(8, || {
         let out = MatMut { data: ViewMut::of_f32(&mut c), ld: n };
         gemm(m, n, k, a, b, out, false, Epilogue::default());
     });

@@ -14,6 +14,8 @@ use std::cell::RefCell;
 const KC: usize = 256;
 /// Rows of A a task walks before the next strip of columns: bounds the f32 scratch of a task.
 const ROWS_PER_TASK: usize = 1536;
+/// Rows of A that stay in L2 while the columns of the strip pass over them.
+const A_ROWS: usize = 72;
 /// Products of at most this many rows (decoding) read B once and pack nothing.
 const GEMV_ROWS: usize = 8;
 
@@ -92,14 +94,13 @@ fn blocks(k: usize) -> impl Iterator<Item = (usize, usize)> {
 }
 
 /// Columns per task: a strip of B that stays in L2 beside a panel of A, and enough strips to
-/// share among workers; a function of the shape alone.
+/// share among workers. No sum depends on where a strip ends.
 fn columns_per_task(tile: Tile, m: usize, n: usize) -> usize {
-    let strips = |width: usize| n.div_ceil(width) * m.div_ceil(ROWS_PER_TASK);
-    let mut width = 128;
-    while width > 2 * tile.nr && strips(width) < 16 {
-        width /= 2;
-    }
-    width.next_multiple_of(tile.nr)
+    const WIDEST: usize = 128;
+    // Equal shares: the strips of one run of rows are a multiple of the workers where they can be.
+    let workers = if m > ROWS_PER_TASK { 1 } else { device::num_threads() };
+    let rounds = n.div_ceil(workers * WIDEST).max(1);
+    n.div_ceil(workers * rounds).next_multiple_of(tile.nr)
 }
 
 fn pack_all_rows(tile: Tile, (m, k): (usize, usize), src: Source<'_>, out: &mut [f32]) {
@@ -179,16 +180,19 @@ impl Plan<'_> {
     ) {
         let tile = self.tile;
         let first = panels.start;
-        for panel in panels {
-            let a = &a[panel * tile.mr * steps..][..tile.mr * steps];
-            let rows = tile.mr.min(self.sizes.0 - panel * tile.mr);
+        for group in panels.clone().step_by(A_ROWS / tile.mr) {
+            let group = group..(group + A_ROWS / tile.mr).min(panels.end);
             for (jp, j) in (0..columns).step_by(tile.nr).enumerate() {
                 let b = &b[jp * tile.nr * steps..][..tile.nr * steps];
                 let cols = tile.nr.min(columns - j);
-                // SAFETY: panels are whole; the tile lies inside our part of C.
-                unsafe {
-                    let c = c.add((panel - first) * tile.mr * ldc + j);
-                    tile.run(steps, a.as_ptr(), b.as_ptr(), c, ldc, (rows, cols), add);
+                for panel in group.clone() {
+                    let a = &a[panel * tile.mr * steps..][..tile.mr * steps];
+                    let rows = tile.mr.min(self.sizes.0 - panel * tile.mr);
+                    // SAFETY: panels are whole; the tile lies inside our part of C.
+                    unsafe {
+                        let c = c.add((panel - first) * tile.mr * ldc + j);
+                        tile.run(steps, a.as_ptr(), b.as_ptr(), c, ldc, (rows, cols), add);
+                    }
                 }
             }
         }

@@ -159,7 +159,7 @@ mod avx2 {
             }
             let (mut a, mut b) = (a, b);
             for _ in 0..steps {
-                _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(NR * 8).cast());
+                _mm_prefetch::<_MM_HINT_T0>(a.wrapping_add(MR * 16).cast());
                 let b0 = _mm256_loadu_ps(b);
                 let b1 = _mm256_loadu_ps(b.add(8));
                 for (i, row) in acc.iter_mut().enumerate() {
