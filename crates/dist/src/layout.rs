@@ -9,7 +9,7 @@ pub enum Placement {
     /// Every rank of the axis holds the whole.
     Replicate,
     /// Rank i of the axis holds the i-th piece along this dim.
-    Shard(usize),
+    Shard(u8),
     /// The value is the sum over the ranks of the axis.
     Partial,
 }

@@ -1,1 +1,8 @@
 //! Text out of a model: prefill, decode, sampling. Knows no HTTP.
+#![forbid(unsafe_code)]
+
+mod generate;
+mod sampling;
+
+pub use generate::{GenerateError, Generation, Session};
+pub use sampling::{Sampler, Sampling};

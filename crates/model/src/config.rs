@@ -97,6 +97,19 @@ impl Config {
         }
     }
 
+    /// Feed-forward width F.
+    pub fn ffn(&self) -> usize {
+        match self {
+            Config::Llama(config) => config.ffn,
+            Config::Gpt2(config) => config.ffn,
+        }
+    }
+
+    /// Whether the feed-forward part has a gate beside its input (SwiGLU).
+    pub fn gated(&self) -> bool {
+        matches!(self, Config::Llama(_))
+    }
+
     /// Longest sequence the model was made for, in tokens.
     pub fn max_positions(&self) -> usize {
         match self {
@@ -137,7 +150,7 @@ impl<'a> Keys<'a> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
-    fn wrong(key: &str, found: &Value, expected: &'static str) -> ConfigError {
+    pub(crate) fn wrong(key: &str, found: &Value, expected: &'static str) -> ConfigError {
         let mut found = found.to_string();
         if found.len() > 60 {
             found = found.chars().take(57).collect::<String>() + "...";
@@ -158,18 +171,25 @@ impl<'a> Keys<'a> {
     }
 
     pub(crate) fn size(&self, key: &str) -> Result<Option<usize>, ConfigError> {
-        // Sizes multiply: a limit far above any model keeps every product inside 64 bits.
-        let fits = |v: &Value| v.as_u64().filter(|n| *n <= 1 << 31).map(|n| n as usize);
-        self.get(key)
-            .map(|v| fits(v).ok_or_else(|| Self::wrong(key, v, "a whole number below 2^31")))
-            .transpose()
+        let (limit, expected) = limit(key);
+        let fits = |v: &Value| v.as_u64().filter(|n| *n <= limit).map(|n| n as usize);
+        self.get(key).map(|v| fits(v).ok_or_else(|| Self::wrong(key, v, expected))).transpose()
+    }
+
+    /// A size that may be absent but not zero.
+    pub(crate) fn positive(&self, key: &'static str) -> Result<Option<usize>, ConfigError> {
+        self.size(key)?.map(|size| above_zero(key, size)).transpose()
+    }
+
+    /// A number above zero that an f32 can hold.
+    pub(crate) fn scale(&self, key: &str) -> Result<Option<f32>, ConfigError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let scale = self.number(key)?.map(|x| x as f32).filter(|x| x.is_finite() && *x > 0.0);
+        scale.map(Some).ok_or_else(|| Self::wrong(key, value, "a finite number above 0"))
     }
 
     pub(crate) fn required(&self, key: &'static str) -> Result<usize, ConfigError> {
-        match self.size(key)?.ok_or(ConfigError::Missing(key))? {
-            0 => Err(ConfigError::Unsupported { key, value: "0".into(), remedy: "must be positive".into() }),
-            size => Ok(size),
-        }
+        self.positive(key)?.ok_or(ConfigError::Missing(key))
     }
 
     /// `eos_token_id` and its like: a number or a list of numbers, of which the first counts.
@@ -183,28 +203,43 @@ impl<'a> Keys<'a> {
             .transpose()
     }
 
-    pub(crate) fn list(&self, key: &str) -> Option<&'a Vec<Value>> {
-        self.get(key).and_then(Value::as_array)
+    pub(crate) fn list(&self, key: &str) -> Result<Option<&'a Vec<Value>>, ConfigError> {
+        self.get(key).map(|v| v.as_array().ok_or_else(|| Self::wrong(key, v, "a list"))).transpose()
+    }
+
+    fn object(&self, key: &str) -> Result<Option<Keys<'a>>, ConfigError> {
+        let object = |v: &'a Value| v.is_object().then_some(Keys(v));
+        self.get(key).map(|v| object(v).ok_or_else(|| Self::wrong(key, v, "an object"))).transpose()
     }
 
     /// (theta, scaling) from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old).
     pub(crate) fn rope(&self) -> Result<(f32, RopeScaling), ConfigError> {
-        let nested = self.get("rope_parameters").or_else(|| self.get("rope_scaling"));
-        let inner = nested.map(Keys);
-        let nested_theta = inner.as_ref().map(|keys| keys.number("rope_theta")).transpose()?.flatten();
-        let theta = nested_theta.or(self.number("rope_theta")?).unwrap_or(10_000.0) as f32;
+        let inner = match self.object("rope_parameters")? {
+            Some(keys) => Some(keys),
+            None => self.object("rope_scaling")?,
+        };
+        let nested_theta = inner.as_ref().map(|keys| keys.scale("rope_theta")).transpose()?.flatten();
+        let theta = nested_theta.or(self.scale("rope_theta")?).unwrap_or(10_000.0);
         let Some(keys) = inner else { return Ok((theta, RopeScaling::None)) };
         let kind = keys.text("rope_type")?.or(keys.text("type")?).unwrap_or("default");
-        let need = |key: &'static str| keys.number(key)?.ok_or(ConfigError::Missing(key));
+        let need = |key: &'static str| keys.scale(key)?.ok_or(ConfigError::Missing(key));
         let scaling = match kind {
             "default" => RopeScaling::None,
-            "linear" => RopeScaling::Linear { factor: need("factor")? as f32 },
-            "llama3" => RopeScaling::Llama3 {
-                factor: need("factor")? as f32,
-                low_freq_factor: need("low_freq_factor")? as f32,
-                high_freq_factor: need("high_freq_factor")? as f32,
-                original_max_positions: need("original_max_position_embeddings")? as usize,
-            },
+            "linear" => RopeScaling::Linear { factor: need("factor")? },
+            "llama3" => {
+                let (low, high) = (need("low_freq_factor")?, need("high_freq_factor")?);
+                if low >= high {
+                    let remedy = format!("must be above `low_freq_factor` = {low}");
+                    let (key, value) = ("high_freq_factor", high.to_string());
+                    return Err(ConfigError::Unsupported { key, value, remedy });
+                }
+                RopeScaling::Llama3 {
+                    factor: need("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_positions: keys.required("original_max_position_embeddings")?,
+                }
+            }
             other => {
                 return Err(ConfigError::Unsupported {
                     key: "rope_type",
@@ -214,5 +249,24 @@ impl<'a> Keys<'a> {
             }
         };
         Ok((theta, scaling))
+    }
+}
+
+/// Largest value of a size. Sizes multiply: these bounds lie far above any model and keep
+/// parameters, their bytes with optimizer state, and FLOPs inside 64 bits.
+fn limit(key: &str) -> (u64, &'static str) {
+    match key {
+        "head_dim" => (1 << 10, "a whole number to 2^10"),
+        "num_attention_heads" | "num_key_value_heads" | "n_head" => (1 << 12, "a whole number to 2^12"),
+        "num_hidden_layers" | "n_layer" => (1 << 14, "a whole number to 2^14"),
+        "hidden_size" | "intermediate_size" | "n_embd" | "n_inner" => (1 << 20, "a whole number to 2^20"),
+        _ => (1 << 31, "a whole number to 2^31"),
+    }
+}
+
+fn above_zero(key: &'static str, size: usize) -> Result<usize, ConfigError> {
+    match size {
+        0 => Err(ConfigError::Unsupported { key, value: "0".into(), remedy: "must be positive".into() }),
+        size => Ok(size),
     }
 }

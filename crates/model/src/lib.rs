@@ -16,7 +16,7 @@ pub use flops::Flops;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use layers::{Linear, Recompute, Tokens};
 pub use llama::{Family, Llama, LlamaConfig};
-pub use names::{Builder, StoredWeight};
+pub use names::{Builder, StoredWeight, fill};
 
 use dist::Mesh;
 use std::sync::Arc;

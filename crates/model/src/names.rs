@@ -32,6 +32,38 @@ impl StoredWeight {
     }
 }
 
+impl StoredWeight {
+    /// Elements as a folder holds them, in the order of our parameter.
+    pub fn to_ours(&self, values: Vec<f32>) -> Vec<f32> {
+        if self.transposed { transpose(&values, self.shape[0], self.shape[1]) } else { values }
+    }
+
+    /// The run of our parameter that this tensor is, in the order of a folder.
+    pub fn to_stored(&self, param: &[f32]) -> Vec<f32> {
+        let ours = &param[self.first..self.first + self.len()];
+        if self.transposed { transpose(ours, self.shape[1], self.shape[0]) } else { ours.to_vec() }
+    }
+}
+
+/// [rows, cols] to [cols, rows].
+fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..rows * cols).map(|i| values[i % rows * cols + i / rows]).collect()
+}
+
+/// Fill every parameter: `read(name, shape)` gives a tensor of a folder, `put(param, first element,
+/// values)` takes it.
+pub fn fill<E>(
+    stored: &[StoredWeight],
+    mut read: impl FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
+    mut put: impl FnMut(ParamRef, usize, &[f32]),
+) -> Result<(), E> {
+    for weight in stored {
+        let values = weight.to_ours(read(&weight.name, &weight.shape)?);
+        put(weight.param, weight.first, &values);
+    }
+    Ok(())
+}
+
 /// How a matrix lies in files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {
@@ -85,5 +117,23 @@ impl Builder {
             self.stored.push(StoredWeight { name, shape, param, first: row * inputs.max(1), transposed });
             row += rows;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stored_and_ours_are_inverse() {
+        let mut params = ParamList::default();
+        let init = Init::Zeros;
+        let param = params.add(ParamSpec { name: "w".into(), shape: vec![4, 3], init, decay: true });
+        // Rows 1 and 2 of a [4, 3] parameter, kept as [3, 2] in files.
+        let weight = StoredWeight { name: "w".into(), shape: vec![3, 2], param, first: 3, transposed: true };
+        let ours: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let stored = weight.to_stored(&ours);
+        assert_eq!(stored, [3.0, 6.0, 4.0, 7.0, 5.0, 8.0]);
+        assert_eq!(weight.to_ours(stored), ours[3..9]);
     }
 }

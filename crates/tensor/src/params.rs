@@ -61,6 +61,27 @@ impl ParamList {
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
     }
+
+    /// Initial values of every parameter from `seed`, handed to `put(param, first element, values)`
+    /// in pieces, so that whoever keeps a finer master can keep the full f32 value.
+    pub fn initial_values(&self, seed: u64, mut put: impl FnMut(ParamRef, usize, &[f32])) {
+        const PIECE: usize = 1 << 20;
+        const FILL: usize = 1 << 14;
+        let mut values = vec![0f32; PIECE];
+        for (index, spec) in self.specs.iter().enumerate() {
+            for first in (0..spec.len()).step_by(PIECE) {
+                let count = PIECE.min(spec.len() - first);
+                let chunks: Vec<_> = values[..count].chunks_mut(FILL).map(Mutex::new).collect();
+                device::for_each_index(chunks.len(), |i| {
+                    if let Ok(mut chunk) = chunks[i].lock() {
+                        fill(spec.init, seed, &spec.name, (first + i * FILL) as u64, &mut chunk);
+                    }
+                });
+                drop(chunks);
+                put(ParamRef(index as u32), first, &values[..count]);
+            }
+        }
+    }
 }
 
 /// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector
@@ -104,27 +125,6 @@ impl ParamStore {
             self.grads = Some(Buffer::zeroed(self.device, self.total * 4)?);
         }
         Ok(())
-    }
-
-    /// Initial values of every parameter from `seed`, handed to `put(param, first element, values)`
-    /// in pieces, so that whoever keeps a finer master can keep the full f32 value.
-    pub fn initial_values(&self, seed: u64, mut put: impl FnMut(ParamRef, usize, &[f32])) {
-        const PIECE: usize = 1 << 20;
-        const FILL: usize = 1 << 14;
-        let mut values = vec![0f32; PIECE];
-        for (index, spec) in self.specs.iter().enumerate() {
-            for first in (0..spec.len()).step_by(PIECE) {
-                let count = PIECE.min(spec.len() - first);
-                let chunks: Vec<_> = values[..count].chunks_mut(FILL).map(Mutex::new).collect();
-                device::for_each_index(chunks.len(), |i| {
-                    if let Ok(mut chunk) = chunks[i].lock() {
-                        fill(spec.init, seed, &spec.name, (first + i * FILL) as u64, &mut chunk);
-                    }
-                });
-                drop(chunks);
-                put(ParamRef(index as u32), first, &values[..count]);
-            }
-        }
     }
 
     /// Handles in order.
@@ -216,6 +216,16 @@ impl ParamStore {
     /// All gradients as one flat array, padding (always zero) included.
     pub fn all_grads(&self) -> View<'_> {
         self.grads.as_ref().expect("gradients enabled").view(DType::F32, 0, self.total)
+    }
+
+    /// All weights as one flat array, padding (always zero) included.
+    pub fn all_weights(&self) -> View<'_> {
+        self.weights.view(self.dtype, 0, self.total)
+    }
+
+    /// The same for restoring them.
+    pub fn all_weights_mut(&mut self) -> ViewMut<'_> {
+        self.weights.view_mut(self.dtype, 0, self.total)
     }
 
     /// Start a step: every gradient counts as zero.

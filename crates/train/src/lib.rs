@@ -1,1 +1,40 @@
-//! The training loop: recipe, schedule, step, metrics. Knows no HTTP.
+//! The training loop: recipe, schedule, step, metrics.
+//!
+//! `Recipe` says what is wanted, `Prepared` is what a run is made of, `Learner` does a step,
+//! `Trainer` owns the sequence of effects. Knows no HTTP and draws nothing on a screen.
+#![forbid(unsafe_code)]
+
+mod error;
+mod estimate;
+mod export;
+mod learner;
+mod metrics;
+mod optimizer;
+mod prepare;
+pub mod recipe;
+mod run_folder;
+mod schedule;
+mod tensorboard;
+mod trainer;
+
+pub use error::TrainError;
+pub use estimate::Estimate;
+pub use learner::{Learner, LearnerError, loss_of};
+pub use metrics::{MetricsError, StepMetrics};
+pub use optimizer::{AdamW, AdamWConfig};
+pub use prepare::{Prepared, Report, Stage};
+pub use recipe::{Recipe, RecipeError, Settings};
+pub use schedule::{Decay, Schedule};
+pub use trainer::{Progress, Start, Trainer};
+
+/// A number of bytes for people: "3.1 GiB".
+pub fn bytes(count: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut value = count as f64;
+    let mut unit = 0;
+    while value >= 1024.0 && unit + 1 < UNITS.len() {
+        value /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{count} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}

@@ -51,14 +51,15 @@ impl Gpt2Config {
                 return Err(ConfigError::Unsupported { key: "activation_function", value, remedy });
             }
         };
+        check_switches(keys)?;
         Ok(Gpt2Config {
             vocab: keys.required("vocab_size")?,
             width,
             layers: keys.required("n_layer")?,
             heads,
-            ffn: keys.size("n_inner")?.unwrap_or(4 * width),
+            ffn: keys.positive("n_inner")?.unwrap_or(4 * width),
             max_positions: keys.required("n_positions")?,
-            eps: keys.number("layer_norm_epsilon")?.unwrap_or(1e-5) as f32,
+            eps: keys.scale("layer_norm_epsilon")?.unwrap_or(1e-5),
             exact_gelu,
             bos: keys.token("bos_token_id")?,
             eos: keys.token("eos_token_id")?,
@@ -87,6 +88,23 @@ impl Gpt2Config {
             "use_cache": true,
         })
     }
+}
+
+/// Switches that change what is computed and that only their usual value is built for.
+fn check_switches(keys: &Keys<'_>) -> Result<(), ConfigError> {
+    let switches = [
+        ("scale_attn_weights", true),
+        ("scale_attn_by_inverse_layer_idx", false),
+        ("add_cross_attention", false),
+        ("tie_word_embeddings", true),
+    ];
+    for (key, usual) in switches {
+        if keys.flag(key)?.unwrap_or(usual) != usual {
+            let (value, remedy) = ((!usual).to_string(), format!("only {usual} is supported"));
+            return Err(ConfigError::Unsupported { key, value, remedy });
+        }
+    }
+    Ok(())
 }
 
 /// A GPT-2 decoder.

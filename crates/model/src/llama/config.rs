@@ -93,16 +93,16 @@ impl LlamaConfig {
         };
         let (width, heads) = (keys.required("hidden_size")?, keys.required("num_attention_heads")?);
         let layers = keys.required("num_hidden_layers")?;
-        let head_dim = match keys.size("head_dim")? {
+        let head_dim = match keys.positive("head_dim")? {
             Some(dim) => dim,
             None if width.is_multiple_of(heads) => width / heads,
             None => return Err(indivisible("hidden_size", width, "num_attention_heads", heads)),
         };
-        let kv_heads = keys.size("num_key_value_heads")?.unwrap_or(heads);
-        if kv_heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let kv_heads = keys.positive("num_key_value_heads")?.unwrap_or(heads);
+        if !heads.is_multiple_of(kv_heads) {
             return Err(indivisible("num_attention_heads", heads, "num_key_value_heads", kv_heads));
         }
-        if head_dim == 0 || !head_dim.is_multiple_of(2) {
+        if !head_dim.is_multiple_of(2) {
             let remedy = "rotary positions need an even head dim".to_string();
             return Err(ConfigError::Unsupported { key: "head_dim", value: head_dim.to_string(), remedy });
         }
@@ -122,10 +122,10 @@ impl LlamaConfig {
             kv_heads,
             head_dim,
             ffn: keys.required("intermediate_size")?,
-            eps: keys.number("rms_norm_eps")?.unwrap_or(1e-6) as f32,
+            eps: keys.scale("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
-            max_positions: keys.size("max_position_embeddings")?.unwrap_or(2048),
+            max_positions: keys.positive("max_position_embeddings")?.unwrap_or(2048),
             tied: keys.flag("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias: family == Family::Qwen2 || attention_bias,
             out_bias: family != Family::Qwen2 && attention_bias,
@@ -184,8 +184,16 @@ impl LlamaConfig {
             Family::Qwen2 | Family::Qwen3 => {
                 json["use_sliding_window"] = json!(window.is_some());
                 json["sliding_window"] = json!(window);
+                // Older readers know only a first layer from which all slide.
                 let whole = self.windows.iter().take_while(|window| window.is_none()).count();
                 json["max_window_layers"] = json!(whole.min(self.layers));
+                if window.is_some() {
+                    let kind = |layer| match self.window_of(layer) {
+                        Some(_) => "sliding_attention",
+                        None => "full_attention",
+                    };
+                    json["layer_types"] = (0..self.layers).map(kind).collect();
+                }
             }
         }
         json
@@ -217,10 +225,14 @@ fn check_activation(keys: &Keys<'_>) -> Result<(), ConfigError> {
 }
 
 fn windows(family: Family, layers: usize, keys: &Keys<'_>) -> Result<Vec<Option<usize>>, ConfigError> {
-    let Some(window) = keys.size("sliding_window")? else { return Ok(Vec::new()) };
-    if let Some(types) = keys.list("layer_types") {
-        let slides = |i: usize| types.get(i).and_then(Value::as_str) == Some("sliding_attention");
-        return Ok((0..layers).map(|i| slides(i).then_some(window)).collect());
+    let Some(window) = keys.positive("sliding_window")? else { return Ok(Vec::new()) };
+    if let Some(types) = keys.list("layer_types")? {
+        if types.len() != layers {
+            let remedy = format!("must name a kind for each of the {layers} layers");
+            let value = format!("{} kinds", types.len());
+            return Err(ConfigError::Unsupported { key: "layer_types", value, remedy });
+        }
+        return types.iter().map(|kind| window_of_kind(kind, window)).collect();
     }
     let first = match family {
         Family::Llama => return Ok(Vec::new()),
@@ -231,4 +243,12 @@ fn windows(family: Family, layers: usize, keys: &Keys<'_>) -> Result<Vec<Option<
         Family::Qwen2 | Family::Qwen3 => return Ok(Vec::new()),
     };
     Ok((0..layers).map(|i| (i >= first).then_some(window)).collect())
+}
+
+fn window_of_kind(kind: &Value, window: usize) -> Result<Option<usize>, ConfigError> {
+    match kind.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") => Ok(Some(window)),
+        _ => Err(Keys::wrong("layer_types", kind, "full_attention or sliding_attention")),
+    }
 }

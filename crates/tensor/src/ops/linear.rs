@@ -115,7 +115,8 @@ impl Saved {
         grads: &mut Grads,
     ) -> Result<(), OutOfMemory> {
         let used = [self.weight, self.bias.unwrap_or(self.weight)];
-        tape.moment("linear", &used[..1 + self.bias.is_some() as usize]);
+        let name = if self.gelu.is_some() { "linear_gelu" } else { "linear" };
+        tape.moment(name, &used[..1 + self.bias.is_some() as usize]);
         let dy = match self.gelu {
             None => dy,
             Some((kind, pre)) => {

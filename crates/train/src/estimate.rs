@@ -1,0 +1,89 @@
+//! What a run will need, from shapes alone: predicted, before anything is reserved.
+
+use crate::optimizer::AdamW;
+use crate::recipe::TrainRecipe;
+use device::DType;
+use model::{Config, Recompute};
+use tensor::ParamList;
+
+/// Share of the measured GEMM peak a training step reaches, for predicted times: what the
+/// Shakespeare recipe and the bench configurations measure lies between 0.6 and 0.8.
+const USUAL_UTILISATION: f64 = 0.65;
+
+/// Tokens whose logits the fused loss holds at a time, as `Tape::head_loss`.
+const LOSS_SLICE: usize = 256;
+
+/// Predicted needs of a run.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Estimate {
+    /// Parameters.
+    pub params: usize,
+    /// Weights, masters, gradients and moments.
+    pub state_bytes: u64,
+    /// Activations at their highest, scratch included.
+    pub activation_bytes: u64,
+    /// The copy that is written in the background.
+    pub snapshot_bytes: u64,
+    /// Counted FLOPs of a step.
+    pub step_flops: f64,
+    /// Tokens of a step.
+    pub step_tokens: usize,
+}
+
+impl Estimate {
+    /// For a model of `params` under `recipe`.
+    pub fn new(config: &Config, params: &ParamList, recipe: &TrainRecipe, snapshot: bool) -> Estimate {
+        let count: usize = params.specs().iter().map(|spec| spec.len()).sum();
+        let per_param = AdamW::bytes_per_param(recipe.dtype);
+        let step_tokens = recipe.batch * recipe.context * recipe.accumulate;
+        // Gradients are not saved.
+        let snapshot_bytes = if snapshot { count * (per_param - 4) } else { 0 };
+        Estimate {
+            params: count,
+            state_bytes: (count * per_param) as u64,
+            activation_bytes: activation_bytes(config, recipe),
+            snapshot_bytes: snapshot_bytes as u64,
+            step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
+            step_tokens,
+        }
+    }
+
+    /// All of it.
+    pub fn total_bytes(&self) -> u64 {
+        self.state_bytes + self.activation_bytes + self.snapshot_bytes
+    }
+
+    /// Predicted seconds of a step on a machine of `peak_gflops`.
+    pub fn step_seconds(&self, peak_gflops: f64) -> f64 {
+        self.step_flops / (peak_gflops * 1e9 * USUAL_UTILISATION)
+    }
+}
+
+/// Bytes a microbatch keeps between forward and backward, and the largest scratch beside them.
+fn activation_bytes(config: &Config, recipe: &TrainRecipe) -> u64 {
+    let (n, k, h) = config.heads();
+    let (d, f, v) = (config.width(), config.ffn(), config.vocab());
+    let size = match recipe.dtype {
+        DType::F32 => 4,
+        _ => 2,
+    };
+    let m = recipe.batch * recipe.context;
+    let gates = if config.gated() { 2 * f } else { f };
+    // Kept per token and layer: two inputs of norms, two outputs of norms, q|k|v and the attended
+    // heads, the feed-forward's inner values (GELU keeps its output beside its input).
+    let inner = if config.gated() { gates } else { 2 * f };
+    let kept = 4 * d + (n + 2 * k) * h + n * h + inner;
+    let full_layers = match recipe.recompute {
+        Recompute::Never => config.layers(),
+        Recompute::First(count) => config.layers().saturating_sub(count).max(1),
+        Recompute::Always => 1,
+    };
+    let inputs = config.layers() - full_layers.min(config.layers());
+    let layers = m * (full_layers * kept + inputs * d) * size + m * config.layers() * n * 4;
+    // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the inner
+    // values, the packed operand of the widest product.
+    let slice = LOSS_SLICE.min(m);
+    let head = 2 * slice * v * 4 + 2 * m * d * size;
+    let scratch = m * (gates + f + 2 * d) * size + m * gates * 4;
+    (layers + head.max(scratch) + 2 * m * d * size) as u64
+}

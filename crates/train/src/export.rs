@@ -1,0 +1,125 @@
+//! The run as a Hugging Face folder, beside its state.
+
+use crate::TrainError;
+use crate::learner::Learner;
+use crate::prepare::Prepared;
+use crate::recipe::{ModelRecipe, Recipe};
+use crate::run_folder::RunFolder;
+use checkpoint::{OutTensor, save_folder};
+use device::DType;
+use half::bf16;
+use serde_json::json;
+use std::io::{self, Write};
+
+/// Above this a folder is cut into shards, as `transformers` does.
+const SHARD_BYTES: u64 = 5_000_000_000;
+
+/// Write config, weights, tokenizer, generation config and model card into the run's folder. They
+/// are written whole aside first, then moved in one by one, the weights last.
+pub fn write(
+    folder: &RunFolder,
+    recipe: &Recipe,
+    prepared: &Prepared,
+    learner: &Learner,
+    step: u64,
+) -> Result<(), TrainError> {
+    let aside = folder.path().join(".export");
+    let dtype = learner.store.dtype();
+    let tensors: Vec<OutTensor> = learner
+        .stored
+        .iter()
+        .map(|weight| OutTensor { name: weight.name.clone(), shape: weight.shape.clone(), dtype })
+        .collect();
+    let mut files = prepared.tokenizer.files()?;
+    let config = prepared.config.to_json(prepared.precision(recipe));
+    let mut generation = json!({ "do_sample": true, "temperature": 0.8, "top_p": 0.95 });
+    if let Some(bos) = prepared.tokenizer.bos() {
+        generation["bos_token_id"] = json!(bos);
+    }
+    if let [first, rest @ ..] = prepared.tokenizer.eos_ids() {
+        generation["eos_token_id"] =
+            if rest.is_empty() { json!(first) } else { json!(prepared.tokenizer.eos_ids()) };
+        generation["pad_token_id"] = json!(first);
+    }
+    let mut config = config;
+    for key in ["bos_token_id", "eos_token_id"] {
+        config[key] = generation.get(key).cloned().unwrap_or(serde_json::Value::Null);
+    }
+    files.push(("config.json".into(), pretty(&config)));
+    files.push(("generation_config.json".into(), pretty(&generation)));
+    files.push(("README.md".into(), card(recipe, prepared, learner, step).into_bytes()));
+    // A folder left by a run that was killed right here.
+    std::fs::remove_dir_all(&aside).ok();
+    save_folder(&aside, &tensors, |index, out| write_tensor(learner, index, out), &files, SHARD_BYTES)?;
+    move_in(folder, &aside).map_err(|source| TrainError::Folder { path: folder.path().to_path_buf(), source })
+}
+
+fn pretty(json: &serde_json::Value) -> Vec<u8> {
+    format!("{json:#}\n").into_bytes()
+}
+
+fn write_tensor(learner: &Learner, index: usize, out: &mut dyn Write) -> io::Result<()> {
+    let weight = &learner.stored[index];
+    let view = learner.store.weight(weight.param);
+    if !weight.transposed {
+        return out.write_all(view.narrow(weight.first, weight.len()).bytes());
+    }
+    let widened: Vec<f32> = match view.floats() {
+        device::Slice::F32(values) => values.to_vec(),
+        device::Slice::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
+    };
+    for x in weight.to_stored(&widened) {
+        match learner.store.dtype() {
+            DType::F32 => out.write_all(&x.to_le_bytes())?,
+            _ => out.write_all(&bf16::from_f32(x).to_le_bytes())?,
+        }
+    }
+    Ok(())
+}
+
+fn move_in(folder: &RunFolder, aside: &std::path::Path) -> io::Result<()> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(aside)? {
+        names.push(entry?.file_name());
+    }
+    // Weights last: until then a reader finds the weights of the former export.
+    names.sort_by_key(|name| name.to_string_lossy().ends_with(".safetensors"));
+    for name in names {
+        std::fs::rename(aside.join(&name), folder.path().join(&name))?;
+    }
+    std::fs::remove_dir(aside)?;
+    std::fs::File::open(folder.path())?.sync_all()
+}
+
+fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> String {
+    let config = &prepared.config;
+    let (n, k, h) = config.heads();
+    let data = recipe.data.path.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ");
+    let origin = match &recipe.model {
+        ModelRecipe::From(path) => format!("fine-tuned from `{}`", path.display()),
+        ModelRecipe::New(_) => "trained from random weights".into(),
+    };
+    let name = folder_name(&recipe.run.dir);
+    format!(
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- trilith\n---\n\n# {name}\n\n\
+         A {} model, {origin} with Trilith.\n\n\
+         | | |\n|---|---|\n| parameters | {} |\n| layers | {} |\n| width | {} |\n\
+         | query heads, kv heads, head dim | {n}, {k}, {h} |\n| vocabulary | {} |\n\
+         | data | {data} |\n| steps | {step} of {} |\n| tokens per step | {} |\n| precision | {} |\n\n\
+         The recipe is in `recipe.toml`, the log in `metrics.jsonl`.\n\n\
+         ```\ntrilith chat {}\n```\n",
+        config.family(),
+        learner.store.parameter_count(),
+        config.layers(),
+        config.width(),
+        config.vocab(),
+        recipe.train.steps,
+        recipe.train.batch * recipe.train.accumulate * recipe.train.context,
+        prepared.precision(recipe),
+        recipe.run.dir.display(),
+    )
+}
+
+fn folder_name(dir: &std::path::Path) -> String {
+    dir.file_name().map_or_else(|| "model".into(), |name| name.to_string_lossy().into_owned())
+}

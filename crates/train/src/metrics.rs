@@ -1,0 +1,158 @@
+//! What a run writes down about itself: one JSON object a line, and TensorBoard events.
+//!
+//! A resumed run cuts the log back to where its state was saved, so that the log of a run that was
+//! killed reads as if it had not been, timings aside.
+
+use crate::tensorboard::EventWriter;
+use serde_json::{Value, json};
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// The log of a run.
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    events: Option<EventWriter>,
+}
+
+/// The log cannot be written or is not the one the state belongs to.
+#[derive(Debug, thiserror::Error)]
+pub enum MetricsError {
+    /// The system refused.
+    #[error("cannot write {path}: {source}; free space or make the folder writable, then run again with --resume")]
+    Write {
+        /// Which file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The log lost lines that the saved state counts on.
+    #[error("{path} has {found} bytes, but had {wanted} when the state was saved; restore the file, or start anew in another run.dir")]
+    Shorter {
+        /// Which file.
+        path: PathBuf,
+        /// Bytes now.
+        found: u64,
+        /// Bytes at the save.
+        wanted: u64,
+    },
+}
+
+/// One step as it is written down.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepMetrics {
+    /// Counted from 1.
+    pub step: u64,
+    /// Mean over the learned targets of the global batch, in nats.
+    pub loss: f64,
+    /// Learning rate.
+    pub lr: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    /// Whether the gradients were applied; false when loss or norm were not finite.
+    pub applied: bool,
+    /// Tokens of all steps so far.
+    pub tokens: u64,
+    /// Epochs so far, as a fraction.
+    pub epoch: f64,
+    /// Duration of the step.
+    pub seconds: f64,
+    /// Tokens of this step over its duration.
+    pub tokens_per_s: f64,
+    /// Counted FLOPs over duration, in GFLOP/s.
+    pub gflops: f64,
+    /// That over the measured peak of the machine.
+    pub mfu: f64,
+}
+
+impl Metrics {
+    /// Begin at `len` bytes of `dir/metrics.jsonl` (0: anew), the first step being `step` + 1.
+    pub fn open(dir: &Path, len: u64, step: u64, tensorboard: bool) -> Result<Metrics, MetricsError> {
+        let path = dir.join("metrics.jsonl");
+        let failed = |source| MetricsError::Write { path: path.clone(), source };
+        let file = OpenOptions::new().create(true).append(true).open(&path).map_err(failed)?;
+        let found = file.metadata().map_err(failed)?.len();
+        if found < len {
+            return Err(MetricsError::Shorter { path, found, wanted: len });
+        }
+        file.set_len(len).map_err(failed)?;
+        let events = tensorboard.then(|| EventWriter::create(&dir.join("tensorboard"), step));
+        let events = events.transpose().map_err(failed)?;
+        Ok(Metrics { path, file, len, events })
+    }
+
+    /// Bytes written, for the state that is saved now; they are on disk when this returns.
+    pub fn sync(&mut self) -> Result<u64, MetricsError> {
+        self.file.sync_data().map_err(|source| MetricsError::Write { path: self.path.clone(), source })?;
+        Ok(self.len)
+    }
+
+    /// Write a step down.
+    pub fn step(&mut self, m: &StepMetrics) -> Result<(), MetricsError> {
+        let line = json!({
+            "kind": "step", "step": m.step, "loss": finite(m.loss), "lr": m.lr,
+            "grad_norm": finite(m.grad_norm), "applied": m.applied, "tokens": m.tokens, "epoch": m.epoch,
+            "seconds": m.seconds, "tokens_per_s": m.tokens_per_s, "gflops": m.gflops, "mfu": m.mfu,
+        });
+        let points = [
+            ("train/loss", m.loss),
+            ("train/lr", m.lr),
+            ("train/grad_norm", m.grad_norm),
+            ("speed/tokens_per_s", m.tokens_per_s),
+            ("speed/mfu", m.mfu),
+        ];
+        self.put(m.step, &line, &points)
+    }
+
+    /// Write a validation down.
+    pub fn validation(&mut self, step: u64, loss: f64, targets: u64) -> Result<(), MetricsError> {
+        let perplexity = loss.exp();
+        let line = json!({
+            "kind": "validation", "step": step, "loss": finite(loss), "perplexity": finite(perplexity),
+            "targets": targets,
+        });
+        self.put(step, &line, &[("valid/loss", loss), ("valid/perplexity", perplexity)])
+    }
+
+    fn put(&mut self, step: u64, line: &Value, points: &[(&str, f64)]) -> Result<(), MetricsError> {
+        let line = format!("{line}\n");
+        let events = &mut self.events;
+        let written = self.file.write_all(line.as_bytes()).and_then(|()| match events {
+            Some(events) => events.scalars(step, points),
+            None => Ok(()),
+        });
+        written.map_err(|source| MetricsError::Write { path: self.path.clone(), source })?;
+        self.len += line.len() as u64;
+        Ok(())
+    }
+}
+
+/// JSON has no NaN and no infinity; a text keeps what happened.
+fn finite(x: f64) -> Value {
+    if x.is_finite() { json!(x) } else { json!(x.to_string()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_resumed_log_is_cut_back_to_the_save() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut log = Metrics::open(dir.path(), 0, 0, false).unwrap();
+        log.validation(1, 2.0, 10).unwrap();
+        let saved = log.sync().unwrap();
+        log.validation(2, f64::NAN, 10).unwrap();
+        drop(log);
+        let mut log = Metrics::open(dir.path(), saved, 1, false).unwrap();
+        log.validation(2, 1.0, 10).unwrap();
+        let text = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+        let losses: Vec<Value> =
+            text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["loss"].clone()).collect();
+        assert_eq!(losses, [json!(2.0), json!(1.0)]);
+        let shorter = Metrics::open(dir.path(), 10_000, 1, false).err().unwrap();
+        assert!(shorter.to_string().contains("10000 when the state was saved"));
+    }
+}

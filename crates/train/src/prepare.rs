@@ -1,0 +1,192 @@
+//! From a recipe to what a run is made of: model config, tokenizer, tokens. Nothing here reserves
+//! memory for training.
+
+use crate::TrainError;
+use crate::estimate::Estimate;
+use crate::learner::{Learner, LearnerError};
+use crate::recipe::{ModelRecipe, Recipe};
+use checkpoint::ModelFiles;
+use data::{Document, TokenizedCorpus, Tokenizer, documents};
+use device::DType;
+use dist::Mesh;
+use model::{Config, Model};
+use serde_json::json;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tensor::ParamList;
+
+/// The token that ends documents in tokenizers trained here.
+const END_OF_TEXT: &str = "<|endoftext|>";
+
+/// What takes long while a run is prepared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// A tokenizer is trained.
+    TrainTokenizer,
+    /// The corpus is tokenized: bytes done of all.
+    Tokenize {
+        /// Bytes of text done.
+        done: u64,
+        /// Bytes of all files.
+        total: u64,
+    },
+}
+
+/// Told of every stage.
+pub type Report<'a> = &'a mut dyn FnMut(Stage);
+
+/// What a run is made of.
+pub struct Prepared {
+    /// Shape of the model.
+    pub config: Config,
+    /// Its parameters.
+    pub params: ParamList,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Training tokens.
+    pub train: Arc<TokenizedCorpus>,
+    /// Validation tokens, where some could be held out.
+    pub valid: Option<Arc<TokenizedCorpus>>,
+    /// The model to start from.
+    files: Option<ModelFiles>,
+}
+
+impl Prepared {
+    /// Read config, tokenizer and data. With `resume` the tokenizer of an earlier start is used.
+    pub fn new(recipe: &Recipe, resume: bool, report: Report<'_>) -> Result<Prepared, TrainError> {
+        let files = match &recipe.model {
+            ModelRecipe::From(path) => Some(ModelFiles::open(path)?),
+            ModelRecipe::New(_) => None,
+        };
+        let tokenizer = tokenizer(recipe, files.as_ref(), resume, report)?;
+        let config = config(recipe, files.as_ref(), &tokenizer)?;
+        let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
+        let (train, valid) = corpora(recipe, &tokenizer, report)?;
+        Ok(Prepared { config, params, tokenizer, train, valid, files })
+    }
+
+    /// What the run will need.
+    pub fn estimate(&self, recipe: &Recipe) -> Estimate {
+        Estimate::new(&self.config, &self.params, &recipe.train, recipe.checkpoint.background)
+    }
+
+    /// Refuse a run that cannot fit before anything is reserved.
+    pub fn check_memory(&self, recipe: &Recipe) -> Result<(), TrainError> {
+        let Some(available) = device::available_bytes() else { return Ok(()) };
+        let estimate = self.estimate(recipe);
+        let (needs, available) = (estimate.total_bytes(), available as u64);
+        if needs <= available {
+            return Ok(());
+        }
+        let remedy = if needs - estimate.snapshot_bytes <= available {
+            "set checkpoint.background = false".to_string()
+        } else if estimate.state_bytes + estimate.activation_bytes / 4 <= available {
+            "lower train.batch or train.context, or set train.recompute = \"always\"".to_string()
+        } else {
+            format!(
+                "choose a smaller model: weights, gradients and optimizer state alone take {}",
+                crate::bytes(estimate.state_bytes)
+            )
+        };
+        Err(TrainError::TooLarge { needs: crate::bytes(needs), available: crate::bytes(available), remedy })
+    }
+
+    /// `bf16` or `f32`, as config.json says it.
+    pub fn precision(&self, recipe: &Recipe) -> &'static str {
+        match recipe.train.dtype {
+            DType::F32 => "float32",
+            _ => "bfloat16",
+        }
+    }
+
+    /// A learner with zero weights.
+    pub fn learner(&self, recipe: &Recipe) -> Result<Learner, TrainError> {
+        let train = &recipe.train;
+        Learner::new(&self.config, train.context, train.dtype, train.adamw, train.recompute).map_err(|error| {
+            match error {
+                LearnerError::Config(error) => TrainError::Model(error),
+                LearnerError::Memory(error) => TrainError::Memory(error),
+            }
+        })
+    }
+
+    /// Weights at the start: from files, or drawn.
+    pub fn fill(&self, recipe: &Recipe, learner: &mut Learner) -> Result<(), TrainError> {
+        let Some(files) = &self.files else {
+            learner.initialise(recipe.run.seed);
+            return Ok(());
+        };
+        let Learner { optimizer, store, stored, .. } = learner;
+        model::fill(
+            stored,
+            |name, shape| files.read(name, shape),
+            |param, first, values| optimizer.set_weights(store, param, first, values),
+        )?;
+        Ok(())
+    }
+}
+
+fn tokenizer(
+    recipe: &Recipe,
+    files: Option<&ModelFiles>,
+    resume: bool,
+    report: Report<'_>,
+) -> Result<Tokenizer, TrainError> {
+    if let Some(path) = &recipe.tokenizer.file {
+        return Ok(Tokenizer::open(path)?);
+    }
+    if let Some(files) = files {
+        return Ok(files.tokenizer()?);
+    }
+    if resume && recipe.run.dir.join("tokenizer.json").exists() {
+        return Ok(Tokenizer::from_folder(&recipe.run.dir)?);
+    }
+    report(Stage::TrainTokenizer);
+    // An unreadable corpus ends the texts early; tokenizing it right after says what is wrong.
+    let texts = documents(&recipe.data.path, recipe.data.format)?
+        .map_while(Result::ok)
+        .flat_map(|document: Document| document.pieces)
+        .map(|piece| piece.text);
+    Ok(Tokenizer::train_bpe(texts, recipe.tokenizer.vocab, END_OF_TEXT)?)
+}
+
+fn config(recipe: &Recipe, files: Option<&ModelFiles>, tokenizer: &Tokenizer) -> Result<Config, TrainError> {
+    let tokens = tokenizer.vocab_size();
+    let config = match (&recipe.model, files) {
+        (ModelRecipe::New(json), _) => {
+            let mut json = json.clone();
+            json["vocab_size"] = json!(tokens);
+            Config::from_json(&json)?
+        }
+        (ModelRecipe::From(path), Some(files)) => {
+            let config = Config::from_json(files.config())?;
+            let (context, limit) = (recipe.train.context, config.max_positions());
+            if context > limit {
+                return Err(TrainError::Context { context, limit, path: path.clone() });
+            }
+            config
+        }
+        (ModelRecipe::From(path), None) => unreachable!("{} was opened", path.display()),
+    };
+    match config.vocab() {
+        vocab if vocab < tokens => Err(TrainError::Vocabulary { tokens, vocab }),
+        _ => Ok(config),
+    }
+}
+
+type Corpora = (Arc<TokenizedCorpus>, Option<Arc<TokenizedCorpus>>);
+
+fn corpora(recipe: &Recipe, tokenizer: &Tokenizer, report: Report<'_>) -> Result<Corpora, TrainError> {
+    let mut tokenize = |paths: &[PathBuf]| {
+        let documents = documents(paths, recipe.data.format)?.with_chat(tokenizer.chat());
+        let total = documents.total_bytes();
+        TokenizedCorpus::build(documents, tokenizer, &mut |done| report(Stage::Tokenize { done, total }))
+    };
+    let train = tokenize(&recipe.data.path)?;
+    if recipe.data.valid.is_empty() {
+        let (train, valid) = train.split_validation(recipe.data.valid_fraction);
+        return Ok((Arc::new(train), valid.map(Arc::new)));
+    }
+    let valid = tokenize(&recipe.data.valid)?;
+    Ok((Arc::new(train), Some(Arc::new(valid))))
+}

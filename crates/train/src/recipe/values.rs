@@ -1,0 +1,367 @@
+//! A recipe as typed values, and the combinations that cannot be.
+
+use super::{RecipeError, Settings};
+use crate::optimizer::AdamWConfig;
+use crate::schedule::{Decay, Schedule};
+use device::DType;
+use model::Recompute;
+use serde_json::json;
+use std::path::PathBuf;
+use toml::Value;
+
+/// Everything a run is made from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Recipe {
+    /// `[run]`
+    pub run: RunRecipe,
+    /// `[model]`
+    pub model: ModelRecipe,
+    /// `[tokenizer]`
+    pub tokenizer: TokenizerRecipe,
+    /// `[data]`
+    pub data: DataRecipe,
+    /// `[train]`
+    pub train: TrainRecipe,
+    /// `[eval]`
+    pub eval: EvalRecipe,
+    /// `[sample]`
+    pub sample: SampleRecipe,
+    /// `[checkpoint]`
+    pub checkpoint: CheckpointRecipe,
+    /// `log.tensorboard`
+    pub tensorboard: bool,
+}
+
+/// `[run]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunRecipe {
+    /// Folder of the run.
+    pub dir: PathBuf,
+    /// Seed of weights and order.
+    pub seed: u64,
+    /// Workers.
+    pub threads: usize,
+}
+
+/// `[model]`
+#[derive(Clone, Debug, PartialEq)]
+pub enum ModelRecipe {
+    /// Fine-tune this one.
+    From(PathBuf),
+    /// A new one: its `config.json` without the vocabulary.
+    New(serde_json::Value),
+}
+
+/// `[tokenizer]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct TokenizerRecipe {
+    /// File or folder.
+    pub file: Option<PathBuf>,
+    /// Vocabulary of a new one.
+    pub vocab: usize,
+}
+
+/// `[data]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct DataRecipe {
+    /// Training files.
+    pub path: Vec<PathBuf>,
+    /// How they are read.
+    pub format: data::Format,
+    /// Validation files.
+    pub valid: Vec<PathBuf>,
+    /// Part held out when there are none.
+    pub valid_fraction: f64,
+    /// Whether the order is drawn.
+    pub shuffle: bool,
+}
+
+/// `[train]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct TrainRecipe {
+    /// Steps of the run.
+    pub steps: u64,
+    /// Rows per microbatch.
+    pub batch: usize,
+    /// Microbatches per step.
+    pub accumulate: usize,
+    /// Tokens per row.
+    pub context: usize,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Learning rate over the run.
+    pub schedule: Schedule,
+    /// Optimizer constants.
+    pub adamw: AdamWConfig,
+    /// Largest gradient norm; infinite when off.
+    pub clip: f64,
+    /// Type of weights and activations.
+    pub dtype: DType,
+    /// Layers that run again.
+    pub recompute: Recompute,
+    /// Steps in a row that may be skipped.
+    pub max_skipped: u64,
+}
+
+/// `[eval]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EvalRecipe {
+    /// Steps between validations.
+    pub every: u64,
+    /// Batches each; 0: all.
+    pub batches: usize,
+}
+
+/// `[sample]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct SampleRecipe {
+    /// Steps between samples.
+    pub every: u64,
+    /// Text to continue.
+    pub prompt: String,
+    /// Tokens each.
+    pub tokens: usize,
+    /// Temperature.
+    pub temperature: f32,
+    /// Nucleus.
+    pub top_p: f32,
+}
+
+/// `[checkpoint]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointRecipe {
+    /// Steps between saves.
+    pub every: u64,
+    /// Saves kept.
+    pub keep_last: usize,
+    /// Whether a thread writes them from a copy.
+    pub background: bool,
+}
+
+/// Typed look-ups; the settings were checked against the table, so types are as it says.
+struct Get<'a>(&'a Settings);
+
+impl Get<'_> {
+    fn int(&self, key: &'static str) -> Option<u64> {
+        self.0.get(key).and_then(|v| v.as_integer()).map(|n| n as u64)
+    }
+
+    fn float(&self, key: &'static str) -> Option<f64> {
+        self.0.get(key).and_then(|v| v.as_float().or(v.as_integer().map(|n| n as f64)))
+    }
+
+    fn flag(&self, key: &'static str) -> bool {
+        self.0.get(key).and_then(|v| v.as_bool()).unwrap_or(false)
+    }
+
+    fn text(&self, key: &'static str) -> Option<String> {
+        self.0.get(key).and_then(|v| v.as_str().map(str::to_string))
+    }
+
+    fn paths(&self, key: &'static str) -> Vec<PathBuf> {
+        match self.0.get(key) {
+            Some(Value::String(path)) => vec![path.into()],
+            Some(Value::Array(list)) => list.iter().filter_map(|v| v.as_str()).map(PathBuf::from).collect(),
+            _ => Vec::new(),
+        }
+    }
+}
+
+fn need<T>(value: Option<T>, key: &'static str) -> Result<T, RecipeError> {
+    value.ok_or(RecipeError::Missing(key))
+}
+
+fn impossible<T>(what: String, remedy: &str) -> Result<T, RecipeError> {
+    Err(RecipeError::Impossible { what, remedy: remedy.to_string() })
+}
+
+impl Recipe {
+    pub(super) fn from_settings(settings: &Settings) -> Result<Recipe, RecipeError> {
+        let get = Get(settings);
+        let int = |key| need(get.int(key), key);
+        let dir = need(get.text("run.dir"), "run.dir")?.into();
+        let path = get.paths("data.path");
+        if path.is_empty() {
+            return Err(RecipeError::Missing("data.path"));
+        }
+        let format = match get.text("data.format").as_deref() {
+            Some("text") => data::Format::Text,
+            Some("jsonl") => data::Format::Jsonl,
+            Some("parquet") => data::Format::Parquet,
+            _ => data::Format::Auto,
+        };
+        let train = train(&get)?;
+        Ok(Recipe {
+            run: RunRecipe { dir, seed: int("run.seed")?, threads: int("run.threads")? as usize },
+            model: model(settings, &get, &train)?,
+            tokenizer: TokenizerRecipe {
+                file: get.text("tokenizer.file").map(PathBuf::from),
+                vocab: int("tokenizer.vocab")? as usize,
+            },
+            data: DataRecipe {
+                path,
+                format,
+                valid: get.paths("data.valid"),
+                valid_fraction: need(get.float("data.valid_fraction"), "data.valid_fraction")?,
+                shuffle: get.flag("data.shuffle"),
+            },
+            train,
+            eval: EvalRecipe { every: int("eval.every")?, batches: int("eval.batches")? as usize },
+            sample: SampleRecipe {
+                every: int("sample.every")?,
+                prompt: get.text("sample.prompt").unwrap_or_default(),
+                tokens: int("sample.tokens")? as usize,
+                temperature: need(get.float("sample.temperature"), "sample.temperature")? as f32,
+                top_p: need(get.float("sample.top_p"), "sample.top_p")? as f32,
+            },
+            checkpoint: CheckpointRecipe {
+                every: int("checkpoint.every")?,
+                keep_last: int("checkpoint.keep_last")? as usize,
+                background: get.flag("checkpoint.background"),
+            },
+            tensorboard: get.flag("log.tensorboard"),
+        })
+    }
+}
+
+fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
+    let int = |key| need(get.int(key), key);
+    let float = |key| need(get.float(key), key);
+    let (steps, warmup, lr) = (int("train.steps")?, int("train.warmup")?, float("train.lr")?);
+    // A default warmup gives way to a short run; one that was asked for does not.
+    let warmup = if get.0.gives("train.warmup") { warmup } else { warmup.min(steps / 10) };
+    if warmup > steps {
+        return impossible(
+            format!("train.warmup = {warmup} is longer than train.steps = {steps}"),
+            "warm up for at most the whole run",
+        );
+    }
+    let min_lr = get.float("train.min_lr").unwrap_or(lr / 10.0);
+    if min_lr > lr {
+        return impossible(
+            format!("train.min_lr = {min_lr} is above train.lr = {lr}"),
+            "the minimum is where the decay ends, at most train.lr",
+        );
+    }
+    let schedule = get.text("train.schedule").unwrap_or_default();
+    if get.0.gives("train.decay") && schedule != "wsd" {
+        return impossible(
+            format!("train.decay is given but train.schedule = \"{schedule}\""),
+            "train.decay belongs to train.schedule = \"wsd\"",
+        );
+    }
+    let decay = match schedule.as_str() {
+        "linear" => Decay::Linear,
+        "wsd" => Decay::Wsd { decay: get.int("train.decay").unwrap_or(steps.div_ceil(5)) },
+        "constant" => Decay::Constant,
+        _ => Decay::Cosine,
+    };
+    let recompute = match (get.int("train.recompute_layers"), get.text("train.recompute").as_deref()) {
+        (Some(layers), _) => Recompute::First(layers as usize),
+        (None, Some("always")) => Recompute::Always,
+        _ => Recompute::Never,
+    };
+    let clip = float("train.clip")?;
+    Ok(TrainRecipe {
+        steps,
+        batch: int("train.batch")? as usize,
+        accumulate: int("train.accumulate")? as usize,
+        context: int("train.context")? as usize,
+        lr,
+        schedule: Schedule { lr, min_lr, warmup, steps, decay },
+        adamw: AdamWConfig {
+            beta1: float("train.beta1")? as f32,
+            beta2: float("train.beta2")? as f32,
+            eps: float("train.eps")? as f32,
+            weight_decay: float("train.weight_decay")? as f32,
+        },
+        clip: if clip > 0.0 { clip } else { f64::INFINITY },
+        dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },
+        recompute,
+        max_skipped: int("train.max_skipped")?,
+    })
+}
+
+/// Keys that describe a new model; beside `model.from` they would contradict it.
+const SIZES: [&str; 11] = [
+    "model.family",
+    "model.layers",
+    "model.width",
+    "model.heads",
+    "model.kv_heads",
+    "model.head_dim",
+    "model.ffn",
+    "model.tied",
+    "model.rope_theta",
+    "model.norm_eps",
+    "model.window",
+];
+
+fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<ModelRecipe, RecipeError> {
+    if let Some(from) = get.text("model.from") {
+        return match SIZES.iter().find(|key| settings.gives(key)) {
+            None => Ok(ModelRecipe::From(from.into())),
+            Some(key) => impossible(
+                format!("{key} stands beside model.from = \"{from}\""),
+                "a loaded model brings its own sizes; remove one of the two",
+            ),
+        };
+    }
+    let int = |key| need(get.int(key), key).map(|n| n as usize);
+    let (d, n, h) = (int("model.width")?, int("model.heads")?, int("model.head_dim")?);
+    if h == 0 && d % n != 0 {
+        return impossible(
+            format!("model.width = {d} does not divide by model.heads = {n}"),
+            "choose a multiple, or give model.head_dim",
+        );
+    }
+    let h = if h == 0 { d / n } else { h };
+    let k = match int("model.kv_heads")? {
+        0 => n,
+        k => k,
+    };
+    if n % k != 0 {
+        return impossible(
+            format!("model.heads = {n} does not divide by model.kv_heads = {k}"),
+            "every kv head serves the same number of query heads",
+        );
+    }
+    let family = get.text("model.family").unwrap_or_default();
+    let gpt2 = family == "gpt2";
+    let f = match int("model.ffn")? {
+        0 if gpt2 => 4 * d,
+        0 => (8 * d).div_ceil(3).next_multiple_of(32),
+        f => f,
+    };
+    let tied = get.flag("model.tied");
+    if gpt2 {
+        if k != n || h * n != d || !tied {
+            return impossible(
+                "model.family = \"gpt2\" has one kv head per head, width / heads per head and a tied head".into(),
+                "drop model.kv_heads, model.head_dim and model.tied, or take family \"llama\"",
+            );
+        }
+        return Ok(ModelRecipe::New(json!({
+            "model_type": "gpt2", "n_layer": int("model.layers")?, "n_embd": d, "n_head": n, "n_inner": f,
+            "n_positions": train.context, "layer_norm_epsilon": get.float("model.norm_eps"),
+            "activation_function": "gelu_new",
+        })));
+    }
+    let window = match int("model.window")? {
+        0 => None,
+        _ if family != "mistral" => {
+            return impossible(
+                format!("model.window is given but model.family = \"{family}\""),
+                "sliding windows belong to family \"mistral\"",
+            );
+        }
+        window => Some(window),
+    };
+    Ok(ModelRecipe::New(json!({
+        "model_type": family, "num_hidden_layers": int("model.layers")?, "hidden_size": d,
+        "num_attention_heads": n, "num_key_value_heads": k, "head_dim": h, "intermediate_size": f,
+        "max_position_embeddings": train.context, "rms_norm_eps": get.float("model.norm_eps"),
+        "rope_theta": get.float("model.rope_theta"), "tie_word_embeddings": tied, "hidden_act": "silu",
+        "sliding_window": window,
+    })))
+}

@@ -1,0 +1,371 @@
+//! The training loop as a machine that is advanced: each call does one thing and says what it was.
+//! Whoever advances it shows progress, draws samples and decides when to stop.
+
+use crate::learner::Learner;
+use crate::metrics::{Metrics, StepMetrics};
+use crate::prepare::Prepared;
+use crate::recipe::Recipe;
+use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
+use crate::{TrainError, export};
+use checkpoint::{Saver, StateDir};
+use data::{Batch, Loader, Samples};
+use std::collections::VecDeque;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// What an advance did.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    /// One step.
+    Step(StepMetrics),
+    /// A pass over the validation data: mean loss in nats over `targets` tokens.
+    Validated {
+        /// After this step.
+        step: u64,
+        /// Mean loss.
+        loss: f64,
+        /// Tokens it is a mean of.
+        targets: u64,
+    },
+    /// A sample is wanted now: `Trainer::parts` has the model.
+    SampleDue {
+        /// After this step.
+        step: u64,
+    },
+    /// The state was handed to be saved.
+    Saved {
+        /// Of this step.
+        step: u64,
+    },
+    /// The run is at its end, or was stopped; the model folder is written.
+    Ended {
+        /// Steps done.
+        step: u64,
+        /// Whether every step of the recipe is done.
+        complete: bool,
+    },
+}
+
+/// How to treat a run that is already in the folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Refuse.
+    New,
+    /// Go on with its newest whole state; begin when there is none.
+    Resume,
+    /// Throw it away.
+    Overwrite,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Due {
+    Validate,
+    Sample,
+    Save,
+    End,
+}
+
+/// A run.
+pub struct Trainer {
+    recipe: Recipe,
+    /// What the run is made of.
+    pub prepared: Prepared,
+    learner: Learner,
+    loader: Loader,
+    valid: Option<Samples>,
+    folder: RunFolder,
+    metrics: Metrics,
+    saver: Writer,
+    identity: Identity,
+    peak_gflops: f64,
+    step: u64,
+    meta: StateMeta,
+    due: VecDeque<Due>,
+    stopping: bool,
+    ended: bool,
+    /// States newer than the one resumed from that were damaged, and how.
+    pub skipped_states: Vec<(PathBuf, String)>,
+}
+
+/// Who writes states.
+enum Writer {
+    Background(Saver),
+    Inline(StateDir),
+}
+
+impl Trainer {
+    /// Set a run up: reserve memory, load or draw weights, restore a state. `peak_gflops` is the
+    /// machine's, for utilisation.
+    pub fn new(
+        recipe: Recipe,
+        resolved: &str,
+        prepared: Prepared,
+        start: Start,
+        peak_gflops: f64,
+    ) -> Result<Trainer, TrainError> {
+        let folder = RunFolder::open(&recipe.run.dir)?;
+        let states = folder.states(recipe.checkpoint.keep_last)?;
+        if start == Start::Overwrite {
+            folder.clear()?;
+        }
+        let newest = states.newest()?;
+        let skipped_states: Vec<(PathBuf, String)> =
+            newest.skipped.iter().map(|(path, error)| (path.clone(), error.to_string())).collect();
+        match (&newest.checkpoint, skipped_states.first(), start) {
+            (Some(state), _, Start::New) => {
+                return Err(TrainError::Exists { path: folder.path().to_path_buf(), step: state.step });
+            }
+            (None, Some((_, first)), _) => {
+                let path = folder.path().to_path_buf();
+                return Err(TrainError::NoWholeState { path, first: first.clone() });
+            }
+            _ => {}
+        }
+        let identity = identity(&recipe, &prepared);
+        let meta = newest.checkpoint.as_ref().map(|state| meta_of(state, &identity)).transpose()?;
+        let mut learner = prepared.learner(&recipe)?;
+        let step = match &newest.checkpoint {
+            Some(state) => {
+                let Learner { optimizer, store, .. } = &mut learner;
+                optimizer.restore(store, |name, bytes| state.read(name, bytes))?;
+                optimizer.steps = meta.as_ref().map_or(0, |meta| meta.applied);
+                state.step
+            }
+            None => {
+                prepared.fill(&recipe, &mut learner)?;
+                0
+            }
+        };
+        let meta = meta.unwrap_or(StateMeta {
+            samples: 0,
+            tokens: 0,
+            applied: 0,
+            skipped_in_row: 0,
+            metrics_bytes: 0,
+            identity: identity.clone(),
+        });
+        let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
+        folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
+        folder.write(&prepared.tokenizer.files()?)?;
+        let samples = Samples::new(prepared.train.clone(), recipe.train.context)?;
+        let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
+        let valid = prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
+        let saver = match recipe.checkpoint.background {
+            true => Writer::Background(Saver::start(states)?),
+            false => Writer::Inline(states),
+        };
+        let mut trainer = Trainer {
+            recipe,
+            prepared,
+            learner,
+            loader,
+            valid,
+            folder,
+            metrics,
+            saver,
+            identity,
+            peak_gflops,
+            step,
+            meta,
+            due: VecDeque::new(),
+            stopping: false,
+            ended: false,
+            skipped_states,
+        };
+        if trainer.step >= trainer.recipe.train.steps {
+            trainer.due.push_back(Due::End);
+        }
+        Ok(trainer)
+    }
+
+    /// Steps done.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
+    /// The recipe of the run.
+    pub fn recipe(&self) -> &Recipe {
+        &self.recipe
+    }
+
+    /// The folder of the run.
+    pub fn folder(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
+    /// Model and parameters, to draw samples.
+    pub fn parts(&mut self) -> (&model::Model, &mut tensor::ParamStore) {
+        (&self.learner.model, &mut self.learner.store)
+    }
+
+    /// Save and end after the step at hand.
+    pub fn stop(&mut self) {
+        self.stopping = true;
+    }
+
+    /// Do the next thing; `None` after the end.
+    pub fn advance(&mut self) -> Result<Option<Progress>, TrainError> {
+        if self.ended {
+            return Ok(None);
+        }
+        if self.stopping && !self.due.contains(&Due::End) {
+            // What can wait for the next process waits; the state cannot.
+            self.due.retain(|due| *due == Due::Save);
+            if !self.due.contains(&Due::Save) {
+                self.due.push_back(Due::Save);
+            }
+            self.due.push_back(Due::End);
+        }
+        match self.due.pop_front() {
+            None => self.run_step().map(Some),
+            Some(Due::Validate) => self.validate().map(Some),
+            Some(Due::Sample) => Ok(Some(Progress::SampleDue { step: self.step })),
+            Some(Due::Save) => self.save().map(Some),
+            Some(Due::End) => self.end().map(Some),
+        }
+    }
+
+    fn run_step(&mut self) -> Result<Progress, TrainError> {
+        let started = Instant::now();
+        let train = &self.recipe.train;
+        let step = self.step + 1;
+        let batches: Vec<Batch> = (0..train.accumulate)
+            .map(|i| self.loader.batch(self.meta.samples + (i * train.batch) as u64, train.batch, 0, 1))
+            .collect();
+        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
+        let scale = 1.0 / learned.max(1) as f32;
+        self.learner.clear_grads();
+        let mut loss = 0.0;
+        for batch in &batches {
+            loss += self.learner.accumulate(batch, scale)?;
+        }
+        let loss = loss / learned.max(1) as f64;
+        let grad_norm = self.learner.grad_norm();
+        let lr = train.schedule.at(step);
+        let applied = loss.is_finite() && grad_norm.is_finite();
+        if applied {
+            let clip = if grad_norm > train.clip { train.clip / grad_norm } else { 1.0 };
+            self.learner.apply(lr as f32, clip as f32);
+            self.meta.skipped_in_row = 0;
+        } else {
+            self.meta.skipped_in_row += 1;
+        }
+        self.step = step;
+        let rows = (train.batch * train.accumulate) as u64;
+        let tokens = rows * train.context as u64;
+        self.meta.samples += rows;
+        self.meta.tokens += tokens;
+        self.meta.applied = self.learner.optimizer.steps;
+        let seconds = started.elapsed().as_secs_f64();
+        let gflops =
+            self.prepared.config.flops().per_token(train.context) * tokens as f64 / seconds / 1e9;
+        let metrics = StepMetrics {
+            step,
+            loss,
+            lr,
+            grad_norm,
+            applied,
+            tokens: self.meta.tokens,
+            epoch: self.meta.samples as f64 / self.loader.len().max(1) as f64,
+            seconds,
+            tokens_per_s: tokens as f64 / seconds,
+            gflops,
+            mfu: gflops / self.peak_gflops,
+        };
+        self.metrics.step(&metrics)?;
+        if self.meta.skipped_in_row > train.max_skipped {
+            let samples = batches.iter().flat_map(|batch| batch.samples.iter().copied()).collect();
+            return Err(TrainError::NotFinite { count: self.meta.skipped_in_row, step, samples });
+        }
+        self.plan();
+        Ok(Progress::Step(metrics))
+    }
+
+    /// What is due after the step just done.
+    fn plan(&mut self) {
+        let last = self.step >= self.recipe.train.steps;
+        let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
+        if self.valid.is_some() && (last || due(self.recipe.eval.every)) {
+            self.due.push_back(Due::Validate);
+        }
+        if self.recipe.sample.every > 0 && (last || due(self.recipe.sample.every)) {
+            self.due.push_back(Due::Sample);
+        }
+        if last || due(self.recipe.checkpoint.every) {
+            self.due.push_back(Due::Save);
+        }
+        if last {
+            self.due.push_back(Due::End);
+        }
+    }
+
+    fn validate(&mut self) -> Result<Progress, TrainError> {
+        let (mut loss, mut targets) = (0.0, 0u64);
+        let most = match self.recipe.eval.batches {
+            0 => usize::MAX,
+            batches => batches,
+        };
+        if let Some(valid) = &self.valid {
+            for batch in valid.sequential(self.recipe.train.batch).take(most) {
+                loss += self.learner.evaluate(&batch)?;
+                targets += batch.learned as u64;
+            }
+        }
+        let (step, loss) = (self.step, loss / targets.max(1) as f64);
+        self.metrics.validation(step, loss, targets)?;
+        Ok(Progress::Validated { step, loss, targets })
+    }
+
+    fn save(&mut self) -> Result<Progress, TrainError> {
+        self.meta.metrics_bytes = self.metrics.sync()?;
+        self.meta.identity = self.identity.clone();
+        let step = self.step;
+        let meta = serde_json::json!(self.meta);
+        let Learner { optimizer, store, .. } = &self.learner;
+        let arrays = optimizer.arrays(store);
+        match &mut self.saver {
+            Writer::Inline(states) => {
+                let arrays: Vec<_> =
+                    arrays.iter().map(|array| checkpoint::Array::new(array.name, array.data.bytes())).collect();
+                states.save(step, &meta, &arrays)?;
+            }
+            Writer::Background(saver) => {
+                // The former save's failure must not wait for the next one.
+                saver.poll()?;
+                let mut buffers = saver.take_buffers();
+                buffers.resize_with(arrays.len(), Default::default);
+                for ((name, bytes), array) in buffers.iter_mut().zip(&arrays) {
+                    *name = array.name.to_string();
+                    bytes.clear();
+                    bytes.extend_from_slice(array.data.bytes());
+                }
+                saver.save(step, meta, buffers)?;
+            }
+        }
+        Ok(Progress::Saved { step })
+    }
+
+    fn end(&mut self) -> Result<Progress, TrainError> {
+        if let Writer::Background(saver) = &mut self.saver {
+            // Waits for the state in flight: the run ends with it on disk.
+            saver.take_buffers();
+            saver.poll()?;
+        }
+        export::write(&self.folder, &self.recipe, &self.prepared, &self.learner, self.step)?;
+        self.ended = true;
+        let complete = self.step >= self.recipe.train.steps;
+        Ok(Progress::Ended { step: self.step, complete })
+    }
+}
+
+fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {
+    let precision = prepared.precision(recipe);
+    Identity {
+        model: prepared.config.to_json(precision),
+        precision: precision.to_string(),
+        context: recipe.train.context,
+        data: prepared.train.fingerprint(),
+        seed: recipe.run.seed,
+        shuffle: recipe.data.shuffle,
+    }
+}
