@@ -92,7 +92,11 @@ impl ModelFiles {
     /// outer module out of their names.
     pub fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, ModelFilesError> {
         let short = name.split_once('.').map_or(name, |(_, rest)| rest);
-        let name = if self.weights.find(name).is_none() && self.weights.find(short).is_some() { short } else { name };
+        let name = if self.weights.find(name).is_none() && self.weights.find(short).is_some() {
+            short
+        } else {
+            name
+        };
         let info = self.weights.get(name)?;
         if info.shape != shape {
             return Err(ModelFilesError::Shape {
@@ -131,6 +135,7 @@ impl ModelFiles {
 /// Write a tokenizer's files into `dir`, each whole or not at all.
 pub fn save_tokenizer(tokenizer: &Tokenizer, dir: &Path) -> Result<(), crate::SaveError> {
     std::fs::create_dir_all(dir).map_err(crate::SaveError::io("create", dir))?;
-    let files = tokenizer.files().map_err(|error| crate::SaveError::io("make", dir)(std::io::Error::other(error)))?;
+    let files =
+        tokenizer.files().map_err(|error| crate::SaveError::io("make", dir)(std::io::Error::other(error)))?;
     files.iter().try_for_each(|(name, bytes)| write_file(&dir.join(name), bytes))
 }

@@ -104,7 +104,8 @@ fn describe(error: &Error) -> String {
 
 /// The Python methods that published templates call.
 fn python_method(_: &mut State<'_, '_>, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    let unknown = || Error::new(ErrorKind::UnknownMethod, format!("no method `{method}` on {}", value.kind()));
+    let unknown =
+        || Error::new(ErrorKind::UnknownMethod, format!("no method `{method}` on {}", value.kind()));
     if value.kind() == ValueKind::Map {
         return map_method(value, method, args).ok_or_else(unknown);
     }
@@ -146,7 +147,11 @@ fn map_method(value: &Value, method: &str, args: &[Value]) -> Option<Value> {
         }
         "keys" => Some(keys()?.collect()),
         "values" => Some(keys()?.filter_map(|key| value.get_item(&key).ok()).collect()),
-        "items" => Some(keys()?.filter_map(|key| Some(Value::from(vec![key.clone(), value.get_item(&key).ok()?]))).collect()),
+        "items" => Some(
+            keys()?
+                .filter_map(|key| Some(Value::from(vec![key.clone(), value.get_item(&key).ok()?])))
+                .collect(),
+        ),
         _ => None,
     }
 }
@@ -181,10 +186,18 @@ mod tests {
         let render = |source: &str| ChatTemplate::new(source).unwrap().render(&talk(), false, "b", "e");
         assert_eq!(render("{{ messages[0].content.strip() + '|' + ' x'.lstrip() }}").unwrap(), "Hi|x");
         assert_eq!(render("{{ 'a,b'.split(',')[1] }}{{ 'ab'.startswith('a') }}").unwrap(), "bTrue");
-        assert_eq!(render("{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}").unwrap(), "role=assistant;content=Hello;");
+        assert_eq!(
+            render("{% for k, v in messages[1].items() %}{{ k }}={{ v }};{% endfor %}").unwrap(),
+            "role=assistant;content=Hello;"
+        );
         assert_eq!(render("{{ messages[1].get('name', 'none') }}").unwrap(), "none");
         assert!(render("{{ 'a'.explode() }}").unwrap_err().to_string().contains("explode"));
-        assert!(render("{{ raise_exception('no system turn') }}").unwrap_err().to_string().contains("no system turn"));
+        assert!(
+            render("{{ raise_exception('no system turn') }}")
+                .unwrap_err()
+                .to_string()
+                .contains("no system turn")
+        );
     }
 
     #[test]

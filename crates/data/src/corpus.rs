@@ -121,7 +121,11 @@ pub struct Documents {
 }
 
 enum Open {
-    Text { path: PathBuf, reader: BufReader<File>, at: u64 },
+    Text {
+        path: PathBuf,
+        reader: BufReader<File>,
+        at: u64,
+    },
     Jsonl(crate::jsonl::Jsonl),
     #[cfg(feature = "parquet")]
     Parquet(crate::parquet_file::ParquetFile),
@@ -134,18 +138,26 @@ pub fn documents(paths: &[PathBuf], format: Format) -> Result<Documents, CorpusE
         collect(path, format, true, &mut files)?;
     }
     let sizes = files.iter().map(|(path, _): &(PathBuf, Format)| {
-        std::fs::metadata(path).map(|meta| meta.len()).map_err(|source| CorpusError::Read { path: path.clone(), source })
+        std::fs::metadata(path)
+            .map(|meta| meta.len())
+            .map_err(|source| CorpusError::Read { path: path.clone(), source })
     });
     let total_bytes = sizes.sum::<Result<u64, _>>()?;
     Ok(Documents { files: files.into(), total_bytes, chat: None, special: Default::default(), open: None })
 }
 
-fn collect(path: &Path, format: Format, named: bool, out: &mut Vec<(PathBuf, Format)>) -> Result<(), CorpusError> {
+fn collect(
+    path: &Path,
+    format: Format,
+    named: bool,
+    out: &mut Vec<(PathBuf, Format)>,
+) -> Result<(), CorpusError> {
     let failed = |source| CorpusError::Read { path: path.to_path_buf(), source };
     if std::fs::metadata(path).map_err(failed)?.is_dir() {
         let before = out.len();
         let entries = std::fs::read_dir(path).map_err(failed)?;
-        let mut inside = entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+        let mut inside =
+            entries.map(|e| e.map(|e| e.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
         inside.sort();
         for path in inside {
             collect(&path, format, false, out)?;
@@ -237,8 +249,10 @@ fn next_text(path: &Path, reader: &mut impl BufRead, at: &mut u64) -> Result<Opt
         if read == 0 {
             return Ok((!text.trim().is_empty()).then(|| Document::text(text)));
         }
-        let part = std::str::from_utf8(&line)
-            .map_err(|error| CorpusError::Utf8 { path: path.to_path_buf(), at: *at + error.valid_up_to() as u64 })?;
+        let part = std::str::from_utf8(&line).map_err(|error| CorpusError::Utf8 {
+            path: path.to_path_buf(),
+            at: *at + error.valid_up_to() as u64,
+        })?;
         *at += read as u64;
         if part.trim_end() == DOCUMENT_MARK {
             if !text.trim().is_empty() {

@@ -94,10 +94,15 @@ impl Jsonl {
         for (i, _) in messages.iter().enumerate().filter(|(_, message)| message.role == "assistant") {
             // Templates that change what they said before (some drop old reasoning) cannot be cut.
             let cut = |text: &str| whole.starts_with(text).then_some(text.len());
-            let unclear = || format!("the chat template rewrites earlier turns, turn {} cannot be told apart", i + 1);
+            let unclear =
+                || format!("the chat template rewrites earlier turns, turn {} cannot be told apart", i + 1);
             let invited = if i == 0 { Some(0) } else { cut(&render(i, true)?) };
             let from = invited.ok_or_else(unclear)?;
-            let to = if i + 1 == messages.len() { whole.len() } else { cut(&render(i + 1, false)?).ok_or_else(unclear)? };
+            let to = if i + 1 == messages.len() {
+                whole.len()
+            } else {
+                cut(&render(i + 1, false)?).ok_or_else(unclear)?
+            };
             add(from, false);
             add(to, true);
         }

@@ -23,7 +23,9 @@ pub enum TokenizerError {
         source: std::io::Error,
     },
     /// The file is no tokenizer.
-    #[error("{origin} is not a tokenizer: {what}; download it again or train one with `trilith tokenizer train`")]
+    #[error(
+        "{origin} is not a tokenizer: {what}; download it again or train one with `trilith tokenizer train`"
+    )]
     Format {
         /// File or kind.
         origin: String,
@@ -98,7 +100,8 @@ impl Tokenizer {
 
     /// Tokens of many texts, in parallel.
     pub fn encode_all(&self, texts: Vec<String>) -> Result<Vec<Vec<u32>>, TokenizerError> {
-        let encoded = guarded(|| self.inner.encode_batch_fast(texts, false).map_err(|error| error.to_string()));
+        let encoded =
+            guarded(|| self.inner.encode_batch_fast(texts, false).map_err(|error| error.to_string()));
         Ok(encoded.map_err(TokenizerError::Use)?.iter().map(|encoding| encoding.get_ids().to_vec()).collect())
     }
 

@@ -74,7 +74,9 @@ fn validation_is_held_out_by_documents_or_from_the_end() {
 #[test]
 fn an_empty_corpus_is_refused() {
     let build = |documents: Vec<Document>| {
-        TokenizedCorpus::build(documents.into_iter().map(Ok), &tokenizer(), &mut |_| {}).unwrap_err().to_string()
+        TokenizedCorpus::build(documents.into_iter().map(Ok), &tokenizer(), &mut |_| {})
+            .unwrap_err()
+            .to_string()
     };
     assert!(build(vec![]).contains("the corpus has 0 tokens"));
     let silent = Document { pieces: vec![piece("the cat", false)] };

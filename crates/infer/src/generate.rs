@@ -24,7 +24,9 @@ pub enum GenerateError {
         context: usize,
     },
     /// A token the model does not have.
-    #[error("token {id} of the prompt is beyond the model's vocabulary of {vocab}: the tokenizer belongs to another model")]
+    #[error(
+        "token {id} of the prompt is beyond the model's vocabulary of {vocab}: the tokenizer belongs to another model"
+    )]
     UnknownToken {
         /// Which.
         id: u32,

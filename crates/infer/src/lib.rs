@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod generate;
+mod loaded;
 mod sampling;
 
 pub use generate::{GenerateError, Generation, Session};
+pub use loaded::{LoadError, LoadedModel};
 pub use sampling::{Sampler, Sampling};

@@ -180,6 +180,11 @@ impl ParamStore {
         self.weights.view_mut(self.dtype, range.start, range.len())
     }
 
+    /// Weights of one parameter from element `first` on, rounded to the store's type.
+    pub fn set_weights(&mut self, param: ParamRef, first: usize, values: View<'_>) {
+        kernels::elementwise::copy(self.weight_mut(param).narrow(first, values.len()), values);
+    }
+
     /// Gradient of one parameter. Panics when gradients were never enabled: our bug.
     pub fn grad(&self, param: ParamRef) -> View<'_> {
         let range = self.range(param);

@@ -97,7 +97,9 @@ pub enum TrainError {
         now: String,
     },
     /// Tokenizer and model do not belong together.
-    #[error("the tokenizer has {tokens} tokens, the model's vocabulary is {vocab}; give the model's own tokenizer in tokenizer.file")]
+    #[error(
+        "the tokenizer has {tokens} tokens, the model's vocabulary is {vocab}; give the model's own tokenizer in tokenizer.file"
+    )]
     Vocabulary {
         /// Of the tokenizer.
         tokens: usize,
@@ -115,7 +117,9 @@ pub enum TrainError {
         path: PathBuf,
     },
     /// The loss does not come back.
-    #[error("{count} steps in a row had a loss or gradient that is not finite, the last at step {step} with samples {samples:?}; lower train.lr, check those samples, or resume from an earlier state in run.dir/state")]
+    #[error(
+        "{count} steps in a row had a loss or gradient that is not finite, the last at step {step} with samples {samples:?}; lower train.lr, check those samples, or resume from an earlier state in run.dir/state"
+    )]
     NotFinite {
         /// Steps in a row.
         count: u64,

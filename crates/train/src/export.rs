@@ -94,7 +94,8 @@ fn move_in(folder: &RunFolder, aside: &std::path::Path) -> io::Result<()> {
 fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> String {
     let config = &prepared.config;
     let (n, k, h) = config.heads();
-    let data = recipe.data.path.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ");
+    let data =
+        recipe.data.path.iter().map(|path| format!("`{}`", path.display())).collect::<Vec<_>>().join(", ");
     let origin = match &recipe.model {
         ModelRecipe::From(path) => format!("fine-tuned from `{}`", path.display()),
         ModelRecipe::New(_) => "trained from random weights".into(),

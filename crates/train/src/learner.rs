@@ -5,7 +5,8 @@ use data::Batch;
 use device::{DType, Device, OutOfMemory};
 use dist::Mesh;
 use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
-use tensor::{ParamList, ParamStore, Tape, Targets, Var};
+use std::time::Instant;
+use tensor::{Moment, ParamList, ParamStore, Tape, Targets, Var};
 
 /// A model that learns.
 pub struct Learner {
@@ -83,6 +84,48 @@ impl Learner {
     /// Apply the gradients.
     pub fn apply(&mut self, lr: f32, grad_scale: f32) {
         self.optimizer.step(&mut self.store, lr, grad_scale);
+    }
+
+    /// Apply the gradients as they are.
+    pub fn apply_settled(&mut self, lr: f32) {
+        self.store.settle_grads();
+        self.apply(lr, 1.0);
+    }
+
+    /// Seconds of one step by (phase, op), the optimizer included, from the moments of the tape.
+    pub fn profile(&mut self, batch: &Batch) -> Result<Vec<(String, String, f64)>, OutOfMemory> {
+        let mut rows: Vec<(String, String, f64)> = Vec::new();
+        let mut add = |phase: String, op: String, seconds: f64| match rows
+            .iter_mut()
+            .find(|row| row.0 == phase && row.1 == op)
+        {
+            Some(row) => row.2 += seconds,
+            None => rows.push((phase, op, seconds)),
+        };
+        let tokens = tokens_of(batch);
+        self.store.clear_grads();
+        // A moment is told before its op runs: the time up to the next one is its own.
+        let mut running: Option<(String, String, Instant)> = None;
+        let mut watch = |moment: &Moment<'_>| {
+            if let Some((phase, op, since)) = running.take() {
+                add(phase, op, since.elapsed().as_secs_f64());
+            }
+            running = Some((format!("{:?}", moment.phase), moment.op.to_string(), Instant::now()));
+        };
+        let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
+        let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
+        let targets = Targets { ids: &batch.targets, scale: 1.0 / batch.learned.max(1) as f32 };
+        tape.head_loss(&hidden, self.model.head(), targets)?;
+        drop(hidden);
+        tape.backward()?;
+        drop(tape);
+        if let Some((phase, op, since)) = running {
+            add(phase, op, since.elapsed().as_secs_f64());
+        }
+        let started = Instant::now();
+        self.apply_settled(0.0);
+        add("Step".into(), "adamw".into(), started.elapsed().as_secs_f64());
+        Ok(rows)
     }
 
     /// Sum of the losses of a batch without learning from it.

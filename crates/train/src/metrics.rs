@@ -21,7 +21,9 @@ pub struct Metrics {
 #[derive(Debug, thiserror::Error)]
 pub enum MetricsError {
     /// The system refused.
-    #[error("cannot write {path}: {source}; free space or make the folder writable, then run again with --resume")]
+    #[error(
+        "cannot write {path}: {source}; free space or make the folder writable, then run again with --resume"
+    )]
     Write {
         /// Which file.
         path: PathBuf,
@@ -29,7 +31,9 @@ pub enum MetricsError {
         source: io::Error,
     },
     /// The log lost lines that the saved state counts on.
-    #[error("{path} has {found} bytes, but had {wanted} when the state was saved; restore the file, or start anew in another run.dir")]
+    #[error(
+        "{path} has {found} bytes, but had {wanted} when the state was saved; restore the file, or start anew in another run.dir"
+    )]
     Shorter {
         /// Which file.
         path: PathBuf,

@@ -102,12 +102,12 @@ impl Prepared {
     /// A learner with zero weights.
     pub fn learner(&self, recipe: &Recipe) -> Result<Learner, TrainError> {
         let train = &recipe.train;
-        Learner::new(&self.config, train.context, train.dtype, train.adamw, train.recompute).map_err(|error| {
-            match error {
+        Learner::new(&self.config, train.context, train.dtype, train.adamw, train.recompute).map_err(
+            |error| match error {
                 LearnerError::Config(error) => TrainError::Model(error),
                 LearnerError::Memory(error) => TrainError::Memory(error),
-            }
-        })
+            },
+        )
     }
 
     /// Weights at the start: from files, or drawn.

@@ -100,7 +100,8 @@ impl RunFolder {
     pub fn clear(&self) -> Result<(), TrainError> {
         for name in ["state", "tensorboard", "metrics.jsonl"] {
             let path = self.dir.join(name);
-            let gone = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            let gone =
+                if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
             match gone {
                 Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                     return Err(TrainError::Folder { path, source: error });

@@ -149,7 +149,8 @@ impl Trainer {
         folder.write(&prepared.tokenizer.files()?)?;
         let samples = Samples::new(prepared.train.clone(), recipe.train.context)?;
         let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
-        let valid = prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
+        let valid =
+            prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
         let saver = match recipe.checkpoint.background {
             true => Writer::Background(Saver::start(states)?),
             false => Writer::Inline(states),
@@ -257,8 +258,7 @@ impl Trainer {
         self.meta.tokens += tokens;
         self.meta.applied = self.learner.optimizer.steps;
         let seconds = started.elapsed().as_secs_f64();
-        let gflops =
-            self.prepared.config.flops().per_token(train.context) * tokens as f64 / seconds / 1e9;
+        let gflops = self.prepared.config.flops().per_token(train.context) * tokens as f64 / seconds / 1e9;
         let metrics = StepMetrics {
             step,
             loss,
@@ -325,8 +325,10 @@ impl Trainer {
         let arrays = optimizer.arrays(store);
         match &mut self.saver {
             Writer::Inline(states) => {
-                let arrays: Vec<_> =
-                    arrays.iter().map(|array| checkpoint::Array::new(array.name, array.data.bytes())).collect();
+                let arrays: Vec<_> = arrays
+                    .iter()
+                    .map(|array| checkpoint::Array::new(array.name, array.data.bytes()))
+                    .collect();
                 states.save(step, &meta, &arrays)?;
             }
             Writer::Background(saver) => {

@@ -56,7 +56,12 @@ impl Tokenizer {
             ends.extend(ids.into_iter().filter_map(|id| u32::try_from(id).ok()));
         }
         let mut known = Vec::new();
-        ends.retain(|id| !known.contains(id) && { known.push(*id); true });
+        ends.retain(|id| {
+            !known.contains(id) && {
+                known.push(*id);
+                true
+            }
+        });
         if !ends.is_empty() {
             self.eos = ends;
         }
@@ -75,7 +80,10 @@ impl Tokenizer {
         };
         let template = source.as_deref().map(ChatTemplate::new).transpose();
         self.template = template
-            .map_err(|error| TokenizerError::Format { origin: config_path.display().to_string(), what: error.to_string() })?
+            .map_err(|error| TokenizerError::Format {
+                origin: config_path.display().to_string(),
+                what: error.to_string(),
+            })?
             .map(Arc::new);
         Ok(self)
     }
@@ -92,10 +100,11 @@ impl Tokenizer {
         if let Some(template) = self.chat_template() {
             config["chat_template"] = json!(template.source());
         }
-        let special: serde_json::Map<String, Value> = [("bos_token", bos), ("eos_token", eos.clone()), ("pad_token", eos)]
-            .into_iter()
-            .filter_map(|(key, token)| Some((key.to_string(), json!(token?))))
-            .collect();
+        let special: serde_json::Map<String, Value> =
+            [("bos_token", bos), ("eos_token", eos.clone()), ("pad_token", eos)]
+                .into_iter()
+                .filter_map(|(key, token)| Some((key.to_string(), json!(token?))))
+                .collect();
         let pretty = |value: &Value| format!("{value:#}\n").into_bytes();
         Ok(vec![
             ("tokenizer.json".into(), json.into_bytes()),

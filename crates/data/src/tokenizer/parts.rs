@@ -32,8 +32,7 @@ const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 fn pre_tokenizer(name: &str) -> Option<Value> {
-    let bytes =
-        |regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
+    let bytes = |regex: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": regex });
     let split = |regex: &str| {
         let pattern = json!({ "Regex": regex });
         json!({ "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": false })
@@ -51,7 +50,8 @@ fn pre_tokenizer(name: &str) -> Option<Value> {
 impl Tokenizer {
     /// Put a tokenizer together from its parts.
     pub fn from_bpe(parts: &BpeParts) -> Result<Tokenizer, TokenizerError> {
-        let wrong = |what: String| TokenizerError::Format { origin: "the tokenizer of the GGUF file".into(), what };
+        let wrong =
+            |what: String| TokenizerError::Format { origin: "the tokenizer of the GGUF file".into(), what };
         let Some(pre) = pre_tokenizer(&parts.pre) else {
             return Err(wrong(format!("its pre-tokenisation `{}` is not supported", parts.pre)));
         };
@@ -62,7 +62,10 @@ impl Tokenizer {
         }
         let mut added = Vec::new();
         for id in &parts.special {
-            let token = parts.tokens.get(*id as usize).ok_or_else(|| wrong(format!("special token {id} does not exist")))?;
+            let token = parts
+                .tokens
+                .get(*id as usize)
+                .ok_or_else(|| wrong(format!("special token {id} does not exist")))?;
             added.push(json!({ "id": id, "content": token, "special": true, "single_word": false,
                 "lstrip": false, "rstrip": false, "normalized": false }));
         }

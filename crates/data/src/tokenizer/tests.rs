@@ -2,7 +2,8 @@ use super::*;
 use proptest::prelude::*;
 use std::sync::LazyLock;
 
-const TEXTS: [&str; 3] = ["Now is the winter of our discontent", "made glorious summer", "by this sun of York; 1593"];
+const TEXTS: [&str; 3] =
+    ["Now is the winter of our discontent", "made glorious summer", "by this sun of York; 1593"];
 
 fn texts() -> impl Iterator<Item = String> + Send {
     TEXTS.iter().cycle().take(60).map(|text| text.to_string())

@@ -54,8 +54,20 @@ const SIZE: u64 = 1 << 24;
 pub const KEYS: &[Key] = &[
     key("run.dir", Path, "", "", "Folder the run writes: model, state, metrics, resolved recipe. Required."),
     key("run.seed", Int(0, u64::MAX >> 1), "1", "", "Seed of initial weights and of the order of samples."),
-    key("run.threads", Int(0, 4096), "0", "cores", "Worker threads; 0 takes every core. Never changes a result."),
-    key("model.from", Path, "", "", "Model to fine-tune: a Hugging Face folder or a GGUF file. Excludes the sizes below."),
+    key(
+        "run.threads",
+        Int(0, 4096),
+        "0",
+        "cores",
+        "Worker threads; 0 takes every core. Never changes a result.",
+    ),
+    key(
+        "model.from",
+        Path,
+        "",
+        "",
+        "Model to fine-tune: a Hugging Face folder or a GGUF file. Excludes the sizes below.",
+    ),
     key(
         "model.family",
         Choice(&["llama", "mistral", "qwen2", "qwen3", "gpt2"]),
@@ -68,13 +80,31 @@ pub const KEYS: &[Key] = &[
     key("model.heads", Int(1, 65536), "6", "", "Query heads N."),
     key("model.kv_heads", Int(0, 65536), "0", "", "Key and value heads K; 0 means as many as query heads."),
     key("model.head_dim", Int(0, 65536), "0", "", "Head dim H; 0 means width / heads."),
-    key("model.ffn", Int(0, SIZE), "0", "", "Width F of the feed-forward part; 0 means 8/3 width (4 width for gpt2), rounded up to 32."),
+    key(
+        "model.ffn",
+        Int(0, SIZE),
+        "0",
+        "",
+        "Width F of the feed-forward part; 0 means 8/3 width (4 width for gpt2), rounded up to 32.",
+    ),
     key("model.tied", Flag, "true", "", "Use the embedding as the head."),
     key("model.rope_theta", Float(1.0, 1e12), "10000.0", "", "Base of the rotary positions."),
     key("model.norm_eps", Float(1e-12, 1.0), "1e-5", "", "Added to the variance in norms."),
     key("model.window", Int(0, MANY), "0", "tokens", "Sliding attention window (mistral); 0 means none."),
-    key("tokenizer.file", Path, "", "", "A tokenizer.json, or a folder that holds one. Absent: the model's own, or a new one is trained."),
-    key("tokenizer.vocab", Int(257, 1 << 20), "4096", "tokens", "Vocabulary of a newly trained byte-level BPE."),
+    key(
+        "tokenizer.file",
+        Path,
+        "",
+        "",
+        "A tokenizer.json, or a folder that holds one. Absent: the model's own, or a new one is trained.",
+    ),
+    key(
+        "tokenizer.vocab",
+        Int(257, 1 << 20),
+        "4096",
+        "tokens",
+        "Vocabulary of a newly trained byte-level BPE.",
+    ),
     key("data.path", Paths, "", "", "Text, JSONL or Parquet: a file, a folder or a list of them. Required."),
     key(
         "data.format",
@@ -84,14 +114,32 @@ pub const KEYS: &[Key] = &[
         "How files are read; auto goes by their extension.",
     ),
     key("data.valid", Paths, "", "", "Validation data; absent: a part of data.path is held out."),
-    key("data.valid_fraction", Float(0.0, 0.5), "0.02", "", "Part held out for validation when data.valid is absent."),
+    key(
+        "data.valid_fraction",
+        Float(0.0, 0.5),
+        "0.02",
+        "",
+        "Part held out for validation when data.valid is absent.",
+    ),
     key("data.shuffle", Flag, "true", "", "Visit samples in an order drawn from seed and epoch."),
     key("train.steps", Int(1, MANY), "1000", "steps", "Steps of the run."),
     key("train.batch", Int(1, 1 << 20), "8", "rows", "Rows per microbatch."),
-    key("train.accumulate", Int(1, 1 << 20), "1", "microbatches", "Microbatches per step; the global batch is batch x accumulate rows."),
+    key(
+        "train.accumulate",
+        Int(1, 1 << 20),
+        "1",
+        "microbatches",
+        "Microbatches per step; the global batch is batch x accumulate rows.",
+    ),
     key("train.context", Int(2, SIZE), "256", "tokens", "Tokens per row."),
     key("train.lr", Float(0.0, 10.0), "1e-3", "", "Highest learning rate."),
-    key("train.min_lr", Float(0.0, 10.0), "", "", "Learning rate at the last step; absent: a tenth of train.lr."),
+    key(
+        "train.min_lr",
+        Float(0.0, 10.0),
+        "",
+        "",
+        "Learning rate at the last step; absent: a tenth of train.lr.",
+    ),
     key("train.warmup", Int(0, MANY), "100", "steps", "Steps of the straight line up from 0."),
     key(
         "train.schedule",
@@ -100,12 +148,30 @@ pub const KEYS: &[Key] = &[
         "",
         "Shape after the warmup; wsd is warmup, stable, decay.",
     ),
-    key("train.decay", Int(1, MANY), "", "steps", "Steps of the final decay of wsd; absent: a fifth of train.steps."),
+    key(
+        "train.decay",
+        Int(1, MANY),
+        "",
+        "steps",
+        "Steps of the final decay of wsd; absent: a fifth of train.steps.",
+    ),
     key("train.beta1", Float(0.0, 0.999_999_9), "0.9", "", "Decay of AdamW's first moment."),
     key("train.beta2", Float(0.0, 0.999_999_9), "0.95", "", "Decay of AdamW's second moment."),
     key("train.eps", Float(1e-30, 1.0), "1e-8", "", "Added to the root of the second moment."),
-    key("train.weight_decay", Float(0.0, 10.0), "0.1", "", "Decoupled decay of matrices; norms and biases have none."),
-    key("train.clip", Float(0.0, 1e9), "1.0", "", "Largest global norm of the gradient; 0 turns clipping off."),
+    key(
+        "train.weight_decay",
+        Float(0.0, 10.0),
+        "0.1",
+        "",
+        "Decoupled decay of matrices; norms and biases have none.",
+    ),
+    key(
+        "train.clip",
+        Float(0.0, 1e9),
+        "1.0",
+        "",
+        "Largest global norm of the gradient; 0 turns clipping off.",
+    ),
     key(
         "train.precision",
         Choice(&["bf16", "f32"]),
@@ -120,18 +186,60 @@ pub const KEYS: &[Key] = &[
         "",
         "Whether layers keep only their input and run again on the way back: less memory, a third more work.",
     ),
-    key("train.recompute_layers", Int(0, 4096), "", "layers", "Recompute only this many layers, from the first."),
-    key("train.max_skipped", Int(0, MANY), "10", "steps", "Stop after this many steps in a row with a loss or gradient that is not finite."),
-    key("eval.every", Int(0, MANY), "100", "steps", "Steps between validations, and one at the end; 0: only at the end."),
+    key(
+        "train.recompute_layers",
+        Int(0, 4096),
+        "",
+        "layers",
+        "Recompute only this many layers, from the first.",
+    ),
+    key(
+        "train.max_skipped",
+        Int(0, MANY),
+        "10",
+        "steps",
+        "Stop after this many steps in a row with a loss or gradient that is not finite.",
+    ),
+    key(
+        "eval.every",
+        Int(0, MANY),
+        "100",
+        "steps",
+        "Steps between validations, and one at the end; 0: only at the end.",
+    ),
     key("eval.batches", Int(0, MANY), "16", "batches", "Batches per validation, always the same; 0: all."),
     key("sample.every", Int(0, MANY), "0", "steps", "Steps between samples of what the model says; 0: none."),
     key("sample.prompt", Text, "\"\"", "", "Text the samples continue."),
     key("sample.tokens", Int(1, SIZE), "80", "tokens", "Length of a sample."),
-    key("sample.temperature", Float(0.0, 100.0), "0.8", "", "Divides the logits; 0 takes the likeliest token."),
-    key("sample.top_p", Float(1e-6, 1.0), "0.95", "", "Tokens that together hold this probability are drawn from."),
-    key("checkpoint.every", Int(0, MANY), "200", "steps", "Steps between saves of the training state, and one at the end; 0: only at the end."),
+    key(
+        "sample.temperature",
+        Float(0.0, 100.0),
+        "0.8",
+        "",
+        "Divides the logits; 0 takes the likeliest token.",
+    ),
+    key(
+        "sample.top_p",
+        Float(1e-6, 1.0),
+        "0.95",
+        "",
+        "Tokens that together hold this probability are drawn from.",
+    ),
+    key(
+        "checkpoint.every",
+        Int(0, MANY),
+        "200",
+        "steps",
+        "Steps between saves of the training state, and one at the end; 0: only at the end.",
+    ),
     key("checkpoint.keep_last", Int(1, 1 << 20), "2", "saves", "Newest saves that are kept."),
-    key("checkpoint.background", Flag, "true", "", "Write saves from a copy while training goes on; false needs no memory for the copy."),
+    key(
+        "checkpoint.background",
+        Flag,
+        "true",
+        "",
+        "Write saves from a copy while training goes on; false needs no memory for the copy.",
+    ),
     key("log.tensorboard", Flag, "true", "", "Write TensorBoard event files beside metrics.jsonl."),
 ];
 
@@ -143,7 +251,8 @@ pub fn find(path: &str) -> Option<&'static Key> {
 impl Kind {
     /// What a value should be, for messages and documents.
     pub fn expected(self) -> String {
-        let number = |x: f64| if x >= 1e6 || (x > 0.0 && x < 1e-3) { format!("{x:e}") } else { format!("{x}") };
+        let number =
+            |x: f64| if x >= 1e6 || (x > 0.0 && x < 1e-3) { format!("{x:e}") } else { format!("{x}") };
         match self {
             Int(low, high) if high >= MANY => format!("a whole number from {low} on"),
             Int(low, high) => format!("a whole number from {low} to {high}"),
@@ -159,7 +268,9 @@ impl Kind {
     /// Whether `value` is one, whole numbers where numbers are expected included.
     pub fn accepts(self, value: &toml::Value) -> bool {
         match self {
-            Int(low, high) => value.as_integer().is_some_and(|n| n >= 0 && (low..=high).contains(&(n as u64))),
+            Int(low, high) => {
+                value.as_integer().is_some_and(|n| n >= 0 && (low..=high).contains(&(n as u64)))
+            }
             Float(low, high) => {
                 let number = value.as_float().or(value.as_integer().map(|n| n as f64));
                 number.is_some_and(|x| x.is_finite() && x >= low && x <= high)
@@ -184,7 +295,9 @@ pub fn markdown() -> String {
         let (head, name) = key.path.split_once('.').unwrap_or(("", key.path));
         if head != table {
             table = head;
-            out += &format!("\n### [{table}]\n\n| key | default | unit | value | meaning |\n|---|---|---|---|---|\n");
+            out += &format!(
+                "\n### [{table}]\n\n| key | default | unit | value | meaning |\n|---|---|---|---|---|\n"
+            );
         }
         let default = if key.default.is_empty() { "absent".into() } else { format!("`{}`", key.default) };
         let row = [format!("`{name}`"), default, key.unit.into(), key.kind.expected(), key.doc.into()];
@@ -209,7 +322,8 @@ mod tests {
     fn the_reference_in_docs_is_this_table() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/recipes.md");
         let text = std::fs::read_to_string(path).unwrap();
-        let kept = text.split("<!-- keys -->").nth(1).expect("docs/recipes.md holds the keys between two marks");
+        let kept =
+            text.split("<!-- keys -->").nth(1).expect("docs/recipes.md holds the keys between two marks");
         assert_eq!(kept.trim(), markdown().trim(), "run `trilith train --keys` and paste its output");
     }
 }

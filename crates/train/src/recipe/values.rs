@@ -337,7 +337,8 @@ fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<Mode
     if gpt2 {
         if k != n || h * n != d || !tied {
             return impossible(
-                "model.family = \"gpt2\" has one kv head per head, width / heads per head and a tied head".into(),
+                "model.family = \"gpt2\" has one kv head per head, width / heads per head and a tied head"
+                    .into(),
                 "drop model.kv_heads, model.head_dim and model.tied, or take family \"llama\"",
             );
         }
