@@ -89,7 +89,7 @@ fn disk_speed(dir: &Path) -> Result<(f64, f64)> {
 
 fn measure_disk(path: &Path) -> Result<(f64, f64)> {
     // Not all zeros: some file systems keep none of those.
-    let block: Vec<u8> = (0..4usize << 20).map(|i| (i * 2_654_435_761 >> 13) as u8).collect();
+    let block: Vec<u8> = (0..4usize << 20).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
     let mut file = File::create(path)?;
     let started = Instant::now();
     for _ in 0..DISK_BYTES / block.len() {

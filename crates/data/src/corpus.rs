@@ -126,9 +126,9 @@ enum Open {
         reader: BufReader<File>,
         at: u64,
     },
-    Jsonl(crate::jsonl::Jsonl),
+    Jsonl(Box<crate::jsonl::Jsonl>),
     #[cfg(feature = "parquet")]
-    Parquet(crate::parquet_file::ParquetFile),
+    Parquet(Box<crate::parquet_file::ParquetFile>),
 }
 
 /// Documents of `paths` (files, or folders read recursively in the order of their names).
@@ -200,10 +200,10 @@ impl Documents {
         self.open = Some(match format {
             Format::Jsonl => {
                 let chat = self.chat.clone().unwrap_or_else(ChatTemplate::chatml);
-                Open::Jsonl(crate::jsonl::Jsonl::new(path, file, chat, self.special.clone()))
+                Open::Jsonl(Box::new(crate::jsonl::Jsonl::new(path, file, chat, self.special.clone())))
             }
             #[cfg(feature = "parquet")]
-            Format::Parquet => Open::Parquet(crate::parquet_file::ParquetFile::new(path, file)?),
+            Format::Parquet => Open::Parquet(Box::new(crate::parquet_file::ParquetFile::new(path, file)?)),
             #[cfg(not(feature = "parquet"))]
             Format::Parquet => return Err(CorpusError::NoParquet { path }),
             _ => Open::Text { path, reader: BufReader::new(file), at: 0 },

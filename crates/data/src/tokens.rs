@@ -75,7 +75,7 @@ impl TokenizedCorpus {
     fn push(&mut self, ids: &[u32], learn: bool) {
         self.tokens.extend(ids);
         // Runs alternate beginning with learned: an even count means the next one is learned.
-        let next_learned = self.runs.len() % 2 == 0;
+        let next_learned = self.runs.len().is_multiple_of(2);
         match self.runs.last_mut() {
             // The last run is of the other kind than the next: it goes on.
             Some(end) if learn != next_learned => *end = self.tokens.len(),

@@ -185,13 +185,13 @@ impl Job<'_> {
         block(tile, sizes, panels(tiles.queries), keys_t, (tiles.probs, KEYS), false);
         let values_t = panels(&kv.values_t[k0 * h..]);
         block(tile, sizes, panels(tiles.douts), values_t, (tiles.dprobs, KEYS), false);
-        for r in 0..rows {
+        for (r, delta) in delta.iter().enumerate().take(rows) {
             let (from, to) = self.mask.visible(&self.shape, row, q0 + r);
             let clip = |key: usize| key.clamp(k0, k0 + keys) - k0;
             let at = r * KEYS..r * KEYS + keys;
             let lse = self.lse[(row * n + head) * t + q0 + r];
             let (p, dp) = (&mut tiles.probs[at.clone()], &mut tiles.dprobs[at]);
-            retreat(p, dp, clip(from), clip(to), (self.scale, lse, delta[r]));
+            retreat(p, dp, clip(from), clip(to), (self.scale, lse, *delta));
         }
     }
 
