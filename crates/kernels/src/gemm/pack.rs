@@ -63,13 +63,31 @@ fn pack<T: Float>(
 multiversion! {
     /// Lanes lie side by side: each step is one run of them.
     fn gather<T: Float>(data: &[T], step: usize, sizes: (usize, usize), out: &mut [f32]) {
-        let (lanes, width) = sizes;
-        for (k, out) in out.chunks_exact_mut(width).enumerate() {
-            let run = &data[k * step..k * step + lanes];
-            for (out, x) in out.iter_mut().zip(run) {
-                *out = x.to_f32();
+        // A run of known length is a few vector moves; of unknown length, a call of memcpy.
+        match sizes {
+            (6, 6) => gather_whole::<T, 6>(data, step, out),
+            (14, 14) => gather_whole::<T, 14>(data, step, out),
+            (16, 16) => gather_whole::<T, 16>(data, step, out),
+            (32, 32) => gather_whole::<T, 32>(data, step, out),
+            (lanes, width) => {
+                for (k, out) in out.chunks_exact_mut(width).enumerate() {
+                    let run = &data[k * step..k * step + lanes];
+                    for (out, x) in out.iter_mut().zip(run) {
+                        *out = x.to_f32();
+                    }
+                    out[lanes..].fill(0.0);
+                }
             }
-            out[lanes..].fill(0.0);
+        }
+    }
+}
+
+#[inline(always)]
+fn gather_whole<T: Float, const W: usize>(data: &[T], step: usize, out: &mut [f32]) {
+    for (k, out) in out.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+        let run: &[T; W] = data[k * step..].first_chunk().expect("a step holds its lanes");
+        for (out, x) in out.iter_mut().zip(run) {
+            *out = x.to_f32();
         }
     }
 }
