@@ -90,7 +90,7 @@ pub enum TrainError {
         /// Which state.
         path: PathBuf,
         /// What changed.
-        key: &'static str,
+        key: String,
         /// At the save.
         then: String,
         /// Now.

@@ -24,6 +24,9 @@ pub struct StateMeta {
     pub applied: u64,
     /// Skipped steps up to now, in a row.
     pub skipped_in_row: u64,
+    /// Step of the last validation; 0 when there was none.
+    #[serde(default)]
+    pub validated: u64,
     /// Length of metrics.jsonl.
     pub metrics_bytes: u64,
     /// What must not change between a run and its continuation.
@@ -49,17 +52,27 @@ pub struct Identity {
 
 impl Identity {
     /// The first thing in which `now` differs: (key, then, now).
-    fn difference(&self, now: &Identity) -> Option<(&'static str, String, String)> {
-        let pair = |name, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
+    fn difference(&self, now: &Identity) -> Option<(String, String, String)> {
+        let pair = |name: &str, a: &dyn std::fmt::Display, b: &dyn std::fmt::Display| {
             let (a, b) = (a.to_string(), b.to_string());
-            (a != b).then_some((name, a, b))
+            (a != b).then_some((name.to_string(), a, b))
         };
-        pair("model", &self.model, &now.model)
-            .or(pair("train.precision", &self.precision, &now.precision))
+        pair("train.precision", &self.precision, &now.precision)
             .or(pair("train.context", &self.context, &now.context))
+            .or(self.model_difference(now))
             .or(pair("checksum of the training data", &self.data, &now.data))
             .or(pair("run.seed", &self.seed, &now.seed))
             .or(pair("data.shuffle", &self.shuffle, &now.shuffle))
+    }
+
+    fn model_difference(&self, now: &Identity) -> Option<(String, String, String)> {
+        let empty = serde_json::Map::new();
+        let (then, now) = (self.model.as_object().unwrap_or(&empty), now.model.as_object().unwrap_or(&empty));
+        let keys = then.keys().chain(now.keys());
+        let text = |value: Option<&serde_json::Value>| value.map_or("absent".into(), |v| v.to_string());
+        keys.filter(|key| then.get(*key) != now.get(*key))
+            .map(|key| (format!("the model's {key}"), text(then.get(key)), text(now.get(key))))
+            .next()
     }
 }
 

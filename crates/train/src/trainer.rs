@@ -109,41 +109,9 @@ impl Trainer {
             folder.clear()?;
         }
         let newest = states.newest()?;
-        let skipped_states: Vec<(PathBuf, String)> =
-            newest.skipped.iter().map(|(path, error)| (path.clone(), error.to_string())).collect();
-        match (&newest.checkpoint, skipped_states.first(), start) {
-            (Some(state), _, Start::New) => {
-                return Err(TrainError::Exists { path: folder.path().to_path_buf(), step: state.step });
-            }
-            (None, Some((_, first)), _) => {
-                let path = folder.path().to_path_buf();
-                return Err(TrainError::NoWholeState { path, first: first.clone() });
-            }
-            _ => {}
-        }
         let identity = identity(&recipe, &prepared);
-        let meta = newest.checkpoint.as_ref().map(|state| meta_of(state, &identity)).transpose()?;
-        let mut learner = prepared.learner(&recipe)?;
-        let step = match &newest.checkpoint {
-            Some(state) => {
-                let Learner { optimizer, store, .. } = &mut learner;
-                optimizer.restore(store, |name, bytes| state.read(name, bytes))?;
-                optimizer.steps = meta.as_ref().map_or(0, |meta| meta.applied);
-                state.step
-            }
-            None => {
-                prepared.fill(&recipe, &mut learner)?;
-                0
-            }
-        };
-        let meta = meta.unwrap_or(StateMeta {
-            samples: 0,
-            tokens: 0,
-            applied: 0,
-            skipped_in_row: 0,
-            metrics_bytes: 0,
-            identity: identity.clone(),
-        });
+        let begun = begin(&recipe, &prepared, start, &folder, (newest, &identity))?;
+        let Begun { learner, step, meta, skipped_states } = begun;
         let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
         folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
         folder.write(&prepared.tokenizer.files()?)?;
@@ -173,6 +141,10 @@ impl Trainer {
             ended: false,
             skipped_states,
         };
+        // A run told to stop leaves its validation to the next process.
+        if trainer.step > 0 && trainer.validation_is_due() && trainer.meta.validated != trainer.step {
+            trainer.due.push_back(Due::Validate);
+        }
         if trainer.step >= trainer.recipe.train.steps {
             trainer.due.push_back(Due::End);
         }
@@ -285,7 +257,7 @@ impl Trainer {
     fn plan(&mut self) {
         let last = self.step >= self.recipe.train.steps;
         let due = |every: u64| every > 0 && self.step.is_multiple_of(every);
-        if self.valid.is_some() && (last || due(self.recipe.eval.every)) {
+        if self.validation_is_due() {
             self.due.push_back(Due::Validate);
         }
         if self.recipe.sample.every > 0 && (last || due(self.recipe.sample.every)) {
@@ -297,6 +269,12 @@ impl Trainer {
         if last {
             self.due.push_back(Due::End);
         }
+    }
+
+    fn validation_is_due(&self) -> bool {
+        let every = self.recipe.eval.every;
+        let regular = every > 0 && self.step.is_multiple_of(every);
+        self.valid.is_some() && (regular || self.step >= self.recipe.train.steps)
     }
 
     fn validate(&mut self) -> Result<Progress, TrainError> {
@@ -313,6 +291,7 @@ impl Trainer {
         }
         let (step, loss) = (self.step, loss / targets.max(1) as f64);
         self.metrics.validation(step, loss, targets)?;
+        self.meta.validated = step;
         Ok(Progress::Validated { step, loss, targets })
     }
 
@@ -358,6 +337,60 @@ impl Trainer {
         let complete = self.step >= self.recipe.train.steps;
         Ok(Progress::Ended { step: self.step, complete })
     }
+}
+
+/// Where a run begins.
+struct Begun {
+    learner: Learner,
+    step: u64,
+    meta: StateMeta,
+    skipped_states: Vec<(PathBuf, String)>,
+}
+
+/// A learner with the newest state, or a fresh one.
+fn begin(
+    recipe: &Recipe,
+    prepared: &Prepared,
+    start: Start,
+    folder: &RunFolder,
+    (newest, identity): (checkpoint::Newest, &Identity),
+) -> Result<Begun, TrainError> {
+    let skipped_states: Vec<(PathBuf, String)> =
+        newest.skipped.iter().map(|(path, error)| (path.clone(), error.to_string())).collect();
+    match (&newest.checkpoint, skipped_states.first(), start) {
+        (Some(state), _, Start::New) => {
+            return Err(TrainError::Exists { path: folder.path().to_path_buf(), step: state.step });
+        }
+        (None, Some((_, first)), _) => {
+            let path = folder.path().to_path_buf();
+            return Err(TrainError::NoWholeState { path, first: first.clone() });
+        }
+        _ => {}
+    }
+    let meta = newest.checkpoint.as_ref().map(|state| meta_of(state, identity)).transpose()?;
+    let mut learner = prepared.learner(recipe)?;
+    let step = match &newest.checkpoint {
+        Some(state) => {
+            let Learner { optimizer, store, .. } = &mut learner;
+            optimizer.restore(store, |name, bytes| state.read(name, bytes))?;
+            optimizer.steps = meta.as_ref().map_or(0, |meta| meta.applied);
+            state.step
+        }
+        None => {
+            prepared.fill(recipe, &mut learner)?;
+            0
+        }
+    };
+    let meta = meta.unwrap_or(StateMeta {
+        samples: 0,
+        tokens: 0,
+        applied: 0,
+        skipped_in_row: 0,
+        validated: 0,
+        metrics_bytes: 0,
+        identity: identity.clone(),
+    });
+    Ok(Begun { learner, step, meta, skipped_states })
 }
 
 fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {

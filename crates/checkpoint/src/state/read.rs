@@ -62,11 +62,13 @@ impl StateDir {
         Ok(found)
     }
 
-    /// The newest whole state by the cheap check.
+    /// The newest state of which every block is right. Reads it once to know.
     pub fn newest(&self) -> Result<Newest, StateError> {
         let mut skipped = Vec::new();
         for state in self.list()?.into_iter().rev() {
-            match state.whole.and_then(|()| Checkpoint::open(&state.path, state.step)) {
+            let open = || Checkpoint::open(&state.path, state.step);
+            let checked = |state: Checkpoint| state.verify_all().map(|()| state);
+            match state.whole.and_then(|()| open()).and_then(checked) {
                 Ok(checkpoint) => return Ok(Newest { checkpoint: Some(checkpoint), skipped }),
                 Err(error) => skipped.push((state.path, error)),
             }

@@ -254,7 +254,6 @@ mod tests {
             ("[model]\nwidth = 100\nheads = 6", "model.heads"),
             ("[model]\nheads = 6\nkv_heads = 4", "model.kv_heads"),
             ("[model]\nfrom = \"m\"\nwidth = 64", "model.from"),
-            ("[train]\nsteps = 10\nwarmup = 11", "train.warmup"),
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
         ] {

@@ -227,15 +227,9 @@ impl Recipe {
 fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
     let int = |key| need(get.int(key), key);
     let float = |key| need(get.float(key), key);
-    let (steps, warmup, lr) = (int("train.steps")?, int("train.warmup")?, float("train.lr")?);
-    // A default warmup gives way to a short run; one that was asked for does not.
-    let warmup = if get.0.gives("train.warmup") { warmup } else { warmup.min(steps / 10) };
-    if warmup > steps {
-        return impossible(
-            format!("train.warmup = {warmup} is longer than train.steps = {steps}"),
-            "warm up for at most the whole run",
-        );
-    }
+    let (steps, lr) = (int("train.steps")?, float("train.lr")?);
+    // A run cut short for a trial keeps its recipe: it then is all warmup.
+    let warmup = get.int("train.warmup").unwrap_or((steps / 10).min(100)).min(steps);
     let min_lr = get.float("train.min_lr").unwrap_or(lr / 10.0);
     if min_lr > lr {
         return impossible(

@@ -1,0 +1,100 @@
+//! Tiny runs on real text, and what is left of them.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+use train::{Prepared, Progress, Settings, Start, TrainError, Trainer};
+
+/// A folder with a corpus and room for runs.
+pub struct Place(pub tempfile::TempDir);
+
+impl Place {
+    pub fn new() -> Place {
+        let place = Place(tempfile::tempdir().unwrap());
+        let play = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/shakespeare/valid.txt");
+        let text = std::fs::read_to_string(play).unwrap();
+        std::fs::write(place.path("corpus.txt"), &text[..40_000]).unwrap();
+        place
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A recipe of a tiny model that trains in `dir`; `sets` override it.
+    pub fn settings(&self, dir: &str, sets: &[&str]) -> Settings {
+        let tuned = sets.iter().any(|set| set.starts_with("model.from"));
+        let model = if tuned { "" } else { "model = { layers = 2, width = 32, heads = 4, kv_heads = 2 }" };
+        let recipe = format!(
+            r#"
+            run.dir = {:?}
+            run.threads = 2
+            {model}
+            tokenizer.vocab = 300
+            data.path = {:?}
+            train = {{ steps = 12, batch = 2, context = 24, warmup = 3, lr = 1e-2 }}
+            eval = {{ every = 4, batches = 2 }}
+            checkpoint = {{ every = 3, keep_last = 3 }}
+            "#,
+            self.path(dir),
+            self.path("corpus.txt"),
+        );
+        let mut settings = Settings::parse(&recipe, "a test").unwrap();
+        for set in sets {
+            settings.set(set).unwrap();
+        }
+        settings
+    }
+
+    /// Set a run up.
+    pub fn trainer(&self, dir: &str, sets: &[&str], start: Start) -> Result<Trainer, TrainError> {
+        let settings = self.settings(dir, sets);
+        let recipe = settings.recipe()?;
+        let prepared = Prepared::new(&recipe, start == Start::Resume, &mut |_| {})?;
+        Trainer::new(recipe, &settings.resolved(), prepared, start, 100.0)
+    }
+
+    /// Run to the end, or stop after `stop_at` steps; the last progress.
+    pub fn run(
+        &self,
+        dir: &str,
+        sets: &[&str],
+        start: Start,
+        stop_at: Option<u64>,
+    ) -> Result<Progress, TrainError> {
+        device::Threads::new(2).unwrap().run(|| {
+            let mut trainer = self.trainer(dir, sets, start)?;
+            let mut last = None;
+            while let Some(progress) = trainer.advance()? {
+                if matches!(&progress, Progress::Step(m) if Some(m.step) == stop_at) {
+                    trainer.stop();
+                }
+                last = Some(progress);
+            }
+            Ok(last.unwrap())
+        })
+    }
+
+    /// What a run is: weights, newest state and the log without its clock.
+    pub fn result(&self, dir: &str) -> (Vec<u8>, Vec<u8>, Vec<serde_json::Value>) {
+        let dir = self.path(dir);
+        let weights = std::fs::read(dir.join("model.safetensors")).unwrap();
+        let mut states: Vec<_> =
+            std::fs::read_dir(dir.join("state")).unwrap().map(|entry| entry.unwrap().path()).collect();
+        states.sort();
+        let state = std::fs::read(states.last().unwrap().join("state.bin")).unwrap();
+        (weights, state, log(&dir))
+    }
+}
+
+/// The lines of metrics.jsonl without what the clock says.
+pub fn log(dir: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let without_clock = |line: &str| {
+        let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
+        for key in ["seconds", "tokens_per_s", "gflops", "mfu"] {
+            line.as_object_mut().unwrap().remove(key);
+        }
+        line
+    };
+    text.lines().map(without_clock).collect()
+}
