@@ -1,6 +1,6 @@
 //! Numbers, tables and bars for people.
 
-use comfy_table::{CellAlignment, Table, presets};
+use comfy_table::{CellAlignment, LineStyle, Table, presets};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::time::Duration;
 
@@ -37,7 +37,9 @@ pub fn duration(seconds: f64) -> String {
 /// A table with a header; columns of numbers are given by index and stand to the right.
 pub fn table(header: &[&str], rows: Vec<Vec<String>>, numbers: &[usize]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY).set_header(header.to_vec());
+    table
+        .load_style(presets::UTF8_HORIZONTAL_ONLY.row_separator(LineStyle::none()))
+        .set_header(header.to_vec());
     for row in rows {
         table.add_row(row);
     }
