@@ -10,7 +10,10 @@ use super::Finding;
 const UNSAFE_CRATES: &[&str] = &["device", "kernels"];
 
 /// Files outside crates/cli and xtask that may read the environment, each with its reason.
-const ENV_FILES: &[&str] = &[];
+const ENV_FILES: &[&str] = &[
+    // The folder for a child process that is killed.
+    "crates/checkpoint/tests/save.rs",
+];
 
 /// Spelled as an escape so that this file passes its own rule.
 const EM_DASH: char = '\u{2014}';
