@@ -1,6 +1,8 @@
 //! Documents from files: text, JSONL, Parquet.
 
 use crate::chat::ChatTemplate;
+use crate::jsonl::Jsonl;
+use crate::records::Records;
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -93,10 +95,12 @@ pub enum CorpusError {
         path: PathBuf,
     },
     /// Parquet that cannot be read.
-    #[error("{}: {what}; a Parquet corpus has a string column `text`", path.display())]
+    #[error("{}, row {row}: {what}", path.display())]
     Parquet {
         /// Which file.
         path: PathBuf,
+        /// From 1; 0 for the file as a whole.
+        row: u64,
         /// What is wrong.
         what: String,
     },
@@ -126,7 +130,7 @@ enum Open {
         reader: BufReader<File>,
         at: u64,
     },
-    Jsonl(Box<crate::jsonl::Jsonl>),
+    Jsonl(Box<Jsonl>),
     #[cfg(feature = "parquet")]
     Parquet(Box<crate::parquet_file::ParquetFile>),
 }
@@ -197,13 +201,16 @@ impl Documents {
     fn open_next(&mut self) -> Result<bool, CorpusError> {
         let Some((path, format)) = self.files.pop_front() else { return Ok(false) };
         let file = File::open(&path).map_err(|source| CorpusError::Read { path: path.clone(), source })?;
+        let records = || Records {
+            chat: self.chat.clone().unwrap_or_else(ChatTemplate::chatml),
+            special: self.special.clone(),
+        };
         self.open = Some(match format {
-            Format::Jsonl => {
-                let chat = self.chat.clone().unwrap_or_else(ChatTemplate::chatml);
-                Open::Jsonl(Box::new(crate::jsonl::Jsonl::new(path, file, chat, self.special.clone())))
-            }
+            Format::Jsonl => Open::Jsonl(Box::new(Jsonl::new(path, file, records()))),
             #[cfg(feature = "parquet")]
-            Format::Parquet => Open::Parquet(Box::new(crate::parquet_file::ParquetFile::new(path, file)?)),
+            Format::Parquet => {
+                Open::Parquet(Box::new(crate::parquet_file::ParquetFile::new(path, file, records())?))
+            }
             #[cfg(not(feature = "parquet"))]
             Format::Parquet => return Err(CorpusError::NoParquet { path }),
             _ => Open::Text { path, reader: BufReader::new(file), at: 0 },

@@ -10,6 +10,7 @@ mod jsonl;
 mod loader;
 #[cfg(feature = "parquet")]
 mod parquet_file;
+mod records;
 mod samples;
 mod tokenizer;
 mod tokens;
