@@ -121,7 +121,7 @@ fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
 /// Advance to the end or to a signal; whether every step is done.
 fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
     let steps = trainer.recipe().train.steps;
-    let bar = show::bar(steps, "{bar:24} {pos}/{len} {msg} {eta} left");
+    let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
     let mut screen = Screen { bar, steps, started: Instant::now(), first: trainer.step(), said: None };
