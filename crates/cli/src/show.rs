@@ -22,6 +22,13 @@ pub fn count(n: f64) -> String {
     }
 }
 
+/// "27.0 GFLOP".
+pub fn flops(n: f64) -> String {
+    let short = count(n);
+    let digits = short.trim_end_matches(char::is_alphabetic);
+    format!("{digits} {}FLOP", &short[digits.len()..])
+}
+
 /// "3h 04m", "2m 05s", "1.2 s".
 pub fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
@@ -82,6 +89,7 @@ mod tests {
             [count(950.0), count(12_340.0), count(4.56e6), count(1.5e12)],
             ["950", "12.3k", "4.56M", "1.50T"]
         );
+        assert_eq!([flops(2.7e10), flops(12.0)], ["27.0 GFLOP", "12 FLOP"]);
         assert_eq!([duration(1.23), duration(125.0), duration(11_040.0)], ["1.2 s", "2m 05s", "3h 04m"]);
     }
 }

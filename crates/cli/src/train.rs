@@ -255,12 +255,12 @@ fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> 
         (
             "step",
             format!(
-                "{} x {} rows of {} tokens, {}, {}FLOP",
+                "{} x {} rows of {} tokens, {}, {}",
                 train.accumulate,
                 train.batch,
                 train.context,
                 train.dtype,
-                show::count(estimate.step_flops)
+                show::flops(estimate.step_flops)
             ),
         ),
         ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
