@@ -56,15 +56,15 @@ fn main() {
         Shape { name: "small 1024x512x512 NT", sizes: (1024, 512, 512), transposed: (false, true) },
     ];
     Threads::new(threads).expect("a pool").run(|| {
-        let peak = kernels::peak::gflops_f32();
-        println!("{threads} threads, peak {peak:.0} GFLOP/s f32, {:.0} bf16", kernels::peak::gflops_bf16());
+        let (peak, peak_bf16) = (kernels::peak::gflops_f32(), kernels::peak::gflops_bf16());
+        println!("{threads} threads, peak {peak:.0} GFLOP/s f32, {peak_bf16:.0} bf16");
         for shape in &shapes {
             let (f, b) = (measure(shape, DType::F32), measure(shape, DType::Bf16));
             println!(
                 "{:28} f32 {f:6.1} ({:3.0} %)   bf16 {b:6.1} ({:3.0} %)",
                 shape.name,
                 100.0 * f / peak,
-                100.0 * b / peak
+                100.0 * b / peak_bf16
             );
         }
     });

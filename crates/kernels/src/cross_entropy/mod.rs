@@ -4,12 +4,12 @@ mod cpu;
 #[cfg(test)]
 mod tests;
 
-use device::{Device, View, ViewMut};
+use device::{DType, Device, View, ViewMut};
 
 /// A target that asks for nothing: its loss and gradient are zero.
 pub const IGNORE: u32 = u32::MAX;
 
-/// losses [M] f32, in nats, of logits [M, V] against targets [M].
+/// losses [M] f32, in nats, of f32 logits [M, V] against targets [M].
 pub fn forward(logits: View<'_>, targets: &[u32], losses: ViewMut<'_>) {
     check(logits.len(), targets, losses.len());
     match logits.device() {
@@ -17,11 +17,18 @@ pub fn forward(logits: View<'_>, targets: &[u32], losses: ViewMut<'_>) {
     }
 }
 
-/// The same, and logits become `scale` * (softmax - one_hot(target)).
-pub fn forward_backward(logits: ViewMut<'_>, targets: &[u32], scale: f32, losses: ViewMut<'_>) {
+/// The same, and logits become their gradient `scale` * (softmax - one_hot(target)). In bf16 each
+/// row of it fills the first half of the row's bytes: a bf16 matrix with leading dimension 2V.
+pub fn forward_backward(
+    logits: ViewMut<'_>,
+    targets: &[u32],
+    scale: f32,
+    losses: ViewMut<'_>,
+    gradient: DType,
+) {
     check(logits.len(), targets, losses.len());
     match logits.device() {
-        Device::Cpu => cpu::forward_backward(logits, targets, scale, losses),
+        Device::Cpu => cpu::forward_backward(logits, targets, scale, losses, gradient),
     }
 }
 

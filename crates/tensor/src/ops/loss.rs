@@ -5,7 +5,7 @@
 use super::Op;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::{DType, OutOfMemory, View, ViewMut};
+use device::{Buffer, DType, OutOfMemory, ViewMut};
 use kernels::cross_entropy;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
@@ -41,14 +41,14 @@ impl Tape<'_> {
         let (device, dtype) = (x.value.device(), x.value.dtype());
         let mut losses = Tensor::new(device, DType::F32, &[m])?;
         let slice = SLICE_TOKENS.min(m.max(1));
-        let mut logits = Tensor::new(device, DType::F32, &[slice, v])?;
+        let mut buffer = Buffer::new(device, slice * v * 4)?;
         let recording = self.is_recording();
         let mut dx = if recording { Some(Tensor::new(device, dtype, &[m, d])?) } else { None };
         for first in (0..m).step_by(slice) {
             let rows = slice.min(m - first);
             let x = Mat::new(x.value.view().narrow(first * d, rows * d), d);
             let ids = &targets.ids[first..first + rows];
-            let mut logits = logits.view_mut().narrow(0, rows * v);
+            let mut logits = buffer.view_mut(DType::F32, 0, rows * v);
             let w = Mat::new(self.params.weight(head), d);
             let out = MatMut { data: logits.reborrow(), ld: v };
             gemm(rows, v, d, x, w.t(), out, false, Epilogue::default());
@@ -56,9 +56,12 @@ impl Tape<'_> {
             match &mut dx {
                 None => cross_entropy::forward(logits.as_view(), ids, losses),
                 Some(dx) => {
-                    cross_entropy::forward_backward(logits.reborrow(), ids, targets.scale, losses);
+                    cross_entropy::forward_backward(logits, ids, targets.scale, losses, dtype);
                     let dx = dx.view_mut().narrow(first * d, rows * d);
-                    self.head_backward(head, x, logits.as_view(), (rows, v, d), dx);
+                    // A row of gradients begins where its row of logits began.
+                    let ld = v * (4 / dtype.size_bytes());
+                    let dlogits = Mat::new(buffer.view(dtype, 0, rows * ld), ld);
+                    self.head_backward(head, x, dlogits, (rows, v, d), dx);
                 }
             }
         }
@@ -73,12 +76,11 @@ impl Tape<'_> {
         &mut self,
         head: ParamRef,
         x: Mat<'_>,
-        dlogits: View<'_>,
+        dlogits: Mat<'_>,
         (rows, v, d): (usize, usize, usize),
         dx: ViewMut<'_>,
     ) {
         let (w, dw, add) = self.params.weight_and_grad(head);
-        let dlogits = Mat::new(dlogits, v);
         let out = MatMut { data: dx, ld: d };
         gemm(rows, d, v, dlogits, Mat::new(w, d), out, false, Epilogue::default());
         gemm(v, d, rows, dlogits.t(), x, MatMut { data: dw, ld: d }, add, Epilogue::default());
