@@ -1,7 +1,7 @@
 //! GFLOP/s of the product over the shapes of a training step, beside the machine's own peak.
-//! `cargo run --release -p kernels --example gemm_bench [threads]`
+//! `cargo run --release -p kernels --example gemm_bench [threads [instruction set]]`
 
-use device::{DType, Threads, View, ViewMut};
+use device::{DType, Isa, Threads, View, ViewMut};
 use half::bf16;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use std::time::Instant;
@@ -44,6 +44,10 @@ fn measure(shape: &Shape, dtype: DType) -> f64 {
 
 fn main() {
     let threads = std::env::args().nth(1).and_then(|n| n.parse().ok()).unwrap_or(device::cores());
+    if let Some(name) = std::env::args().nth(2) {
+        let isa = Isa::available().into_iter().find(|isa| isa.name() == name);
+        assert!(isa.is_some_and(Isa::choose), "this machine has no {name}");
+    }
     let shapes = [
         Shape { name: "forward 1024x2304x768 NT", sizes: (1024, 2304, 768), transposed: (false, true) },
         Shape { name: "forward 1024x4096x768 NT", sizes: (1024, 4096, 768), transposed: (false, true) },

@@ -151,7 +151,7 @@ fn activations() -> Vec<Case> {
         ("cross_entropy both", 2.0, 0.0, |r| {
             let m = r.losses.len;
             elementwise::copy(r.y.m().narrow(0, 1), r.x.v().narrow(0, 1));
-            cross_entropy::forward_backward(r.y.m(), &r.positions[..m], 1.0, r.losses.m());
+            cross_entropy::forward_backward(r.y.m(), &r.positions[..m], 1.0, r.losses.m(), DType::F32);
         }),
     ]
 }

@@ -10,6 +10,7 @@
 mod simd;
 mod raw;
 mod rows;
+mod scratch;
 #[cfg(test)]
 mod testkit;
 

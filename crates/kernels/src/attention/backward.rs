@@ -1,13 +1,14 @@
 //! The way back, block by block: probabilities are computed again from the kept log-sums. A task
 //! owns a kv head of a row, so dk and dv have one writer and one order of sums.
 
-use super::forward::{KEYS, QUERIES, key_blocks, pack_values, with_scratch};
+use super::forward::{KEYS, QUERIES, key_blocks, pack_values};
 use super::softmax::retreat;
 use super::{Heads, Mask, Shape};
 use crate::gemm::Mat;
 use crate::gemm::pack::Source;
 use crate::gemm::tile::{Panels, Tile, block, pack_columns, pack_rows, packed_len};
 use crate::raw::RawFloats;
+use crate::scratch::with_scratch;
 use crate::simd::{Float, Open, lane_sum};
 use device::{Isa, View, ViewMut};
 

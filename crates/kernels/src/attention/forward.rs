@@ -7,8 +7,8 @@ use crate::gemm::Mat;
 use crate::gemm::pack::Source;
 use crate::gemm::tile::{Panels, Tile, block, pack_columns, pack_rows, packed_len};
 use crate::raw::RawFloats;
+use crate::scratch::with_scratch;
 use device::{Isa, View, ViewMut};
-use std::cell::RefCell;
 
 /// Queries a block: a multiple of every tile's rows but 14, for which it wastes a ninth of one.
 pub(super) const QUERIES: usize = 96;
@@ -16,20 +16,6 @@ pub(super) const QUERIES: usize = 96;
 pub(super) const KEYS: usize = 256;
 /// Tasks below which the queries of a head are shared out too.
 const ENOUGH_TASKS: usize = 16;
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Run `body` on this worker's scratch of at least `len` floats (contents unspecified).
-pub(super) fn with_scratch(len: usize, body: impl FnOnce(&mut [f32])) {
-    SCRATCH.with_borrow_mut(|scratch| {
-        if scratch.len() < len {
-            scratch.resize(len, 0.0);
-        }
-        body(&mut scratch[..len]);
-    });
-}
 
 struct Job<'a> {
     shape: Shape,

@@ -6,22 +6,15 @@ use super::pack::{Source, pack_panel};
 use super::{Epilogue, Mat, MatMut, gemv};
 use crate::gelu::{GeluKind, gelu};
 use crate::raw::RawFloats;
+use crate::scratch::with_scratch;
 use crate::simd::Float;
 use device::{Buffer, DType, Device, Isa, Slice, View};
-use std::cell::RefCell;
+use std::ops::Range;
 
-/// Values of k per block: a panel of B (16 columns) then fills half of a 32 KiB L1.
-const KC: usize = 256;
 /// Rows of A a task walks before the next strip of columns: bounds the f32 scratch of a task.
 const ROWS_PER_TASK: usize = 1536;
-/// Rows of A that stay in L2 while the columns of the strip pass over them.
-const A_ROWS: usize = 72;
 /// Products of at most this many rows (decoding) read B once and pack nothing.
 const GEMV_ROWS: usize = 8;
-
-thread_local! {
-    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 #[derive(Clone, Copy)]
 struct Out(*mut f32);
@@ -60,13 +53,17 @@ pub(super) fn gemm(
         return;
     }
     let finish = Finish::new((m, n), c, accumulate, epilogue);
+    if k == 0 {
+        (0..m).for_each(|i| finish.rows(i..i + 1, 0, n, &mut vec![0.0; n]));
+        return;
+    }
     if m <= GEMV_ROWS && b.transposed {
         return gemv::gemv((m, n, k), a, b, &finish);
     }
     let both_bf16 = a.data.dtype() == DType::Bf16 && b.data.dtype() == DType::Bf16;
     let tile = if both_bf16 { Tile::bf16(isa) } else { Tile::f32(isa) };
     let panels = m.div_ceil(tile.mr);
-    let steps: usize = blocks(k).map(|(_, kc)| tile.steps(kc)).sum();
+    let steps: usize = blocks(tile, k).map(|(_, kc)| tile.steps(kc)).sum();
     let mut packed = match Buffer::new(Device::Cpu, (panels * tile.mr * steps).max(1) * 4) {
         Ok(buffer) => buffer,
         // A product has no way to fail; the system is out of memory for its scratch.
@@ -86,9 +83,9 @@ pub(super) fn gemm(
     });
 }
 
-fn blocks(k: usize) -> impl Iterator<Item = (usize, usize)> {
+fn blocks(tile: Tile, k: usize) -> impl Iterator<Item = (usize, usize)> {
     // Equal blocks: a short last one would waste the tile's store on few products.
-    let count = k.div_ceil(KC).max(1);
+    let count = k.div_ceil(tile.kc).max(1);
     let size = k.div_ceil(count).next_multiple_of(8).max(8);
     (0..k).step_by(size).map(move |k0| (k0, size.min(k - k0)))
 }
@@ -96,10 +93,9 @@ fn blocks(k: usize) -> impl Iterator<Item = (usize, usize)> {
 /// Columns per task: a strip of B that stays in L2 beside a panel of A, and enough strips to
 /// share among workers. No sum depends on where a strip ends.
 fn columns_per_task(tile: Tile, m: usize, n: usize) -> usize {
-    const WIDEST: usize = 128;
     // Equal shares: the strips of one run of rows are a multiple of the workers where they can be.
     let workers = if m > ROWS_PER_TASK { 1 } else { device::num_threads() };
-    let rounds = n.div_ceil(workers * WIDEST).max(1);
+    let rounds = n.div_ceil(workers * tile.strip).max(1);
     n.div_ceil(workers * rounds).next_multiple_of(tile.nr)
 }
 
@@ -109,7 +105,7 @@ fn pack_all_rows(tile: Tile, (m, k): (usize, usize), src: Source<'_>, out: &mut 
     const PANELS_PER_TASK: usize = 16;
     device::for_each_chunk(panels, PANELS_PER_TASK, |range| {
         let mut offset = 0;
-        for (k0, kc) in blocks(k) {
+        for (k0, kc) in blocks(tile, k) {
             let len = tile.steps(kc) * tile.mr;
             for panel in range.clone() {
                 // SAFETY: panel `panel` of this block is `len` floats that no other task writes.
@@ -125,76 +121,69 @@ fn pack_all_rows(tile: Tile, (m, k): (usize, usize), src: Source<'_>, out: &mut 
 
 impl Plan<'_> {
     /// One strip of columns from `j0` for the rows of `panels`.
-    fn run(&self, panels: std::ops::Range<usize>, j0: usize, finish: &Finish<'_>) {
-        let (m, n, k) = self.sizes;
-        let (tile, columns) = (self.tile, self.columns.min(n - j0));
-        let (row0, row1) = (panels.start * tile.mr, (panels.end * tile.mr).min(m));
-        let strip = columns.div_ceil(tile.nr) * tile.nr;
-        let direct = finish.direct();
-        let tile_len = if direct.is_some() { 0 } else { (row1 - row0) * columns };
-        SCRATCH.with_borrow_mut(|scratch| {
-            let need = KC.next_multiple_of(8) * strip + tile_len;
-            if scratch.len() < need {
-                scratch.resize(need, 0.0);
-            }
-            let (b, sums) = scratch.split_at_mut(KC.next_multiple_of(8) * strip);
-            let (c, ldc, add_first) = match direct {
-                // SAFETY: row0 and j0 lie inside C.
-                Some((c, ldc, add)) => (unsafe { c.add(row0 * ldc + j0) }, ldc, add),
-                None => (sums.as_mut_ptr(), columns, false),
-            };
-            if k == 0 && !add_first {
-                for i in 0..row1 - row0 {
-                    // SAFETY: a row of our own tile.
-                    unsafe { std::slice::from_raw_parts_mut(c.add(i * ldc), columns).fill(0.0) };
-                }
-            }
+    fn run(&self, panels: Range<usize>, j0: usize, finish: &Finish<'_>) {
+        let k = self.sizes.2;
+        let (tile, columns) = (self.tile, self.columns.min(self.sizes.1 - j0));
+        let width = columns.next_multiple_of(tile.nr);
+        let rows_of = |panel: usize| panel * tile.mr..((panel + 1) * tile.mr).min(self.sizes.0);
+        let one_block = k <= tile.kc;
+        // Sums wait for the epilogue in scratch: of a whole strip while blocks of k still add to
+        // them, else of one panel at a time.
+        let kept = if one_block { 1 } else { panels.len() };
+        let (b_len, sums_len) = (tile.steps(tile.kc) * width, kept * tile.mr * columns);
+        with_scratch(b_len + sums_len, |scratch| {
+            let (b, sums) = scratch.split_at_mut(b_len);
             let mut offset = 0;
-            for (k0, kc) in blocks(k) {
+            for (k0, kc) in blocks(tile, k) {
                 let steps = tile.steps(kc);
-                for (jp, out) in b.chunks_exact_mut(steps * tile.nr).enumerate().take(strip / tile.nr) {
+                for (jp, out) in b.chunks_exact_mut(steps * tile.nr).enumerate().take(width / tile.nr) {
                     let lanes = tile.nr.min(columns - jp * tile.nr);
                     pack_panel(tile, self.b, (j0 + jp * tile.nr, lanes, tile.nr), (k0, kc), out);
                 }
                 let a = &self.a[offset..offset + self.panels * tile.mr * steps];
-                // SAFETY: rows row0..row1 and our columns of C (or the scratch) are ours alone.
-                unsafe { self.block(panels.clone(), steps, a, b, (c, ldc, columns), add_first || k0 > 0) };
+                for (at, panel) in panels.clone().enumerate() {
+                    let a = &a[panel * tile.mr * steps..][..tile.mr * steps];
+                    let rows = rows_of(panel);
+                    if let Some((c, ldc, add)) = finish.direct() {
+                        // SAFETY: these rows and columns of C belong to this task alone.
+                        unsafe {
+                            let c = c.add(rows.start * ldc + j0);
+                            self.panel(steps, a, b, (c, ldc), (rows.len(), columns), add || k0 > 0);
+                        }
+                        continue;
+                    }
+                    let at = if one_block { 0 } else { at };
+                    let sums = &mut sums[at * tile.mr * columns..][..rows.len() * columns];
+                    let c = (sums.as_mut_ptr(), columns);
+                    // SAFETY: `sums` is rows x columns.
+                    unsafe { self.panel(steps, a, b, c, (rows.len(), columns), k0 > 0) };
+                    if k0 + kc == k {
+                        finish.rows(rows, j0, columns, sums);
+                    }
+                }
                 offset += self.panels * tile.mr * steps;
-            }
-            if direct.is_none() {
-                finish.rows(row0..row1, j0, columns, sums);
             }
         });
     }
 
+    /// One panel of A, which stays in L1, times every panel of B of the strip, which come from L2.
+    ///
     /// # Safety
-    /// `c` is writable over the rows of `panels` and `columns` columns with leading dimension `ldc`.
-    unsafe fn block(
+    /// `c` is writable over rows x columns with leading dimension `ldc`.
+    unsafe fn panel(
         &self,
-        panels: std::ops::Range<usize>,
         steps: usize,
         a: &[f32],
         b: &[f32],
-        (c, ldc, columns): (*mut f32, usize, usize),
+        (c, ldc): (*mut f32, usize),
+        (rows, columns): (usize, usize),
         add: bool,
     ) {
         let tile = self.tile;
-        let first = panels.start;
-        for group in panels.clone().step_by(A_ROWS / tile.mr) {
-            let group = group..(group + A_ROWS / tile.mr).min(panels.end);
-            for (jp, j) in (0..columns).step_by(tile.nr).enumerate() {
-                let b = &b[jp * tile.nr * steps..][..tile.nr * steps];
-                let cols = tile.nr.min(columns - j);
-                for panel in group.clone() {
-                    let a = &a[panel * tile.mr * steps..][..tile.mr * steps];
-                    let rows = tile.mr.min(self.sizes.0 - panel * tile.mr);
-                    // SAFETY: panels are whole; the tile lies inside our part of C.
-                    unsafe {
-                        let c = c.add((panel - first) * tile.mr * ldc + j);
-                        tile.run(steps, a.as_ptr(), b.as_ptr(), c, ldc, (rows, cols), add);
-                    }
-                }
-            }
+        for (b, j) in b.chunks_exact(tile.nr * steps).zip((0..columns).step_by(tile.nr)) {
+            let cols = tile.nr.min(columns - j);
+            // SAFETY: panels are whole; the tile lies inside rows x columns.
+            unsafe { tile.run(steps, a.as_ptr(), b.as_ptr(), c.add(j), ldc, (rows, cols), add) };
         }
     }
 }
@@ -258,7 +247,7 @@ impl<'a> Finish<'a> {
     }
 
     /// Take `sums` [rows, columns] through the epilogue into C.
-    pub(super) fn rows(&self, rows: std::ops::Range<usize>, j0: usize, columns: usize, sums: &mut [f32]) {
+    pub(super) fn rows(&self, rows: Range<usize>, j0: usize, columns: usize, sums: &mut [f32]) {
         let mut old = [0f32; 256];
         for (row, sums) in rows.zip(sums.chunks_exact_mut(columns)) {
             if self.accumulate {

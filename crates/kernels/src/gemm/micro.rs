@@ -5,13 +5,18 @@
 
 use device::Isa;
 
-/// Rows and columns of a register tile, and whether panels hold pairs of bf16.
+/// Rows and columns of a register tile, whether panels hold pairs of bf16, and the cache blocks
+/// that suit it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tile {
     pub(crate) isa: Isa,
     pub(crate) mr: usize,
     pub(crate) nr: usize,
     pub(crate) pairs: bool,
+    /// Values of k a block takes: a panel of A then stays in L1 while those of B pass.
+    pub(crate) kc: usize,
+    /// Columns whose panels of B, for one block, fill about half of L2.
+    pub(crate) strip: usize,
 }
 
 /// The largest tile of any kind, for stack scratch at the edges.
@@ -22,17 +27,18 @@ impl Tile {
     pub(crate) const fn f32(isa: Isa) -> Tile {
         match isa {
             // 12 accumulators, 2 of B and 1 broadcast of A: 15 of the 16 ymm registers.
-            Isa::Avx2 => Tile { isa, mr: 6, nr: 16, pairs: false },
+            Isa::Avx2 => Tile { isa, mr: 6, nr: 16, pairs: false, kc: 256, strip: 256 },
             // 28 accumulators, 2 of B, 1 broadcast of A: 31 of the 32 zmm registers.
-            Isa::Avx512 | Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: false },
-            Isa::Portable => Tile { isa, mr: 4, nr: 8, pairs: false },
+            Isa::Avx512 | Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: false, kc: 512, strip: 256 },
+            Isa::Portable => Tile { isa, mr: 4, nr: 8, pairs: false, kc: 256, strip: 256 },
         }
     }
 
     /// The tile for two bf16 operands.
     pub(crate) const fn bf16(isa: Isa) -> Tile {
         match isa {
-            Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true },
+            // Twice the values of k in the bytes of the f32 blocks.
+            Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true, kc: 1024, strip: 256 },
             _ => Tile::f32(isa),
         }
     }
@@ -253,6 +259,7 @@ mod avx512 {
 
     /// # Safety
     /// `c` is writable over a whole tile.
+    #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn store(acc: &[[__m512; 2]; MR], c: *mut f32, ldc: usize, add: bool) {
         for (i, row) in acc.iter().enumerate() {

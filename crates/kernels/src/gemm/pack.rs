@@ -122,7 +122,6 @@ fn pack_pairs(
     kc: usize,
     out: &mut [f32],
 ) {
-    let pair = |low: bf16, high: bf16| f32::from_bits(low.to_bits() as u32 | (high.to_bits() as u32) << 16);
     let at = |i: usize, k: usize| if k < kc { data[i * src.lane + k * src.step] } else { bf16::ZERO };
     #[cfg(target_arch = "x86_64")]
     if src.step == 1 && src.lane != 1 && tile.isa != device::Isa::Portable {
@@ -139,18 +138,47 @@ fn pack_pairs(
         return;
     }
     let _ = tile;
-    for (q, out) in out.chunks_exact_mut(width).enumerate() {
-        if src.lane == 1 && 2 * q + 1 < kc {
-            let low = &data[2 * q * src.step..][..lanes];
-            let high = &data[(2 * q + 1) * src.step..][..lanes];
-            for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
-                *out = pair(*low, *high);
+    let whole = if src.lane == 1 { kc / 2 } else { 0 };
+    gather_pairs(data, src.step, (lanes, width), &mut out[..whole * width]);
+    for (q, out) in out.chunks_exact_mut(width).enumerate().skip(whole) {
+        for (i, out) in out.iter_mut().enumerate() {
+            *out = if i < lanes { pair(at(i, 2 * q), at(i, 2 * q + 1)) } else { 0.0 };
+        }
+    }
+}
+
+#[inline(always)]
+fn pair(low: bf16, high: bf16) -> f32 {
+    f32::from_bits(low.to_bits() as u32 | (high.to_bits() as u32) << 16)
+}
+
+multiversion! {
+    /// As `gather`, two steps at a time, woven into pairs.
+    fn gather_pairs(data: &[bf16], step: usize, sizes: (usize, usize), out: &mut [f32]) {
+        match sizes {
+            (14, 14) => gather_whole_pairs::<14>(data, step, out),
+            (32, 32) => gather_whole_pairs::<32>(data, step, out),
+            (lanes, width) => {
+                for (q, out) in out.chunks_exact_mut(width).enumerate() {
+                    let low = &data[2 * q * step..][..lanes];
+                    let high = &data[(2 * q + 1) * step..][..lanes];
+                    for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+                        *out = pair(*low, *high);
+                    }
+                    out[lanes..].fill(0.0);
+                }
             }
-            out[lanes..].fill(0.0);
-        } else {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = if i < lanes { pair(at(i, 2 * q), at(i, 2 * q + 1)) } else { 0.0 };
-            }
+        }
+    }
+}
+
+#[inline(always)]
+fn gather_whole_pairs<const W: usize>(data: &[bf16], step: usize, out: &mut [f32]) {
+    for (q, out) in out.as_chunks_mut::<W>().0.iter_mut().enumerate() {
+        let low: &[bf16; W] = data[2 * q * step..].first_chunk().expect("a step holds its lanes");
+        let high: &[bf16; W] = data[(2 * q + 1) * step..].first_chunk().expect("a step holds its lanes");
+        for ((out, low), high) in out.iter_mut().zip(low).zip(high) {
+            *out = pair(*low, *high);
         }
     }
 }
@@ -297,12 +325,20 @@ mod avx2 {
                 let valid = (steps - q).min(8);
                 let mut rows = [_mm256_setzero_ps(); 8];
                 for (r, row) in rows.iter_mut().enumerate().take(lanes.saturating_sub(i0).min(8)) {
-                    let mut words = [0f32; 8];
                     // SAFETY: 2*valid bf16 from pair q of lane i0+r lie inside `data`.
                     unsafe {
-                        let from = data.as_ptr().add((i0 + r) * lane + 2 * q).cast::<u8>();
-                        std::ptr::copy_nonoverlapping(from, words.as_mut_ptr().cast(), 4 * valid);
-                        *row = _mm256_loadu_ps(words.as_ptr());
+                        let from = data.as_ptr().add((i0 + r) * lane + 2 * q).cast::<f32>();
+                        if valid == 8 {
+                            *row = _mm256_loadu_ps(from);
+                        } else {
+                            let mut words = [0f32; 8];
+                            std::ptr::copy_nonoverlapping(
+                                from.cast::<u8>(),
+                                words.as_mut_ptr().cast(),
+                                4 * valid,
+                            );
+                            *row = _mm256_loadu_ps(words.as_ptr());
+                        }
                     }
                 }
                 for (step, v) in transpose8(rows).into_iter().enumerate().take(valid) {
