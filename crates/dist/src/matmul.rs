@@ -1,7 +1,7 @@
 //! The distributed matmul: one entry, one algorithm per kind of mesh.
 
 use crate::{Communicator, Mesh};
-use device::OutOfMemory;
+use tensor::Fault;
 use tensor::{ParamRef, Tape, Var};
 
 /// y = x W^T (+ bias) (+ residual) for x [M, K], W [N, K], laid out as `product` allows.
@@ -12,7 +12,7 @@ pub fn matmul(
     x: &Var,
     (weight, bias): (ParamRef, Option<ParamRef>),
     residual: Option<&Var>,
-) -> Result<Var, OutOfMemory> {
+) -> Result<Var, Fault> {
     match mesh.communicator() {
         Communicator::Solo => tape.linear(x, weight, bias, residual),
     }

@@ -2,9 +2,9 @@
 //! turn of a conversation costs only its own tokens.
 
 use crate::{Sampler, Sampling};
-use device::{DType, Device, OutOfMemory};
+use device::{DType, Device};
 use model::{Config, Model};
-use tensor::{KvCache, ParamStore, Tape};
+use tensor::{Fault, KvCache, ParamStore, Tape};
 
 /// Tokens of a prompt that pass through the model at a time: bounds the memory of prefill.
 const PREFILL_TOKENS: usize = 512;
@@ -33,9 +33,9 @@ pub enum GenerateError {
         /// Of the model.
         vocab: usize,
     },
-    /// It does not fit.
+    /// The model could not be run.
     #[error(transparent)]
-    Memory(#[from] OutOfMemory),
+    Fault(#[from] Fault),
 }
 
 /// What a model has seen of one sequence.
@@ -49,7 +49,7 @@ pub struct Session {
 
 impl Session {
     /// Room for `context` tokens.
-    pub fn new(config: &Config, dtype: DType, context: usize) -> Result<Session, OutOfMemory> {
+    pub fn new(config: &Config, dtype: DType, context: usize) -> Result<Session, Fault> {
         let (_, k, h) = config.heads();
         let caches = (0..config.layers())
             .map(|_| KvCache::new(Device::Cpu, dtype, context, k * h))

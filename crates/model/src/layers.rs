@@ -4,7 +4,7 @@ use crate::ConfigError;
 use crate::names::{Builder, Place};
 use dist::{Layout, Mesh};
 use std::sync::Arc;
-use tensor::{Init, KvCache, OutOfMemory, ParamRef, ParamSpec, Tape, Var};
+use tensor::{Fault, Init, KvCache, ParamRef, ParamSpec, Tape, Var};
 
 /// A batch of packed rows, flattened token by token.
 #[derive(Clone, Debug)]
@@ -77,7 +77,7 @@ impl Linear {
     }
 
     /// x [M, in] (+ residual [M, out]) -> [M, out].
-    pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, residual: Option<&Var>) -> Result<Var, OutOfMemory> {
+    pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, residual: Option<&Var>) -> Result<Var, Fault> {
         dist::matmul(tape, &self.mesh, x, (self.weight, self.bias), residual)
     }
 
@@ -98,7 +98,7 @@ pub(crate) fn attend(
     qkv: Var,
     shape: &tensor::AttentionShape,
     cache: Option<&mut KvCache>,
-) -> Result<Var, OutOfMemory> {
+) -> Result<Var, Fault> {
     match cache {
         None => tape.attention(qkv, shape),
         Some(cache) => tape.attention_cached(qkv, shape, cache),

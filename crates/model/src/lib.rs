@@ -20,7 +20,7 @@ pub use names::{Builder, StoredWeight, fill};
 
 use dist::Mesh;
 use std::sync::Arc;
-use tensor::{KvCache, OutOfMemory, ParamList, ParamRef, Tape, Var};
+use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Var};
 
 /// A model of any family, built for one mesh.
 #[derive(Clone)]
@@ -53,12 +53,7 @@ impl Model {
     }
 
     /// Final hidden states [M, D] of packed rows of tokens, ready for the head.
-    pub fn hidden(
-        &self,
-        tape: &mut Tape<'_>,
-        tokens: &Tokens,
-        recompute: Recompute,
-    ) -> Result<Var, OutOfMemory> {
+    pub fn hidden(&self, tape: &mut Tape<'_>, tokens: &Tokens, recompute: Recompute) -> Result<Var, Fault> {
         match self {
             Model::Llama(model) => model.hidden(tape, tokens, recompute),
             Model::Gpt2(model) => model.hidden(tape, tokens, recompute),
@@ -71,7 +66,7 @@ impl Model {
         tape: &mut Tape<'_>,
         ids: &[u32],
         caches: &mut [KvCache],
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let first = caches.first().map_or(0, KvCache::len) as u32;
         let positions: Arc<[u32]> = (first..first + ids.len() as u32).collect();
         let tokens = Tokens { b: 1, ids: ids.into(), positions, starts: None };

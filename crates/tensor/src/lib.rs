@@ -6,6 +6,7 @@
 //! Shape letters as in `kernels`; M is a count of tokens (B times T).
 #![forbid(unsafe_code)]
 
+mod fault;
 mod init;
 mod ops;
 mod params;
@@ -13,6 +14,7 @@ mod tape;
 mod value;
 
 pub use device::{DType, Device, OutOfMemory};
+pub use fault::Fault;
 pub use init::{Init, normal};
 pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;

@@ -4,9 +4,9 @@
 //! A node holds its op with the handles it saved, the values it read and the one it wrote.
 //! Parameters appear as `ParamRef`, so their bytes may leave and come back between the two passes.
 
+use crate::Fault;
 use crate::ops::Op;
 use crate::{ParamRef, ParamStore, Tensor};
-use device::OutOfMemory;
 use std::rc::Rc;
 
 /// A value on the tape.
@@ -46,8 +46,11 @@ pub struct Moment<'a> {
 /// Whoever is told of every moment.
 pub type Watch<'a> = &'a mut dyn FnMut(&Moment<'_>);
 
+/// The way back of an op of another room: gradient of its output to those of its inputs.
+pub(crate) type WayBack = Box<dyn FnOnce(&mut Tape<'_>, Tensor) -> Result<Vec<Option<Tensor>>, Fault>>;
+
 /// A stretch of ops that can be run again.
-pub(crate) type Replay = Rc<dyn Fn(&mut Tape<'_>, &Var) -> Result<Var, OutOfMemory>>;
+pub(crate) type Replay = Rc<dyn Fn(&mut Tape<'_>, &Var) -> Result<Var, Fault>>;
 
 pub(crate) struct Node {
     pub(crate) op: Op,
@@ -82,7 +85,7 @@ impl Grads {
     }
 
     /// Add `grad` to what has arrived for a value.
-    pub(crate) fn add(&mut self, id: usize, grad: Tensor) -> Result<(), OutOfMemory> {
+    pub(crate) fn add(&mut self, id: usize, grad: Tensor) -> Result<(), Fault> {
         if self.by_id.len() <= id {
             self.by_id.resize_with(id + 1, || None);
         }
@@ -138,12 +141,27 @@ impl<'a> Tape<'a> {
         Var { id: self.next_id - 1, value }
     }
 
-    pub(crate) fn moment(&mut self, op: &'static str, params: &[ParamRef]) {
+    /// Tell of an op before it runs. What it reads must be at hand afterwards, or this fails.
+    pub fn moment(&mut self, op: &'static str, params: &[ParamRef]) -> Result<(), Fault> {
         let moment = Moment { index: self.clock, phase: self.phase, op, layer: self.layer, params };
         self.clock += 1;
         if let Some(watch) = &mut self.watch {
             watch(&moment);
         }
+        Ok(())
+    }
+
+    /// The output of an op that lives outside this room (a collective, a distributed product).
+    /// `back` turns the gradient of the output into those of `inputs`, in their order, and adds to
+    /// the gradients of parameters itself; it tells its own moments.
+    pub fn outside(
+        &mut self,
+        inputs: &[&Var],
+        value: Tensor,
+        back: impl FnOnce(&mut Tape<'_>, Tensor) -> Result<Vec<Option<Tensor>>, Fault> + 'static,
+    ) -> Var {
+        let ids: Vec<usize> = inputs.iter().map(|input| input.id).collect();
+        self.push(&ids, value, || Op::Outside(Box::new(back)))
     }
 
     /// Put the output of an op on the tape; `op` is built only while recording.
@@ -161,8 +179,8 @@ impl<'a> Tape<'a> {
     pub fn recompute(
         &mut self,
         input: &Var,
-        body: impl Fn(&mut Tape<'_>, &Var) -> Result<Var, OutOfMemory> + 'static,
-    ) -> Result<Var, OutOfMemory> {
+        body: impl Fn(&mut Tape<'_>, &Var) -> Result<Var, Fault> + 'static,
+    ) -> Result<Var, Fault> {
         if !self.recording {
             return body(self, input);
         }
@@ -175,7 +193,7 @@ impl<'a> Tape<'a> {
 
     /// Walk back from a scalar loss whose op already seeded its input's gradient; gradients of
     /// parameters accumulate in the store. Consumes the recorded nodes.
-    pub fn backward(&mut self) -> Result<(), OutOfMemory> {
+    pub fn backward(&mut self) -> Result<(), Fault> {
         let nodes = std::mem::take(&mut self.nodes);
         self.phase = Phase::Backward;
         let done = self.walk_back(nodes, &mut Grads::default());
@@ -183,7 +201,7 @@ impl<'a> Tape<'a> {
         done
     }
 
-    fn walk_back(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), OutOfMemory> {
+    fn walk_back(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), Fault> {
         while let Some(node) = nodes.pop() {
             self.layer = node.layer;
             // The loss seeds itself; any other value nobody used has no gradient to pass on.
@@ -201,7 +219,7 @@ impl<'a> Tape<'a> {
         body: &Replay,
         input: Tensor,
         grad: Tensor,
-    ) -> Result<Option<Tensor>, OutOfMemory> {
+    ) -> Result<Option<Tensor>, Fault> {
         let outer = std::mem::take(&mut self.nodes);
         let input = self.input(input);
         self.phase = Phase::Recompute;

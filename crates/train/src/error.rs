@@ -36,6 +36,9 @@ pub enum TrainError {
     /// The system has no memory left.
     #[error(transparent)]
     Memory(#[from] device::OutOfMemory),
+    /// A step could not be run.
+    #[error(transparent)]
+    Fault(#[from] tensor::Fault),
     /// It would not fit, said before anything is reserved.
     #[error("this run needs about {needs} of memory, {available} are available; {remedy}")]
     TooLarge {

@@ -6,7 +6,7 @@ use device::{DType, Device, OutOfMemory};
 use dist::Mesh;
 use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
 use std::time::Instant;
-use tensor::{Moment, ParamList, ParamStore, Tape, Targets, Var};
+use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
 /// A model that learns.
 pub struct Learner {
@@ -59,7 +59,7 @@ impl Learner {
 
     /// Add the gradients of one microbatch, whose summed loss counts `scale`; returns the sum of
     /// the losses of its learned targets, in nats.
-    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, OutOfMemory> {
+    pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
         let mut tape = Tape::recording(&mut self.store);
         let hidden: Var = self.model.hidden(&mut tape, &tokens, self.recompute)?;
@@ -93,7 +93,7 @@ impl Learner {
     }
 
     /// Seconds of one step by (phase, op), the optimizer included, from the moments of the tape.
-    pub fn profile(&mut self, batch: &Batch) -> Result<Vec<(String, String, f64)>, OutOfMemory> {
+    pub fn profile(&mut self, batch: &Batch) -> Result<Vec<(String, String, f64)>, Fault> {
         let mut rows: Vec<(String, String, f64)> = Vec::new();
         let mut add = |phase: String, op: String, seconds: f64| match rows
             .iter_mut()
@@ -129,7 +129,7 @@ impl Learner {
     }
 
     /// Sum of the losses of a batch without learning from it.
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, OutOfMemory> {
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
         loss_of(&self.model, &mut self.store, batch)
     }
 }
@@ -145,7 +145,7 @@ fn tokens_of(batch: &Batch) -> Tokens {
 }
 
 /// Sum of the losses of the learned targets of `batch`, in nats.
-pub fn loss_of(model: &Model, store: &mut ParamStore, batch: &Batch) -> Result<f64, OutOfMemory> {
+pub fn loss_of(model: &Model, store: &mut ParamStore, batch: &Batch) -> Result<f64, Fault> {
     let tokens = tokens_of(batch);
     let mut tape = Tape::running(store);
     let hidden = model.hidden(&mut tape, &tokens, Recompute::Never)?;

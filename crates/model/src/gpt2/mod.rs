@@ -6,7 +6,7 @@ use crate::names::{Builder, Place};
 use crate::{ConfigError, Linear, Recompute, Tokens};
 use dist::Mesh;
 use serde_json::{Value, json};
-use tensor::{AttentionShape, GeluKind, Init, KvCache, Norm, OutOfMemory, ParamRef, ParamSpec, Tape, Var};
+use tensor::{AttentionShape, Fault, GeluKind, Init, KvCache, Norm, ParamRef, ParamSpec, Tape, Var};
 
 const INIT_STD: f32 = 0.02;
 
@@ -162,7 +162,7 @@ impl Gpt2 {
         Ok(Gpt2 { layers: config.layers, tokens, positions, blocks, norm })
     }
 
-    fn embed(&self, tape: &mut Tape<'_>, tokens: &Tokens) -> Result<Var, OutOfMemory> {
+    fn embed(&self, tape: &mut Tape<'_>, tokens: &Tokens) -> Result<Var, Fault> {
         tape.set_layer(0);
         tape.embedding(&[(tokens.ids.clone(), self.tokens), (tokens.positions.clone(), self.positions)])
     }
@@ -172,7 +172,7 @@ impl Gpt2 {
         tape: &mut Tape<'_>,
         tokens: &Tokens,
         recompute: Recompute,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let mut x = self.embed(tape, tokens)?;
         for block in &self.blocks {
             tape.set_layer(block.layer);
@@ -193,7 +193,7 @@ impl Gpt2 {
         tape: &mut Tape<'_>,
         tokens: &Tokens,
         caches: &mut [KvCache],
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let mut x = self.embed(tape, tokens)?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
@@ -274,7 +274,7 @@ impl Block {
         x: &Var,
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let h = tape.norm(x, self.attention_norm)?;
         let qkv = self.qkv.forward(tape, &h, None)?;
         drop(h);

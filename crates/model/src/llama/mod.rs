@@ -10,7 +10,7 @@ use crate::names::{Builder, Place};
 use crate::{ConfigError, Linear, Recompute, Tokens};
 use dist::Mesh;
 use std::sync::Arc;
-use tensor::{AttentionShape, Init, KvCache, Norm, OutOfMemory, ParamRef, ParamSpec, RopeTable, Tape, Var};
+use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
 
 /// Standard deviation of initial weights; projections back into the residual stream get it
 /// divided by sqrt(2 L), so that the stream's variance does not grow with depth (GPT-2 paper).
@@ -91,7 +91,7 @@ impl Llama {
         tape: &mut Tape<'_>,
         tokens: &Tokens,
         recompute: Recompute,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         tape.set_layer(0);
         let mut x = tape.embedding(&[(tokens.ids.clone(), self.embedding)])?;
         for block in &self.blocks {
@@ -113,7 +113,7 @@ impl Llama {
         tape: &mut Tape<'_>,
         tokens: &Tokens,
         caches: &mut [KvCache],
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let mut x = tape.embedding(&[(tokens.ids.clone(), self.embedding)])?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
@@ -190,7 +190,7 @@ impl Block {
         x: &Var,
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let h = tape.norm(x, self.attention_norm)?;
         let mut qkv = self.qkv.forward(tape, &h, None)?;
         drop(h);

@@ -2,9 +2,10 @@
 //! itself, in generation over a cache of keys and values.
 
 use super::Op;
+use crate::Fault;
 use crate::tape::Grads;
 use crate::{Tape, Tensor, Var};
-use device::{DType, Device, OutOfMemory, View};
+use device::{DType, Device, View};
 use kernels::attention::{Heads, Mask, Shape, backward, forward};
 use kernels::rope::{self, RopeTable};
 use std::sync::Arc;
@@ -62,7 +63,7 @@ pub struct KvCache {
 
 impl KvCache {
     /// Room for `capacity` tokens of one sequence with `width` = K * H.
-    pub fn new(device: Device, dtype: DType, capacity: usize, width: usize) -> Result<KvCache, OutOfMemory> {
+    pub fn new(device: Device, dtype: DType, capacity: usize, width: usize) -> Result<KvCache, Fault> {
         let k = Tensor::zeros(device, dtype, &[capacity, width])?;
         let v = Tensor::zeros(device, dtype, &[capacity, width])?;
         Ok(KvCache { k, v, len: 0 })
@@ -107,8 +108,8 @@ pub(crate) struct Saved {
 impl Tape<'_> {
     /// qkv [M, (N+2K)H] (q, then k, then v heads) -> [M, N*H]. Takes the value over, to rotate it
     /// in place.
-    pub fn attention(&mut self, qkv: Var, shape: &AttentionShape) -> Result<Var, OutOfMemory> {
-        self.moment("attention", &[]);
+    pub fn attention(&mut self, qkv: Var, shape: &AttentionShape) -> Result<Var, Fault> {
+        self.moment("attention", &[])?;
         let Var { id, value: mut qkv } = qkv;
         if !qkv.is_unique() {
             qkv = qkv.duplicate()?;
@@ -132,8 +133,8 @@ impl Tape<'_> {
         qkv: Var,
         shape: &AttentionShape,
         cache: &mut KvCache,
-    ) -> Result<Var, OutOfMemory> {
-        self.moment("attention", &[]);
+    ) -> Result<Var, Fault> {
+        self.moment("attention", &[])?;
         let mut qkv = qkv.value;
         shape.rotate(&mut qkv, false);
         cache.append(&qkv, shape.n * shape.h);
@@ -156,8 +157,8 @@ impl Saved {
         inputs: &[usize],
         dy: Tensor,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
-        tape.moment("attention", &[]);
+    ) -> Result<(), Fault> {
+        tape.moment("attention", &[])?;
         let shape = &self.shape;
         let t = self.qkv.rows() / shape.b;
         let mut dqkv = Tensor::new(dy.device(), dy.dtype(), self.qkv.shape())?;

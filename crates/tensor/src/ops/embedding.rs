@@ -1,8 +1,8 @@
 //! Rows of a table by token id, plus rows of a position table where the model has one.
 
 use super::Op;
+use crate::Fault;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::OutOfMemory;
 use std::sync::Arc;
 
 pub(crate) struct Saved {
@@ -11,9 +11,9 @@ pub(crate) struct Saved {
 
 impl Tape<'_> {
     /// Sum over `lookups` of table[ids]: ids [M], tables [_, D] -> [M, D].
-    pub fn embedding(&mut self, lookups: &[(Arc<[u32]>, ParamRef)]) -> Result<Var, OutOfMemory> {
+    pub fn embedding(&mut self, lookups: &[(Arc<[u32]>, ParamRef)]) -> Result<Var, Fault> {
         let tables: Vec<ParamRef> = lookups.iter().map(|(_, table)| *table).collect();
-        self.moment("embedding", &tables);
+        self.moment("embedding", &tables)?;
         let d = self.params.spec(tables[0]).shape[1];
         let mut x = Tensor::new(self.params.device(), self.params.dtype(), &[lookups[0].0.len(), d])?;
         for (i, (ids, table)) in lookups.iter().enumerate() {
@@ -25,9 +25,9 @@ impl Tape<'_> {
 }
 
 impl Saved {
-    pub(crate) fn backward(self, tape: &mut Tape<'_>, dy: Tensor) -> Result<(), OutOfMemory> {
+    pub(crate) fn backward(self, tape: &mut Tape<'_>, dy: Tensor) -> Result<(), Fault> {
         let tables: Vec<ParamRef> = self.lookups.iter().map(|(_, table)| *table).collect();
-        tape.moment("embedding", &tables);
+        tape.moment("embedding", &tables)?;
         for (ids, table) in &self.lookups {
             let (_, grad) = tape.params.weight_and_added_grad(*table);
             kernels::embedding::backward(ids, dy.view(), dy.cols(), grad);

@@ -1,9 +1,10 @@
 //! y = x W^T (+ bias) (+ residual), or gelu of it: one GEMM with its epilogue.
 
 use super::Op;
+use crate::Fault;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::{DType, OutOfMemory};
+use device::DType;
 use kernels::gelu::GeluKind;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
@@ -23,7 +24,7 @@ impl Tape<'_> {
         weight: ParamRef,
         bias: Option<ParamRef>,
         residual: Option<&Var>,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         self.run_linear("linear", x, weight, bias, residual, None)
     }
 
@@ -34,7 +35,7 @@ impl Tape<'_> {
         weight: ParamRef,
         bias: Option<ParamRef>,
         kind: GeluKind,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         self.run_linear("linear_gelu", x, weight, bias, None, Some(kind))
     }
 
@@ -46,9 +47,9 @@ impl Tape<'_> {
         bias: Option<ParamRef>,
         residual: Option<&Var>,
         gelu: Option<GeluKind>,
-    ) -> Result<Var, OutOfMemory> {
+    ) -> Result<Var, Fault> {
         let used = [weight, bias.unwrap_or(weight)];
-        self.moment(name, &used[..1 + bias.is_some() as usize]);
+        self.moment(name, &used[..1 + bias.is_some() as usize])?;
         let (m, k) = (x.value.rows(), x.value.cols());
         let n = self.params.spec(weight).shape[0];
         let (device, dtype) = (x.value.device(), x.value.dtype());
@@ -71,8 +72,8 @@ impl Tape<'_> {
     }
 
     /// x [M, in] times weight [out, in] transposed, as f32 logits [M, out]; leaves no node.
-    pub fn logits(&mut self, x: &Tensor, weight: ParamRef) -> Result<Tensor, OutOfMemory> {
-        self.moment("logits", &[weight]);
+    pub fn logits(&mut self, x: &Tensor, weight: ParamRef) -> Result<Tensor, Fault> {
+        self.moment("logits", &[weight])?;
         let (m, k) = (x.rows(), x.cols());
         let n = self.params.spec(weight).shape[0];
         let mut y = Tensor::new(x.device(), DType::F32, &[m, n])?;
@@ -90,7 +91,7 @@ pub(crate) fn linear_backward(
     weight: ParamRef,
     bias: Option<ParamRef>,
     dy: &Tensor,
-) -> Result<Tensor, OutOfMemory> {
+) -> Result<Tensor, Fault> {
     let (m, k, n) = (x.rows(), x.cols(), dy.cols());
     let mut dx = Tensor::new(x.device(), x.dtype(), &[m, k])?;
     let grad_y = Mat::new(dy.view(), n);
@@ -113,10 +114,10 @@ impl Saved {
         inputs: &[usize],
         dy: Tensor,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), Fault> {
         let used = [self.weight, self.bias.unwrap_or(self.weight)];
         let name = if self.gelu.is_some() { "linear_gelu" } else { "linear" };
-        tape.moment(name, &used[..1 + self.bias.is_some() as usize]);
+        tape.moment(name, &used[..1 + self.bias.is_some() as usize])?;
         let dy = match self.gelu {
             None => dy,
             Some((kind, pre)) => {

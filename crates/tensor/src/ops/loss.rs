@@ -3,9 +3,10 @@
 //! it slice by slice in the forward pass, while the logits are at hand.
 
 use super::Op;
+use crate::Fault;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::{Buffer, DType, OutOfMemory, ViewMut};
+use device::{Buffer, DType, ViewMut};
 use kernels::cross_entropy;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
@@ -29,13 +30,8 @@ pub(crate) struct Saved {
 impl Tape<'_> {
     /// Losses of every position in nats, 0 where ignored. x [M, D], head [V, D] -> [M] f32.
     /// On a recording tape this is also where the backward pass will begin.
-    pub fn head_loss(
-        &mut self,
-        x: &Var,
-        head: ParamRef,
-        targets: Targets<'_>,
-    ) -> Result<Tensor, OutOfMemory> {
-        self.moment("head_loss", &[head]);
+    pub fn head_loss(&mut self, x: &Var, head: ParamRef, targets: Targets<'_>) -> Result<Tensor, Fault> {
+        self.moment("head_loss", &[head])?;
         let (m, d) = (x.value.rows(), x.value.cols());
         let v = self.params.spec(head).shape[0];
         let (device, dtype) = (x.value.device(), x.value.dtype());
@@ -93,8 +89,8 @@ impl Saved {
         tape: &mut Tape<'_>,
         inputs: &[usize],
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
-        tape.moment("head_loss", &[]);
+    ) -> Result<(), Fault> {
+        tape.moment("head_loss", &[])?;
         grads.add(inputs[0], self.dx)
     }
 }

@@ -11,9 +11,9 @@ pub use attention::{AttentionShape, KvCache};
 pub use loss::Targets;
 pub use norm::Norm;
 
-use crate::tape::{Grads, Replay};
+use crate::Fault;
+use crate::tape::{Grads, Replay, WayBack};
 use crate::{Tape, Tensor};
-use device::OutOfMemory;
 
 /// A recorded op with what it kept for the way back.
 pub(crate) enum Op {
@@ -23,6 +23,7 @@ pub(crate) enum Op {
     HeadNorm(norm::SavedHeads),
     Linear(linear::Saved),
     Norm(norm::Saved),
+    Outside(WayBack),
     Recompute { input: Tensor, body: Replay },
     SwigluLinear(swiglu_linear::Saved),
 }
@@ -40,7 +41,7 @@ impl Op {
         inputs: &[usize],
         arrived: Option<Tensor>,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), Fault> {
         if let Op::HeadLoss(saved) = self {
             return saved.backward(tape, inputs, grads);
         }
@@ -53,6 +54,14 @@ impl Op {
             Op::Linear(saved) => saved.backward(tape, inputs, dy, grads),
             Op::Norm(saved) => saved.backward(tape, inputs, dy, grads),
             Op::SwigluLinear(saved) => saved.backward(tape, inputs, dy, grads),
+            Op::Outside(back) => {
+                for (input, dx) in inputs.iter().zip(back(tape, dy)?) {
+                    if let Some(dx) = dx {
+                        grads.add(*input, dx)?;
+                    }
+                }
+                Ok(())
+            }
             Op::Recompute { input, body } => match tape.replay(&body, input, dy)? {
                 Some(dx) => grads.add(inputs[0], dx),
                 None => Ok(()),

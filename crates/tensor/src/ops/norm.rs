@@ -1,9 +1,10 @@
 //! RMSNorm and LayerNorm over the width, and RMSNorm over each head of q and k.
 
 use super::Op;
+use crate::Fault;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::{DType, OutOfMemory};
+use device::DType;
 use kernels::head_norm::Heads;
 use kernels::{head_norm, layer_norm, rms_norm};
 
@@ -39,19 +40,19 @@ pub(crate) struct Saved {
 
 impl Tape<'_> {
     /// x [M, D] -> [M, D].
-    pub fn norm(&mut self, x: &Var, norm: Norm) -> Result<Var, OutOfMemory> {
+    pub fn norm(&mut self, x: &Var, norm: Norm) -> Result<Var, Fault> {
         let (device, m) = (x.value.device(), x.value.rows());
         let mut y = Tensor::new(device, x.value.dtype(), x.value.shape())?;
         let mut inv = Tensor::new(device, DType::F32, &[m])?;
         let mut mean = None;
         match norm {
             Norm::Rms { weight, eps } => {
-                self.moment("rms_norm", &[weight]);
+                self.moment("rms_norm", &[weight])?;
                 let w = self.params.weight(weight);
                 rms_norm::forward(x.value.view(), w, eps, y.view_mut(), inv.view_mut());
             }
             Norm::Layer { weight, bias, eps } => {
-                self.moment("layer_norm", &[weight, bias]);
+                self.moment("layer_norm", &[weight, bias])?;
                 let (w, b) = (self.params.weight(weight), self.params.weight(bias));
                 let mut means = Tensor::new(device, DType::F32, &[m])?;
                 let x = x.value.view();
@@ -70,8 +71,8 @@ impl Tape<'_> {
         (wq, wk): (ParamRef, ParamRef),
         (n, k, h): (usize, usize, usize),
         eps: f32,
-    ) -> Result<Var, OutOfMemory> {
-        self.moment("head_norm", &[wq, wk]);
+    ) -> Result<Var, Fault> {
+        self.moment("head_norm", &[wq, wk])?;
         let (device, m) = (qkv.value.device(), qkv.value.rows());
         let mut y = Tensor::new(device, qkv.value.dtype(), qkv.value.shape())?;
         let mut inv = Tensor::new(device, DType::F32, &[m, n + k])?;
@@ -91,7 +92,7 @@ impl Saved {
         inputs: &[usize],
         dy: Tensor,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
+    ) -> Result<(), Fault> {
         let mut dx = Tensor::new(dy.device(), dy.dtype(), dy.shape())?;
         // What the residual stream carries back is added here: one pass instead of two.
         let carried = grads.take(inputs[0]);
@@ -99,12 +100,12 @@ impl Saved {
         let (x, inv) = (self.x.view(), self.inv.view());
         match self.norm {
             Norm::Rms { weight, .. } => {
-                tape.moment("rms_norm", &[weight]);
+                tape.moment("rms_norm", &[weight])?;
                 let (w, dw) = tape.params.weight_and_added_grad(weight);
                 rms_norm::backward(x, w, inv, dy.view(), carried, dx.view_mut(), dw);
             }
             Norm::Layer { weight, bias, .. } => {
-                tape.moment("layer_norm", &[weight, bias]);
+                tape.moment("layer_norm", &[weight, bias])?;
                 let Some(mean) = &self.mean else { unreachable!("layer norm saves its mean") };
                 // Two parameters at once would borrow the store twice: the bias's gradient is
                 // formed in scratch and added.
@@ -136,8 +137,8 @@ impl SavedHeads {
         inputs: &[usize],
         dy: Tensor,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
-        tape.moment("head_norm", &[self.wq, self.wk]);
+    ) -> Result<(), Fault> {
+        tape.moment("head_norm", &[self.wq, self.wk])?;
         let (n, k, h) = self.heads;
         let mut dqkv = Tensor::new(dy.device(), dy.dtype(), dy.shape())?;
         let mut dwq = Tensor::zeros(dy.device(), DType::F32, &[h])?;

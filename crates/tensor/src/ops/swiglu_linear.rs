@@ -2,9 +2,9 @@
 //! only gate and up are kept.
 
 use super::Op;
+use crate::Fault;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::OutOfMemory;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
 pub(crate) struct Saved {
@@ -14,13 +14,8 @@ pub(crate) struct Saved {
 
 impl Tape<'_> {
     /// gate_up [M, 2F] (gate first), weight [out, F], residual [M, out] -> [M, out].
-    pub fn swiglu_linear(
-        &mut self,
-        gate_up: &Var,
-        weight: ParamRef,
-        residual: &Var,
-    ) -> Result<Var, OutOfMemory> {
-        self.moment("swiglu_linear", &[weight]);
+    pub fn swiglu_linear(&mut self, gate_up: &Var, weight: ParamRef, residual: &Var) -> Result<Var, Fault> {
+        self.moment("swiglu_linear", &[weight])?;
         let (m, f) = (gate_up.value.rows(), gate_up.value.cols() / 2);
         let n = self.params.spec(weight).shape[0];
         let (device, dtype) = (gate_up.value.device(), gate_up.value.dtype());
@@ -44,8 +39,8 @@ impl Saved {
         inputs: &[usize],
         dy: Tensor,
         grads: &mut Grads,
-    ) -> Result<(), OutOfMemory> {
-        tape.moment("swiglu_linear", &[self.weight]);
+    ) -> Result<(), Fault> {
+        tape.moment("swiglu_linear", &[self.weight])?;
         let (m, f) = (self.gate_up.rows(), self.gate_up.cols() / 2);
         let (device, dtype) = (dy.device(), dy.dtype());
         // dact first: the kernel that needs it also yields the activation dW wants.

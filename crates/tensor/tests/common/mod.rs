@@ -6,8 +6,8 @@
 
 use std::sync::Arc;
 use tensor::{
-    AttentionShape, DType, Device, GeluKind, Init, Norm, OutOfMemory, ParamList, ParamRef, ParamSpec,
-    ParamStore, RopeScaling, RopeTable, Tape, Targets, Tensor, Var, normal,
+    AttentionShape, DType, Device, Fault, GeluKind, Init, Norm, ParamList, ParamRef, ParamSpec, ParamStore,
+    RopeScaling, RopeTable, Tape, Targets, Tensor, Var, normal,
 };
 
 /// Vocabulary, width, query heads, kv heads, head dim, FFN width: none a multiple of a vector.
@@ -116,7 +116,7 @@ impl Grouped {
         }
     }
 
-    fn forward(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch) -> Result<Var, OutOfMemory> {
+    fn forward(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch) -> Result<Var, Fault> {
         let h = tape.norm(x, self.norm)?;
         let qkv = tape.linear(&h, self.qkv.weight, self.qkv.bias, None)?;
         let qkv = tape.head_norm(&qkv, self.heads, (N, K, H), 1e-5)?;
@@ -141,7 +141,7 @@ impl Plain {
         }
     }
 
-    fn forward(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch) -> Result<Var, OutOfMemory> {
+    fn forward(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch) -> Result<Var, Fault> {
         let h = tape.norm(x, self.norm)?;
         let qkv = tape.linear(&h, self.qkv.weight, self.qkv.bias, None)?;
         let attended = tape.attention(qkv, &batch.shape(None, None))?;
@@ -177,7 +177,7 @@ impl Net {
         store
     }
 
-    fn blocks(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch, keep: Keep) -> Result<Var, OutOfMemory> {
+    fn blocks(&self, tape: &mut Tape<'_>, x: &Var, batch: &Batch, keep: Keep) -> Result<Var, Fault> {
         let ((first, second), b) = ((self.first.clone(), self.second.clone()), batch.clone());
         if keep == Keep::All {
             tape.set_layer(0);
@@ -199,7 +199,7 @@ impl Net {
         batch: &Batch,
         scale: f32,
         keep: Keep,
-    ) -> Result<Tensor, OutOfMemory> {
+    ) -> Result<Tensor, Fault> {
         let lookups = [(batch.ids.clone(), self.tokens), (batch.positions.clone(), self.positions)];
         let x = tape.embedding(&lookups)?;
         let x = match keep {

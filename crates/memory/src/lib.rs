@@ -1,0 +1,58 @@
+//! Memory that spans tiers: data lies in the fastest tier it fits in, decided from the real access
+//! sequence of a training step.
+//!
+//! `trace` says what a step touches, `plan` (pure) decides what moves when, the pager executes it,
+//! `disk` is the lowest tier. This room never learns what a layer is.
+
+use std::fmt;
+
+/// Where bytes live, fastest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tier {
+    /// Memory of the GPU, or the arena that plays it.
+    Hbm,
+    /// Memory of the host.
+    Dram,
+    /// The drive.
+    Nvme,
+}
+
+/// What a chunk holds. A chunk is a run of consecutive parameters of one class, moved as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Class {
+    /// Weights in the compute type.
+    Param,
+    /// Gradients.
+    Grad,
+    /// What the weights lack of their f32 masters.
+    Master,
+    /// First moments.
+    M,
+    /// Second moments.
+    V,
+    /// Values kept from forward to backward.
+    Activation,
+}
+
+impl fmt::Display for Tier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Tier::Hbm => "hbm",
+            Tier::Dram => "dram",
+            Tier::Nvme => "nvme",
+        })
+    }
+}
+
+impl fmt::Display for Class {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Class::Param => "param",
+            Class::Grad => "grad",
+            Class::Master => "master",
+            Class::M => "m",
+            Class::V => "v",
+            Class::Activation => "activation",
+        })
+    }
+}
