@@ -15,12 +15,16 @@ pub enum Isa {
     Avx512 = 3,
     /// AVX-512 with bfloat16 dot products.
     Avx512Bf16 = 4,
+    /// The same with AMX: bfloat16 products of whole tiles.
+    Amx = 5,
 }
 
 /// 0: no choice made, the best detected one is used.
 static CHOSEN: AtomicU8 = AtomicU8::new(0);
 
 impl Isa {
+    const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16, Isa::Amx];
+
     /// The best set this machine has.
     pub fn detected() -> Isa {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
@@ -44,10 +48,7 @@ impl Isa {
 
     /// Every set this machine can run, slowest first.
     pub fn available() -> Vec<Isa> {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16]
-            .into_iter()
-            .filter(|isa| *isa <= Isa::detected())
-            .collect()
+        Self::ALL.into_iter().filter(|isa| *isa <= Isa::detected()).collect()
     }
 
     /// Name as users write and read it.
@@ -57,11 +58,12 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Bf16 => "avx512-bf16",
+            Isa::Amx => "amx",
         }
     }
 
     fn from_code(code: u8) -> Option<Isa> {
-        [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16].into_iter().find(|isa| *isa as u8 == code)
+        Self::ALL.into_iter().find(|isa| *isa as u8 == code)
     }
 }
 
@@ -74,7 +76,34 @@ fn detect() -> Isa {
     if !(has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512dq")) {
         return Isa::Avx2;
     }
-    if has!("avx512bf16") { Isa::Avx512Bf16 } else { Isa::Avx512 }
+    match has!("avx512bf16") {
+        false => Isa::Avx512,
+        true if has_amx() && may_use_tiles() => Isa::Amx,
+        true => Isa::Avx512Bf16,
+    }
+}
+
+/// AMX-TILE and AMX-BF16 (CPUID leaf 7, EDX bits 24 and 22).
+#[cfg(target_arch = "x86_64")]
+fn has_amx() -> bool {
+    use std::arch::x86_64::{__cpuid, __cpuid_count};
+    const NEEDED: u32 = 1 << 24 | 1 << 22;
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & NEEDED == NEEDED
+}
+
+/// Linux saves tile registers for those only who asked (`arch_prctl(2)`, ARCH_REQ_XCOMP_PERM);
+/// asked once, it holds for every thread of the process.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn may_use_tiles() -> bool {
+    const REQUEST_PERMISSION: libc::c_long = 0x1023;
+    const TILE_DATA: libc::c_long = 18;
+    // SAFETY: changes nothing but what this process may use; an old kernel answers with an error.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 }
+}
+
+#[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
+fn may_use_tiles() -> bool {
+    false
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -14,7 +14,7 @@ pub fn gflops_f32() -> f64 {
 /// machine has no bf16 instructions.
 pub fn gflops_bf16() -> f64 {
     match Isa::active() {
-        Isa::Avx512Bf16 => best(|| run(Isa::Avx512Bf16, true)),
+        isa @ (Isa::Avx512Bf16 | Isa::Amx) => best(|| run(isa, true)),
         _ => gflops_f32(),
     }
 }
@@ -43,10 +43,13 @@ fn run(isa: Isa, bf16: bool) -> f64 {
     match isa {
         // SAFETY: `active` and `available` never exceed what the machine was found to have.
         #[cfg(target_arch = "x86_64")]
+        Isa::Amx if bf16 => crate::gemm::amx::peak(),
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512Bf16 if bf16 => unsafe { x86::bf16() },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Bf16 => unsafe { x86::avx512() },
+        Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => unsafe { x86::avx512() },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => unsafe { x86::avx2() },

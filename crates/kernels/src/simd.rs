@@ -205,7 +205,7 @@ macro_rules! multiversion {
             match device::Isa::active() {
                 // SAFETY: `active` never exceeds what the machine was found to have.
                 #[cfg(target_arch = "x86_64")]
-                device::Isa::Avx512 | device::Isa::Avx512Bf16 => unsafe {
+                device::Isa::Avx512 | device::Isa::Avx512Bf16 | device::Isa::Amx => unsafe {
                     avx512 $(::<$($g),+>)? ($($arg),*)
                 },
                 // SAFETY: as above.

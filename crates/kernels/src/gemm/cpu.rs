@@ -1,8 +1,8 @@
 //! The driver: A is packed whole, once, by all workers; then each task owns a strip of columns,
 //! packs its B into L2 and runs the micro-kernel over the panels of A.
 
-use super::micro::Tile;
-use super::pack::{Source, pack_panel};
+use super::micro::{RUN, Tile};
+use super::pack::{Side, Source, pack_panel};
 use super::{Epilogue, Mat, MatMut, gemv};
 use crate::gelu::{GeluKind, gelu};
 use crate::raw::RawFloats;
@@ -86,7 +86,8 @@ pub(super) fn gemm(
 fn blocks(tile: Tile, k: usize) -> impl Iterator<Item = (usize, usize)> {
     // Equal blocks: a short last one would waste the tile's store on few products.
     let count = k.div_ceil(tile.kc).max(1);
-    let size = k.div_ceil(count).next_multiple_of(8).max(8);
+    let multiple = if tile.runs() { 2 * RUN } else { 8 };
+    let size = k.div_ceil(count).next_multiple_of(multiple);
     (0..k).step_by(size).map(move |k0| (k0, size.min(k - k0)))
 }
 
@@ -112,7 +113,7 @@ fn pack_all_rows(tile: Tile, (m, k): (usize, usize), src: Source<'_>, out: &mut 
                 let out =
                     unsafe { std::slice::from_raw_parts_mut(base.get().add(offset + panel * len), len) };
                 let lanes = tile.mr.min(m - panel * tile.mr);
-                pack_panel(tile, src, (panel * tile.mr, lanes, tile.mr), (k0, kc), out);
+                pack_panel((tile, Side::A), src, (panel * tile.mr, lanes, tile.mr), (k0, kc), out);
             }
             offset += panels * len;
         }
@@ -138,7 +139,7 @@ impl Plan<'_> {
                 let steps = tile.steps(kc);
                 for (jp, out) in b.chunks_exact_mut(steps * tile.nr).enumerate().take(width / tile.nr) {
                     let lanes = tile.nr.min(columns - jp * tile.nr);
-                    pack_panel(tile, self.b, (j0 + jp * tile.nr, lanes, tile.nr), (k0, kc), out);
+                    pack_panel((tile, Side::B), self.b, (j0 + jp * tile.nr, lanes, tile.nr), (k0, kc), out);
                 }
                 let a = &self.a[offset..offset + self.panels * tile.mr * steps];
                 for (at, panel) in panels.clone().enumerate() {

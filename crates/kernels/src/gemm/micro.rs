@@ -1,7 +1,8 @@
 //! Micro-kernels: one tile of C from one packed panel of A and one of B, all in registers.
 //!
 //! A panel holds, for each k, `MR` values of A (one per row of the tile); a panel of B holds `NR`
-//! values (one per column). In bf16 panels a value is a pair of neighbouring k.
+//! values (one per column). In bf16 panels a value is a pair of neighbouring k. For AMX a panel of A
+//! holds, for each run of 16 pairs, those of each row side by side: the rows of its tiles.
 
 use device::Isa;
 
@@ -19,8 +20,11 @@ pub(crate) struct Tile {
     pub(crate) strip: usize,
 }
 
+/// Pairs of bf16 in a row of an AMX tile: the steps one tile product takes.
+pub(crate) const RUN: usize = 16;
+
 /// The largest tile of any kind, for stack scratch at the edges.
-const MAX_TILE: usize = 14 * 32;
+const MAX_TILE: usize = 32 * 32;
 
 impl Tile {
     /// The tile for f32 panels on an instruction set.
@@ -29,7 +33,9 @@ impl Tile {
             // 12 accumulators, 2 of B and 1 broadcast of A: 15 of the 16 ymm registers.
             Isa::Avx2 => Tile { isa, mr: 6, nr: 16, pairs: false, kc: 256, strip: 256 },
             // 28 accumulators, 2 of B, 1 broadcast of A: 31 of the 32 zmm registers.
-            Isa::Avx512 | Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: false, kc: 512, strip: 256 },
+            Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
+                Tile { isa, mr: 14, nr: 32, pairs: false, kc: 512, strip: 256 }
+            }
             Isa::Portable => Tile { isa, mr: 4, nr: 8, pairs: false, kc: 256, strip: 256 },
         }
     }
@@ -37,6 +43,8 @@ impl Tile {
     /// The tile for two bf16 operands.
     pub(crate) const fn bf16(isa: Isa) -> Tile {
         match isa {
+            // Four accumulator tiles, two of A, two of B: all eight.
+            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, kc: 512, strip: 512 },
             // Twice the values of k in the bytes of the f32 blocks.
             Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true, kc: 1024, strip: 256 },
             _ => Tile::f32(isa),
@@ -45,7 +53,16 @@ impl Tile {
 
     /// Panel steps for `kc` values of k.
     pub(crate) const fn steps(&self, kc: usize) -> usize {
-        if self.pairs { kc.div_ceil(2) } else { kc }
+        match (self.pairs, self.runs()) {
+            (true, true) => kc.div_ceil(2).next_multiple_of(RUN),
+            (true, false) => kc.div_ceil(2),
+            (false, _) => kc,
+        }
+    }
+
+    /// Whether panels of A hold runs of `RUN` steps a row, and panels of B whole runs of steps.
+    pub(crate) const fn runs(&self) -> bool {
+        self.pairs && matches!(self.isa, Isa::Amx)
     }
 
     /// C [rows <= mr, cols <= nr] (+)= panel A times panel B over `steps`.
@@ -90,9 +107,11 @@ impl Tile {
         unsafe {
             match self.isa {
                 #[cfg(target_arch = "x86_64")]
+                Isa::Amx if self.pairs => super::amx::tile_bf16(steps, a, b, c, ldc, add),
+                #[cfg(target_arch = "x86_64")]
                 Isa::Avx512Bf16 if self.pairs => avx512::tile_bf16(steps, a, b, c, ldc, add),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 | Isa::Avx512Bf16 => avx512::tile_f32(steps, a, b, c, ldc, add),
+                Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => avx512::tile_f32(steps, a, b, c, ldc, add),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => avx2::tile_f32(steps, a, b, c, ldc, add),
                 _ => portable::tile_f32(steps, a, b, c, ldc, add),

@@ -4,6 +4,8 @@
 //! are f32 or bf16 in any mix; two bf16 operands use bf16 dot products where the machine has them.
 //! The work is cut by shape alone, so the bits do not depend on the number of threads.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
 mod cpu;
 mod gemv;
 mod micro;

@@ -2,6 +2,9 @@
 //! f32 (or kept as pairs of bf16) and padded with zeros to whole panels.
 
 use super::Mat;
+#[cfg(target_arch = "x86_64")]
+mod runs;
+
 use super::micro::Tile;
 use crate::simd::Float;
 use device::{Slice, View};
@@ -29,9 +32,18 @@ impl<'a> Source<'a> {
     }
 }
 
+/// Whose panel is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// Rows are lanes.
+    A,
+    /// Columns are lanes.
+    B,
+}
+
 /// Lanes `[i0, i0 + lanes)` and k `[k0, k0 + kc)` into one panel `out` of `width` lanes.
 pub(crate) fn pack_panel(
-    tile: Tile,
+    (tile, side): (Tile, Side),
     src: Source<'_>,
     (i0, lanes, width): (usize, usize, usize),
     (k0, kc): (usize, usize),
@@ -41,6 +53,11 @@ pub(crate) fn pack_panel(
     let out = &mut out[..tile.steps(kc) * width];
     match src.data.floats() {
         Slice::F32(data) => pack(tile, &data[start..], src, (lanes, width), kc, out),
+        #[cfg(target_arch = "x86_64")]
+        Slice::Bf16(data) if tile.runs() => {
+            // SAFETY: AMX comes with AVX-512; bounds are checked inside.
+            unsafe { runs::pack(&data[start..], (src.lane, src.step), lanes, kc, side, out) }
+        }
         Slice::Bf16(data) if tile.pairs => pack_pairs(tile, &data[start..], src, (lanes, width), kc, out),
         Slice::Bf16(data) => pack(tile, &data[start..], src, (lanes, width), kc, out),
     }

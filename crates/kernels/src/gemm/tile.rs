@@ -1,7 +1,7 @@
 //! Small products from packed panels on one worker: what attention is made of.
 
 pub(crate) use super::micro::Tile;
-use super::pack::{Source, pack_panel};
+use super::pack::{Side, Source, pack_panel};
 
 /// Rows of `a` [rows, kc] as whole panels of `mr` lanes. Floats needed: `packed_len`.
 pub(crate) fn pack_rows(
@@ -11,7 +11,7 @@ pub(crate) fn pack_rows(
     kc: usize,
     out: &mut [f32],
 ) {
-    pack(tile, src, (first, rows, tile.mr), kc, out);
+    pack((tile, Side::A), src, (first, rows, tile.mr), kc, out);
 }
 
 /// Columns of `b` [kc, columns] as whole panels of `nr` lanes.
@@ -22,11 +22,11 @@ pub(crate) fn pack_columns(
     kc: usize,
     out: &mut [f32],
 ) {
-    pack(tile, src, (first, columns, tile.nr), kc, out);
+    pack((tile, Side::B), src, (first, columns, tile.nr), kc, out);
 }
 
 fn pack(
-    tile: Tile,
+    (tile, side): (Tile, Side),
     src: Source<'_>,
     (first, lanes, width): (usize, usize, usize),
     kc: usize,
@@ -34,7 +34,7 @@ fn pack(
 ) {
     for (panel, out) in out.chunks_exact_mut(tile.steps(kc) * width).enumerate().take(lanes.div_ceil(width)) {
         let taken = panel * width;
-        pack_panel(tile, src, (first + taken, width.min(lanes - taken), width), (0, kc), out);
+        pack_panel((tile, side), src, (first + taken, width.min(lanes - taken), width), (0, kc), out);
     }
 }
 

@@ -1,0 +1,121 @@
+//! Panels for AMX, 32 lanes wide. A: for each run of 16 pairs, the run of every lane, lane after
+//! lane: the rows of its tiles. B: pair after pair, all lanes of it side by side: the rows of its
+//! tiles. The two differ by a transpose of 16 x 16 pairs, and so do sources whose k or whose lanes
+//! lie side by side.
+
+use super::Side;
+use crate::gemm::micro::RUN;
+use half::bf16;
+use std::arch::x86_64::*;
+
+const WIDTH: usize = 32;
+
+/// Lane i at k is `data[i*lane + k*step]`, one of the strides 1. `out` is a whole panel of
+/// `kc` values of k; lanes and values that are not there become zeros.
+///
+/// # Safety
+/// The machine has AVX-512 F, BW and VL.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+pub(super) unsafe fn pack(
+    data: &[bf16],
+    (lane, step): (usize, usize),
+    lanes: usize,
+    kc: usize,
+    side: Side,
+    out: &mut [f32],
+) {
+    let k_adjacent = step == 1 && (lane != 1 || lanes == 1);
+    assert!(lanes <= WIDTH && (k_adjacent || lane == 1));
+    assert!(lanes == 0 || kc == 0 || (lanes - 1) * lane + (kc - 1) * step < data.len());
+    for (run, out) in out.chunks_exact_mut(RUN * WIDTH).enumerate() {
+        let k0 = run * 2 * RUN;
+        let values = kc.saturating_sub(k0).min(2 * RUN);
+        for half in 0..2 {
+            let first = half * RUN;
+            let count = lanes.saturating_sub(first).min(RUN);
+            // SAFETY: `count` lanes of `values` values from k0 on lie inside `data`, asserted above.
+            let rows = unsafe {
+                let from = data.as_ptr().wrapping_add(first * lane + k0 * step);
+                match k_adjacent {
+                    true => rows_of_lanes(from, lane, (count, values)),
+                    false => rows_of_pairs(from, step, (count, values)),
+                }
+            };
+            // Rows are lanes where k is adjacent, and A wants lanes; else they are pairs.
+            let rows = if k_adjacent == (side == Side::A) { rows } else { transpose(rows) };
+            let (base, stride) = match side {
+                Side::A => (first * RUN, RUN),
+                Side::B => (first, WIDTH),
+            };
+            for (i, row) in rows.into_iter().enumerate() {
+                // SAFETY: 16 words within the 16 x 32 of this run.
+                unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(base + i * stride).cast(), row) };
+            }
+        }
+    }
+}
+
+/// One register a lane: 16 pairs of it.
+///
+/// # Safety
+/// `values` values lie at each of `count` lanes from `from` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn rows_of_lanes(from: *const bf16, lane: usize, (count, values): (usize, usize)) -> [__m512i; RUN] {
+    let mask = u32::MAX.checked_shr(2 * RUN as u32 - values as u32).unwrap_or(0);
+    std::array::from_fn(|i| match i < count {
+        // SAFETY: only `values` values are read.
+        true => unsafe { _mm512_maskz_loadu_epi16(mask, from.wrapping_add(i * lane).cast()) },
+        false => _mm512_setzero_si512(),
+    })
+}
+
+/// One register a pair: that pair of 16 lanes.
+///
+/// # Safety
+/// `count` lanes lie side by side at each of `values` steps from `from` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn rows_of_pairs(from: *const bf16, step: usize, (count, values): (usize, usize)) -> [__m512i; RUN] {
+    let mask = u16::MAX.checked_shr(RUN as u32 - count as u32).unwrap_or(0);
+    // SAFETY: only `count` lanes of steps before `values` are read.
+    let widened = |k: usize| match k < values {
+        true => unsafe {
+            _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.wrapping_add(k * step).cast()))
+        },
+        false => _mm512_setzero_si512(),
+    };
+    std::array::from_fn(|q| _mm512_or_si512(widened(2 * q), _mm512_slli_epi32::<16>(widened(2 * q + 1))))
+}
+
+/// Transpose of 16 x 16 words: pairs of words, then quads, then 128-bit lanes.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transpose(r: [__m512i; RUN]) -> [__m512i; RUN] {
+    let mut t = r;
+    for i in 0..8 {
+        t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+        t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+    }
+    let mut s = t;
+    for i in 0..4 {
+        for odd in 0..2 {
+            let (a, b) = (t[4 * i + odd], t[4 * i + 2 + odd]);
+            s[4 * i + 2 * odd] = _mm512_unpacklo_epi64(a, b);
+            s[4 * i + 2 * odd + 1] = _mm512_unpackhi_epi64(a, b);
+        }
+    }
+    // s[4i + j] now holds, in its 128-bit lane l, word 4l + j of rows 4i..4i+4.
+    let mut out = r;
+    for j in 0..4 {
+        let low = _mm512_shuffle_i32x4::<0x88>(s[j], s[4 + j]);
+        let high = _mm512_shuffle_i32x4::<0xdd>(s[j], s[4 + j]);
+        let low2 = _mm512_shuffle_i32x4::<0x88>(s[8 + j], s[12 + j]);
+        let high2 = _mm512_shuffle_i32x4::<0xdd>(s[8 + j], s[12 + j]);
+        out[j] = _mm512_shuffle_i32x4::<0x88>(low, low2);
+        out[8 + j] = _mm512_shuffle_i32x4::<0xdd>(low, low2);
+        out[4 + j] = _mm512_shuffle_i32x4::<0x88>(high, high2);
+        out[12 + j] = _mm512_shuffle_i32x4::<0xdd>(high, high2);
+    }
+    out
+}
