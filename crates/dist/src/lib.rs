@@ -1,9 +1,11 @@
-//! Mesh, layouts, communicators, the distributed matmul and pipeline schedules.
+//! Mesh, layouts, communicators, the distributed matmul, pipeline schedules and
+//! what all of it costs.
 //!
 //! A layer is written against a mesh and a layout; a serial layer is the parallel layer on a mesh
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+pub mod cost;
 mod layout;
 mod matmul;
 mod mesh;

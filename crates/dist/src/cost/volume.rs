@@ -1,0 +1,290 @@
+//! Elements a rank receives for one product, by scheme, phase and axis. `docs/cost-model.md` has
+//! the derivations; tests sum them to the formulas per transformer layer.
+
+use std::fmt;
+
+/// A distributed product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Scheme {
+    /// Weights cut along one axis, columns then rows (Shoeybi et al. 2019, arXiv:1909.08053), the
+    /// residual stream cut along tokens.
+    OneD,
+    /// Panels of x broadcast along rows, of w along columns (van de Geijn and Watts 1997; Xu et
+    /// al. 2021, arXiv:2104.05343).
+    Summa,
+    /// SUMMA on z layers that share the tokens, each with a copy of the weights (Wang et al. 2021,
+    /// arXiv:2105.14500).
+    TwoHalfD,
+    /// A cube: gather x and w, multiply, scatter the sums (Agarwal et al. 1995; Bian et al. 2021,
+    /// arXiv:2105.14450).
+    ThreeD,
+    /// Weights stay where they are, activations move on rows and columns.
+    WeightStationary,
+}
+
+/// Sizes of the tensor axes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Grid {
+    /// First axis.
+    pub x: usize,
+    /// Second axis.
+    pub y: usize,
+    /// Third axis.
+    pub z: usize,
+}
+
+/// Sizes of a product y [M, N] = x [M, K] w [K, N].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Product {
+    /// Rows of x and y: tokens.
+    pub m: f64,
+    /// The summed dim.
+    pub k: f64,
+    /// Columns of y.
+    pub n: f64,
+}
+
+/// Products come in pairs that leave the residual stream and return to it (q|k|v and out, up and
+/// down): the second finds its input lying the other way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Half {
+    /// From the residual stream.
+    Leave,
+    /// Back into it.
+    Return,
+}
+
+/// What a rank receives over one axis.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Flow {
+    /// Elements received.
+    pub elements: f64,
+    /// Collectives.
+    pub calls: f64,
+    /// Messages one after the other that make them up: n - 1 for a ring over n ranks, log2 n for a
+    /// broadcast.
+    pub hops: f64,
+}
+
+/// What a rank receives for one product, over x, y and z.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Volume {
+    /// For y.
+    pub forward: [Flow; 3],
+    /// For the gradient of x.
+    pub backward_input: [Flow; 3],
+    /// For the gradient of w.
+    pub backward_weight: [Flow; 3],
+}
+
+impl Scheme {
+    /// All of them.
+    pub const ALL: [Scheme; 5] =
+        [Scheme::OneD, Scheme::Summa, Scheme::TwoHalfD, Scheme::ThreeD, Scheme::WeightStationary];
+
+    /// Distinct ranks a rank exchanges data with, on a grid of this scheme.
+    pub fn peers(self, grid: Grid) -> usize {
+        let Grid { x, y, z } = grid;
+        match self {
+            Scheme::OneD => x * y * z - 1,
+            _ => (x - 1) + (y - 1) + (z - 1),
+        }
+    }
+
+    /// Whether panels stream beside the product that uses them.
+    pub fn overlaps(self) -> bool {
+        matches!(self, Scheme::Summa | Scheme::TwoHalfD)
+    }
+
+    /// Panels of the summed dim: every piece of either operand is in exactly one.
+    pub fn panels(self, grid: Grid) -> usize {
+        if self.overlaps() { lcm(grid.x, grid.y) } else { 1 }
+    }
+
+    /// Sizes of the product a rank computes itself, all panels together.
+    pub fn block(self, grid: Grid, product: Product, half: Half) -> Product {
+        let (x, y, z) = grid.floats();
+        let Product { m, k, n } = product;
+        match (self, half) {
+            (Scheme::OneD, Half::Leave) => Product { m, k, n: n / (x * y * z) },
+            (Scheme::OneD, Half::Return) => Product { m, k: k / (x * y * z), n },
+            (Scheme::WeightStationary, Half::Leave) => Product { m, k: k / y, n: n / x },
+            (Scheme::WeightStationary, Half::Return) => Product { m, k: k / x, n: n / y },
+            (Scheme::ThreeD, Half::Leave) => Product { m: m / x, k: k / y, n: n / z },
+            (Scheme::ThreeD, Half::Return) => Product { m: m / x, k: k / z, n: n / y },
+            (Scheme::Summa | Scheme::TwoHalfD, _) => Product { m: m / (x * z), k, n: n / y },
+        }
+    }
+
+    /// Pieces the output of a leaving product is cut into along (tokens, columns): attention needs
+    /// whole rows of tokens and whole heads.
+    pub fn inner_cut(self, grid: Grid) -> (usize, usize) {
+        let Grid { x, y, z } = grid;
+        match self {
+            Scheme::OneD => (1, x * y * z),
+            Scheme::WeightStationary => (y, x),
+            Scheme::ThreeD => (x * y, z),
+            Scheme::Summa | Scheme::TwoHalfD => (x * z, y),
+        }
+    }
+}
+
+impl Grid {
+    /// Ranks.
+    pub fn size(self) -> usize {
+        self.x * self.y * self.z
+    }
+
+    fn floats(self) -> (f64, f64, f64) {
+        (self.x as f64, self.y as f64, self.z as f64)
+    }
+}
+
+impl Volume {
+    /// Elements received over all axes, forward and backward.
+    pub fn elements(&self) -> f64 {
+        let phases = [self.forward, self.backward_input, self.backward_weight];
+        phases.iter().flatten().map(|flow| flow.elements).sum()
+    }
+
+    /// Elements received over each axis, forward and backward.
+    pub fn by_axis(&self) -> [Flow; 3] {
+        let phases = [self.forward, self.backward_input, self.backward_weight];
+        let mut sums = [Flow::default(); 3];
+        for phase in phases {
+            for (sum, flow) in sums.iter_mut().zip(phase) {
+                sum.add(flow);
+            }
+        }
+        sums
+    }
+}
+
+impl Flow {
+    /// Both after each other.
+    pub fn add(&mut self, other: Flow) {
+        self.elements += other.elements;
+        self.calls += other.calls;
+        self.hops += other.hops;
+    }
+
+    /// An all-gather or reduce-scatter over n ranks of a tensor whose gathered part on a rank has
+    /// `whole` elements: (n - 1)/n of it arrive, in n - 1 hops.
+    pub fn ring(n: f64, whole: f64) -> Flow {
+        if n <= 1.0 {
+            return Flow::default();
+        }
+        Flow { elements: (n - 1.0) / n * whole, calls: 1.0, hops: n - 1.0 }
+    }
+
+    /// The same elements panel by panel: each a broadcast from, or a reduction to, its owner.
+    fn panels(n: f64, whole: f64, panels: f64) -> Flow {
+        Flow { calls: panels, hops: panels * n.log2().ceil(), ..Flow::ring(n, whole) }.unless_alone(n)
+    }
+
+    fn unless_alone(self, n: f64) -> Flow {
+        if n <= 1.0 { Flow::default() } else { self }
+    }
+}
+
+const NONE: Flow = Flow { elements: 0.0, calls: 0.0, hops: 0.0 };
+const X: usize = 0;
+const Y: usize = 1;
+const Z: usize = 2;
+
+/// What a rank receives for one product.
+pub fn volume(scheme: Scheme, grid: Grid, product: Product, half: Half) -> Volume {
+    match scheme {
+        Scheme::OneD => one_d(grid.size(), product, half),
+        Scheme::Summa => summa(grid, product),
+        Scheme::TwoHalfD => two_half_d(grid, product),
+        Scheme::ThreeD => three_d(grid, product, half),
+        Scheme::WeightStationary => weight_stationary(grid, product, half),
+    }
+}
+
+/// 1D over p ranks: columns of w leaving, rows returning. Leaving, the tokens of x are gathered and
+/// the sums of its gradient scattered: (p - 1)/p MK each. Returning, the same for y: (p - 1)/p MN.
+/// It is weight-stationary on a mesh of one column.
+pub fn one_d(p: usize, product: Product, half: Half) -> Volume {
+    weight_stationary(Grid { x: p, y: 1, z: 1 }, product, half)
+}
+
+/// SUMMA on x rows by y columns; x [M/x, K/y], w [K/x, N/y], y [M/x, N/y]. A pass over the
+/// activations costs (y - 1) MK / xy along the row, one over the weights (x - 1) KN / xy along the
+/// column; forward and both gradients are one pass over each.
+pub fn summa(grid: Grid, product: Product) -> Volume {
+    let (x, y, _) = grid.floats();
+    let Product { m, k, n } = product;
+    let panels = lcm(grid.x, grid.y) as f64;
+    // A rank's row holds [M/x, K], its column [K, N/y].
+    let pass = [Flow::panels(x, k * n / y, panels), Flow::panels(y, m * k / x, panels), NONE];
+    Volume { forward: pass, backward_input: pass, backward_weight: pass }
+}
+
+/// SUMMA on each of z layers with M/z tokens, then the sum of the weights' gradient over the
+/// layers: reduce-scatter and all-gather, 2 (z - 1)/z KN / xy.
+pub fn two_half_d(grid: Grid, product: Product) -> Volume {
+    let (x, y, z) = grid.floats();
+    let mut volume = summa(grid, Product { m: product.m / z, ..product });
+    let mut sum = Flow::ring(z, product.k * product.n / (x * y));
+    sum.add(sum);
+    volume.backward_weight[Z] = sum;
+    volume
+}
+
+/// 3D: leaving, x [M/x, K/y] is cut among z, w [K/y, N/z] among x, y [M/x, N/z] among y. Each is
+/// gathered or scattered once forward and once backward; returning, y and z change places.
+pub fn three_d(grid: Grid, product: Product, half: Half) -> Volume {
+    let (x, y, z) = grid.floats();
+    let Product { m, k, n } = product;
+    let (inputs, outputs, from, to) = match half {
+        Half::Leave => (y, z, Z, Y),
+        Half::Return => (z, y, Y, Z),
+    };
+    let gathered = Flow::ring(outputs, m * k / (x * inputs));
+    let scattered = Flow::ring(inputs, m * n / (x * outputs));
+    let weights = Flow::ring(x, k * n / (inputs * outputs));
+    let mut activations = [NONE; 3];
+    activations[from].add(gathered);
+    activations[to].add(scattered);
+    let mut forward = activations;
+    forward[X].add(weights);
+    Volume { forward, backward_input: activations, backward_weight: [weights, NONE, NONE] }
+}
+
+/// Weight-stationary on x by y: leaving, x [M, K/y] is gathered from x ranks and the sums of
+/// y [M, N/x] scattered among y; returning, x and y change places. Backward the same with
+/// gradients; those of the weights need nothing more, as the gathered input is kept.
+pub fn weight_stationary(grid: Grid, product: Product, half: Half) -> Volume {
+    let (x, y, _) = grid.floats();
+    let Product { m, k, n } = product;
+    let (from, to, gather, scatter) = match half {
+        Half::Leave => (X, Y, x, y),
+        Half::Return => (Y, X, y, x),
+    };
+    let mut pass = [NONE; 3];
+    pass[from].add(Flow::ring(gather, m * k / scatter));
+    pass[to].add(Flow::ring(scatter, m * n / gather));
+    Volume { forward: pass, backward_input: pass, backward_weight: [NONE; 3] }
+}
+
+fn lcm(a: usize, b: usize) -> usize {
+    let (mut high, mut low) = (a, b);
+    while low != 0 {
+        (high, low) = (low, high % low);
+    }
+    a / high * b
+}
+
+impl fmt::Display for Scheme {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Scheme::OneD => "1D",
+            Scheme::Summa => "2D SUMMA",
+            Scheme::TwoHalfD => "2.5D",
+            Scheme::ThreeD => "3D",
+            Scheme::WeightStationary => "2D weight-stationary",
+        })
+    }
+}
