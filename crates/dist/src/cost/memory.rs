@@ -1,7 +1,7 @@
 //! Bytes of the fullest rank, by what they hold.
 
 use super::plan::{Plan, Zero};
-use super::volume::{Half, Scheme};
+use super::volume::{Half, Scheme, block, inner_cut, overlaps};
 use super::{Batch, ModelShape, Pair};
 use crate::Axis;
 
@@ -51,11 +51,11 @@ impl Memory {
     }
 }
 
-/// Pieces the weights of a scheme are cut into.
-pub(super) fn weight_cut(plan: &Plan, scheme: Scheme) -> f64 {
+/// Pieces a weight is cut into.
+pub(super) fn weight_cut(plan: &Plan) -> f64 {
     let grid = plan.mesh.grid();
-    match scheme {
-        Scheme::TwoHalfD => (grid.x * grid.y) as f64,
+    match plan.scheme {
+        Scheme::TwoPointFiveD => (grid.x * grid.y) as f64,
         _ => grid.size() as f64,
     }
 }
@@ -68,20 +68,15 @@ pub(super) fn stage_layers(model: &ModelShape, plan: &Plan) -> usize {
 
 /// Matrix parameters of the fullest rank: (those of layers, those of tables).
 pub(super) fn rank_params(model: &ModelShape, plan: &Plan) -> (f64, f64) {
-    let pair = |pair, scheme| {
-        let params: f64 = model.products(pair, 1.0).iter().map(|(_, product)| product.k * product.n).sum();
-        params / weight_cut(plan, scheme)
-    };
-    let layer = pair(Pair::Attention, plan.attention) + pair(Pair::Mlp, plan.mlp);
     // The first stage has the embedding, the last the head; alone, they share a tied one.
     let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
-    let table = tables * model.table_params() / weight_cut(plan, plan.mlp);
-    (stage_layers(model, plan) as f64 * layer, table)
+    let layers = stage_layers(model, plan) as f64 * model.layer_params();
+    (layers / weight_cut(plan), tables * model.table_params() / weight_cut(plan))
 }
 
 /// Tokens of a microbatch in one context shard, padded to what attention cuts them into.
 pub(super) fn tokens(batch: Batch, plan: &Plan) -> f64 {
-    let (cut, _) = plan.attention.inner_cut(plan.mesh.grid());
+    let (cut, _) = inner_cut(plan.scheme, plan.mesh.grid());
     let rows = plan.microbatch_rows.next_multiple_of(cut);
     (rows * batch.context) as f64 / plan.mesh.size(Axis::Cp) as f64
 }
@@ -90,14 +85,16 @@ pub(super) fn tokens(batch: Batch, plan: &Plan) -> f64 {
 /// first feed-forward product gives (both sides of a GELU), and the inputs of the four products as
 /// their scheme needs them for the gradient of the weights: gathered where it gathers.
 pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
-    let grid = plan.mesh.grid();
+    let (grid, scheme) = (plan.mesh.grid(), plan.scheme);
     let all = grid.size() as f64;
-    let mut kept = m * (2.0 * model.width as f64 + model.qkv() + model.up()) / all;
-    for (pair, scheme) in [(Pair::Attention, plan.attention), (Pair::Mlp, plan.mlp)] {
+    // Plain 1D keeps the residual stream whole on every rank.
+    let stream = if scheme == Scheme::OneD { 1.0 } else { all };
+    let mut kept = m * 2.0 * model.width as f64 / stream + m * (model.qkv() + model.up()) / all;
+    for pair in [Pair::Attention, Pair::Mlp] {
         for (half, product) in model.products(pair, m) {
             let own = product.m * product.k / all;
-            let block = scheme.block(grid, product, half);
-            let whole = if scheme.overlaps() { own } else { block.m * block.k };
+            let block = block(scheme, grid, product, half);
+            let whole = if overlaps(scheme) { own } else { block.m * block.k };
             // SwiGLU is computed again from its inputs, unless the product has gathered it.
             let again = model.gated && pair == Pair::Mlp && half == Half::Return;
             kept += if again && whole <= own { 0.0 } else { whole };
@@ -120,7 +117,7 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
         // The layer at work and the next one, fetched beside it; and a table while it is used.
         weights += (2.0 * per_layer).max(table) * state.weight;
     }
-    if plan.attention == Scheme::ThreeD {
+    if plan.scheme == Scheme::ThreeD {
         // The formula of 3D keeps gathered weights from forward to backward.
         weights += layer_params * (mesh.grid().x as f64 - 1.0) * state.weight;
     }

@@ -7,6 +7,7 @@
 mod cluster;
 mod memory;
 mod model_shape;
+mod picture;
 mod plan;
 mod price;
 mod search;
@@ -16,12 +17,14 @@ mod volume;
 pub use cluster::{Cluster, Link};
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, ModelShape, Pair};
+pub use picture::{layer_flows, pure_grids, svg, table, title};
 pub use plan::{MeshShape, Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
-pub use search::{Contender, Decision, Family, NoFit, Space, Variation, search};
+pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};
 pub use seconds::Seconds;
 pub use volume::{
-    Flow, Grid, Half, Product, Scheme, Volume, one_d, summa, three_d, two_half_d, volume, weight_stationary,
+    Flow, Grid, Half, Product, Scheme, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,
+    weight_stationary,
 };
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! One way to spread a run over devices, and whether it can be.
 
-use super::volume::{Grid, Scheme};
+use super::volume::{Grid, Scheme, inner_cut};
 use super::{Batch, ModelShape};
 use crate::Axis;
 use crate::pipeline::{Pipeline, PipelineError, Schedule};
@@ -38,10 +38,8 @@ pub struct Offload {
 pub struct Plan {
     /// Ranks along each axis.
     pub mesh: MeshShape,
-    /// Scheme of q|k|v and out.
-    pub attention: Scheme,
-    /// Scheme of up and down.
-    pub mlp: Scheme,
+    /// How products are distributed.
+    pub scheme: Scheme,
     /// What `fsdp` shares.
     pub zero: Zero,
     /// Order of the pipeline.
@@ -74,7 +72,7 @@ pub enum PlanError {
         layers: usize,
     },
     /// Heads cannot be cut.
-    #[error("{scheme} on this mesh cuts {heads} heads into {pieces}; lower that axis")]
+    #[error("scheme {scheme} on this mesh cuts {heads} heads into {pieces}; lower that axis")]
     Heads {
         /// Scheme of attention.
         scheme: Scheme,
@@ -85,7 +83,7 @@ pub enum PlanError {
     },
     /// Attention wants whole rows.
     #[error(
-        "{scheme} on this mesh cuts the {rows} rows of a microbatch into {pieces}; take larger microbatches or a smaller axis"
+        "scheme {scheme} on this mesh cuts the {rows} rows of a microbatch into {pieces}; take larger microbatches or a smaller axis"
     )]
     Tokens {
         /// Scheme of attention.
@@ -105,7 +103,7 @@ pub enum PlanError {
     },
     /// A scheme on a mesh it is not made for.
     #[error(
-        "{scheme} does not go with x = {x}, y = {y}, z = {z}: 1D uses one axis, 2D two, 2.5D and 3D three; pin another scheme or mesh"
+        "scheme {scheme} does not go with x = {x}, y = {y}, z = {z}: 1d uses x, summa and weight-stationary x and y, 2.5d and 3d all three; take another scheme or mesh"
     )]
     Grid {
         /// Which scheme.
@@ -180,19 +178,18 @@ impl Plan {
         if slices > layers {
             return Err(PlanError::Layers { slices, layers });
         }
-        for scheme in [self.attention, self.mlp] {
-            let Grid { x, y, z } = grid;
-            let fits = match scheme {
-                Scheme::OneD => y == 1 && z == 1,
-                Scheme::Summa | Scheme::WeightStationary => z == 1,
-                Scheme::TwoHalfD | Scheme::ThreeD => true,
-            };
-            if !fits {
-                return Err(PlanError::Grid { scheme, x, y, z });
-            }
+        let scheme = self.scheme;
+        let Grid { x, y, z } = grid;
+        let has_use = match scheme {
+            Scheme::OneD | Scheme::OneDSequence => y == 1 && z == 1,
+            Scheme::Summa | Scheme::WeightStationary => z == 1,
+            Scheme::TwoPointFiveD | Scheme::ThreeD => true,
+        };
+        if !has_use {
+            return Err(PlanError::Grid { scheme, x, y, z });
         }
-        let (scheme, heads, rows) = (self.attention, model.heads, self.microbatch_rows);
-        let (token_cut, head_cut) = scheme.inner_cut(grid);
+        let (heads, rows) = (model.heads, self.microbatch_rows);
+        let (token_cut, head_cut) = inner_cut(scheme, grid);
         if head_cut > heads {
             return Err(PlanError::Heads { scheme, heads, pieces: head_cut });
         }

@@ -203,8 +203,8 @@ impl Run<'_> {
         let microbatches = self.pipeline.microbatches() as f64;
         let mut once = 0.0;
         let mut part = params;
-        let two_half = [self.plan.attention, self.plan.mlp].contains(&Scheme::TwoHalfD);
-        let depth = if two_half { mesh.size(Axis::Z) } else { 1 };
+        let layered = self.plan.scheme == Scheme::TwoPointFiveD;
+        let depth = if layered { mesh.size(Axis::Z) } else { 1 };
         let copies = [(Axis::Z, depth), (Axis::Cp, mesh.size(Axis::Cp)), (Axis::Dp, mesh.size(Axis::Dp))];
         let shards = mesh.size(Axis::Fsdp) as f64;
         for (axis, size) in copies {

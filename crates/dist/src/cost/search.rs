@@ -10,7 +10,7 @@ use super::cluster::Cluster;
 use super::plan::{MeshShape, Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
 use super::seconds::LayerCost;
-use super::volume::{Grid, Scheme};
+use super::volume::{Grid, Scheme, inner_cut};
 use super::{Batch, ModelShape};
 use crate::Axis;
 use crate::pipeline::Schedule;
@@ -45,10 +45,8 @@ pub enum Family {
     Summa,
     /// Weight-stationary everywhere.
     WeightStationary,
-    /// SUMMA in one pair of products, weight-stationary in the other.
-    Mixed,
     /// 2.5D.
-    TwoHalfD,
+    TwoPointFiveD,
     /// 3D.
     ThreeD,
 }
@@ -116,6 +114,34 @@ pub fn search(
     }
 }
 
+/// The cheapest plan on nine tenths of the devices or more, whole nodes whose number has small
+/// factors, if a step takes less than `limit` seconds: sometimes faster than all of them, and what
+/// is left when their number has no factors.
+pub fn fewer(model: &ModelShape, batch: Batch, cluster: &Cluster, space: Space, limit: f64) -> Option<Price> {
+    let node = cluster.node_devices;
+    let counts = (space.devices * 9 / 10..space.devices).filter(|n| n.is_multiple_of(node) && smooth(*n));
+    let mut best: Option<Price> = None;
+    for devices in counts {
+        let mut hunt = Hunt::new(model, batch, cluster, Space { devices, mesh: None, ..space });
+        hunt.limit = best.map_or(limit, |best| best.step().min(limit));
+        hunt.all_meshes();
+        let found = hunt.bests.values().filter_map(|found| found.best);
+        let found = found.filter(|price| price.step() < hunt.limit);
+        best = found.min_by(|a, b| a.step().total_cmp(&b.step())).or(best);
+    }
+    best
+}
+
+/// Whether 2, 3, 5 and 7 are the only prime factors.
+fn smooth(mut n: usize) -> bool {
+    for prime in [2, 3, 5, 7] {
+        while n > 0 && n.is_multiple_of(prime) {
+            n /= prime;
+        }
+    }
+    n == 1
+}
+
 #[derive(Clone, Copy, Default)]
 struct Found {
     best: Option<Price>,
@@ -123,13 +149,15 @@ struct Found {
 }
 
 /// What a layer's cost depends on.
-type LayerKey = (Grid, Scheme, Scheme, usize, usize);
+type LayerKey = (Grid, Scheme, usize, usize);
 
 struct Hunt<'a> {
     model: &'a ModelShape,
     batch: Batch,
     cluster: &'a Cluster,
     space: Space,
+    /// Plans that take longer are of no interest.
+    limit: f64,
     layers: BTreeMap<LayerKey, LayerCost>,
     bests: BTreeMap<Family, Found>,
     priced: usize,
@@ -138,7 +166,7 @@ struct Hunt<'a> {
 impl<'a> Hunt<'a> {
     fn new(model: &'a ModelShape, batch: Batch, cluster: &'a Cluster, space: Space) -> Hunt<'a> {
         let (layers, bests) = (BTreeMap::new(), BTreeMap::new());
-        Hunt { model, batch, cluster, space, layers, bests, priced: 0 }
+        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, bests, priced: 0 }
     }
 
     fn all_meshes(&mut self) {
@@ -171,16 +199,15 @@ impl<'a> Hunt<'a> {
             return;
         }
         let rows = self.batch.rows.div_ceil(mesh.replicas());
-        for (family, attention, mlp) in schemes(mesh.grid()) {
-            let (tokens, heads) = attention.inner_cut(mesh.grid());
+        for (family, scheme) in schemes(mesh.grid()) {
+            let (tokens, heads) = inner_cut(scheme, mesh.grid());
             if heads > self.model.heads {
                 continue;
             }
             for microbatch_rows in microbatches(rows).into_iter().filter(|rows| *rows >= tokens) {
                 let plan = Plan {
                     mesh,
-                    attention,
-                    mlp,
+                    scheme,
                     zero: Zero::One,
                     schedule: Schedule::OneFOneB,
                     microbatch_rows,
@@ -198,14 +225,14 @@ impl<'a> Hunt<'a> {
             return;
         }
         let (grid, cp) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp));
-        let key = (grid, plan.attention, plan.mlp, cp, plan.microbatch_rows);
+        let key = (grid, plan.scheme, cp, plan.microbatch_rows);
         let (model, batch, cluster) = (self.model, self.batch, self.cluster);
         let layer = self.layers.entry(key).or_insert_with(|| LayerCost::new(model, batch, cluster, &plan));
         let found = self.bests.entry(family).or_default();
         let each = layer.layer.forward.total() + layer.layer.input.total() + layer.layer.weight.total();
         let layers = self.model.layers.div_ceil(plan.mesh.size(Axis::Pp));
         let bound = plan.microbatches(self.batch) as f64 * layers as f64 * each;
-        if found.best.is_some_and(|best| best.step() <= bound) {
+        if bound >= found.best.map_or(self.limit, |best| best.step().min(self.limit)) {
             return;
         }
         for plan in variants(&plan, self.model, self.batch, self.space.offload) {
@@ -287,7 +314,7 @@ fn why_lost(found: &Found, best: &Price, cluster: &Cluster) -> String {
         .map(|((name, theirs), (_, ours))| (name, theirs - ours))
         .max_by(|a, b| a.1.total_cmp(&b.1))
         .unwrap_or(("", 0.0));
-    format!("{name} +{more:.2} s")
+    format!("{name} +{:.0} % of the step", 100.0 * more / best.step())
 }
 
 const GIB: f64 = (1u64 << 30) as f64;
@@ -309,19 +336,16 @@ fn grids(tensor: usize) -> Vec<Grid> {
     grids
 }
 
-/// Families that run on a grid, with the schemes of both pairs.
-fn schemes(grid: Grid) -> Vec<(Family, Scheme, Scheme)> {
-    use Scheme::{OneD, Summa, ThreeD, TwoHalfD, WeightStationary};
+/// Families that run on a grid. Plain 1D is not tried: sequence-parallel 1D moves the same bytes and
+/// keeps less.
+fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
     match grid {
-        Grid { x: 1, y: 1, z: 1 } => vec![(Family::NoTensor, OneD, OneD)],
-        Grid { y: 1, z: 1, .. } => vec![(Family::OneD, OneD, OneD)],
-        Grid { z: 1, .. } => vec![
-            (Family::Summa, Summa, Summa),
-            (Family::WeightStationary, WeightStationary, WeightStationary),
-            (Family::Mixed, Summa, WeightStationary),
-            (Family::Mixed, WeightStationary, Summa),
-        ],
-        _ => vec![(Family::TwoHalfD, TwoHalfD, TwoHalfD), (Family::ThreeD, ThreeD, ThreeD)],
+        Grid { x: 1, y: 1, z: 1 } => vec![(Family::NoTensor, Scheme::OneD)],
+        Grid { y: 1, z: 1, .. } => vec![(Family::OneD, Scheme::OneDSequence)],
+        Grid { z: 1, .. } => {
+            vec![(Family::Summa, Scheme::Summa), (Family::WeightStationary, Scheme::WeightStationary)]
+        }
+        _ => vec![(Family::TwoPointFiveD, Scheme::TwoPointFiveD), (Family::ThreeD, Scheme::ThreeD)],
     }
 }
 
@@ -406,13 +430,12 @@ fn divisors(n: usize) -> Vec<usize> {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Family; 7] = [
+    pub const ALL: [Family; 6] = [
         Family::NoTensor,
         Family::OneD,
         Family::Summa,
         Family::WeightStationary,
-        Family::Mixed,
-        Family::TwoHalfD,
+        Family::TwoPointFiveD,
         Family::ThreeD,
     ];
 }
@@ -424,8 +447,7 @@ impl fmt::Display for Family {
             Family::OneD => "1D",
             Family::Summa => "2D SUMMA",
             Family::WeightStationary => "2D weight-stationary",
-            Family::Mixed => "2D mixed",
-            Family::TwoHalfD => "2.5D",
+            Family::TwoPointFiveD => "2.5D",
             Family::ThreeD => "3D",
         })
     }

@@ -3,7 +3,7 @@
 use super::cluster::Cluster;
 use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
 use super::plan::Plan;
-use super::volume::{Flow, Half, Product, Scheme, volume};
+use super::volume::{Flow, Half, Product, Scheme, block, inner_cut, overlaps, panels, volume};
 use super::{Batch, ModelShape, Pair};
 use crate::Axis;
 
@@ -103,9 +103,9 @@ impl LayerCost {
             flows: Default::default(),
             head_flows: Default::default(),
         };
-        for (pair, scheme) in [(Pair::Attention, plan.attention), (Pair::Mlp, plan.mlp)] {
+        for pair in [Pair::Attention, Pair::Mlp] {
             for (half, product) in model.products(pair, m) {
-                let (phases, flows) = product_seconds(cluster, plan, scheme, (half, product));
+                let (phases, flows) = product_seconds(cluster, plan, plan.scheme, (half, product));
                 cost.layer.add(phases);
                 for axis in 0..3 {
                     cost.flows.0[axis].add(flows.0[axis]);
@@ -139,19 +139,19 @@ fn product_seconds(
 ) -> (Phases, ([Flow; 3], [Flow; 3])) {
     let grid = plan.mesh.grid();
     let mut volume = volume(scheme, grid, product, half);
-    if scheme == Scheme::TwoHalfD {
+    if scheme == Scheme::TwoPointFiveD {
         // The sum over depth is taken once a step, with the other gradients.
         volume.backward_weight[2] = Flow::default();
     }
-    let panels = scheme.panels(grid) as f64;
-    let compute = gemm_seconds(cluster, scheme.block(grid, product, half), panels);
+    let panels = panels(scheme, grid) as f64;
+    let compute = gemm_seconds(cluster, block(scheme, grid, product, half), panels);
     let phase = |flows: [Flow; 3]| {
         let axes = [Axis::X, Axis::Y, Axis::Z];
         let each = axes.iter().zip(flows);
         let messages: f64 =
             each.map(|(axis, flow)| cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)).sum();
         // Streaming panels, only the first and what is longer than the products show.
-        let shown = match scheme.overlaps() {
+        let shown = match overlaps(scheme) {
             true => messages / panels + (messages - compute).max(0.0) * (1.0 - 1.0 / panels),
             false => messages,
         };
@@ -179,7 +179,7 @@ fn gemm_seconds(cluster: &Cluster, block: Product, panels: f64) -> f64 {
 
 fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) {
     let (m, grid, cp) = (tokens(batch, plan), plan.mesh.grid(), plan.mesh.size(Axis::Cp));
-    let (_, head_cut) = plan.attention.inner_cut(grid);
+    let (_, head_cut) = inner_cut(plan.scheme, grid);
     // Heads that do not divide leave some ranks with one more.
     let uneven = (model.heads.div_ceil(head_cut) * head_cut) as f64 / model.heads as f64;
     let flops = model.attention_flops(m, batch.context) * uneven / grid.size() as f64;
@@ -203,9 +203,9 @@ pub(super) fn context_flow(model: &ModelShape, plan: &Plan, m: f64) -> Flow {
 
 /// The head by the scheme that suits it: its output is never moved where that can be helped.
 fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (Phases, [Flow; 3]) {
-    let schemes: &[Scheme] = match plan.mlp {
+    let schemes: &[Scheme] = match plan.scheme {
         Scheme::WeightStationary => &[Scheme::WeightStationary, Scheme::Summa],
-        _ => std::slice::from_ref(&plan.mlp),
+        _ => std::slice::from_ref(&plan.scheme),
     };
     let priced = schemes.iter().map(|scheme| {
         let (phases, (forward, backward)) =

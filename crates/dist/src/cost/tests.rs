@@ -47,7 +47,7 @@ fn layers_cost_what_the_formulas_say() {
         for z in [1usize, 2, 5] {
             let d = z as f64;
             let depth = 2.0 * (d - 1.0) / d * 12.0 * hh / p;
-            close(layer(&model, Scheme::TwoHalfD, Grid { z, ..square }, m), summa(d) + depth);
+            close(layer(&model, Scheme::TwoPointFiveD, Grid { z, ..square }, m), summa(d) + depth);
         }
         close(layer(&model, Scheme::WeightStationary, square, m), 32.0 * (f - 1.0) / p * bsh);
         let three = 2.0 * (f - 1.0) / f.powi(3) * (16.0 * bsh + 12.0 * hh);
@@ -61,11 +61,11 @@ fn flat_meshes_are_the_lower_dimension() {
     let m = 4096.0;
     for p in [2usize, 6, 16] {
         let one_d = layer(&model, Scheme::OneD, Grid { x: p, y: 1, z: 1 }, m);
-        close(layer(&model, Scheme::WeightStationary, Grid { x: p, y: 1, z: 1 }, m), one_d);
-        close(layer(&model, Scheme::ThreeD, Grid { x: 1, y: 1, z: p }, m), one_d);
+        close(layer(&model, Scheme::WeightStationary, Grid { x: 1, y: p, z: 1 }, m), one_d);
+        close(layer(&model, Scheme::ThreeD, Grid { x: 1, y: p, z: 1 }, m), one_d);
         let plane = Grid { x: 3, y: p, z: 1 };
         let summa = layer(&model, Scheme::Summa, plane, m);
-        close(layer(&model, Scheme::TwoHalfD, plane, m), summa);
+        close(layer(&model, Scheme::TwoPointFiveD, plane, m), summa);
         let stationary = layer(&model, Scheme::WeightStationary, plane, m);
         // 3D without its first axis: x plays z.
         close(layer(&model, Scheme::ThreeD, Grid { x: 1, y: p, z: 3 }, m), stationary);
@@ -108,8 +108,7 @@ fn small() -> (ModelShape, Batch) {
 fn solo() -> Plan {
     Plan {
         mesh: MeshShape::SOLO,
-        attention: Scheme::OneD,
-        mlp: Scheme::OneD,
+        scheme: Scheme::OneD,
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 4,
@@ -138,11 +137,11 @@ fn one_rank_talks_to_nobody_and_waits_for_nobody() {
 fn peers_are_rows_and_columns() {
     let (model, batch) = (gpt3(), Batch { rows: 1024, context: 2048 });
     let mesh = MeshShape::SOLO.with(Axis::X, 16).with(Axis::Y, 48);
-    let plan = Plan { mesh, microbatch_rows: 64, attention: Scheme::Summa, mlp: Scheme::Summa, ..solo() };
+    let plan = Plan { mesh, microbatch_rows: 64, scheme: Scheme::Summa, ..solo() };
     assert_eq!(price(&model, batch, &cluster(), &plan).unwrap().peers(), 15 + 47);
     let hundred = Grid { x: 100, y: 100, z: 1 };
-    assert_eq!(Scheme::Summa.peers(hundred), 99 + 99);
-    assert_eq!(Scheme::OneD.peers(Grid { x: 10_000, y: 1, z: 1 }), 9_999);
+    assert_eq!(peers(hundred), 99 + 99);
+    assert_eq!(peers(Grid { x: 10_000, y: 1, z: 1 }), 9_999);
 }
 
 #[test]
@@ -173,9 +172,9 @@ fn plans_that_cannot_run_say_why() {
     let many = MeshShape::SOLO.with(Axis::Dp, 128);
     assert!(refused(Plan { mesh: many, ..solo() }).contains("share 64 rows"));
     let plane = MeshShape::SOLO.with(Axis::X, 2).with(Axis::Y, 2);
-    assert!(refused(Plan { mesh: plane, ..solo() }).contains("1D does not go with x = 2, y = 2"));
+    assert!(refused(Plan { mesh: plane, ..solo() }).contains("scheme 1d does not go with x = 2, y = 2"));
     let rows = MeshShape::SOLO.with(Axis::X, 8).with(Axis::Y, 2);
-    let plan = Plan { mesh: rows, attention: Scheme::Summa, mlp: Scheme::Summa, ..solo() };
+    let plan = Plan { mesh: rows, scheme: Scheme::Summa, ..solo() };
     assert!(refused(plan).contains("cuts the 4 rows"));
 }
 

@@ -6,19 +6,23 @@ use std::fmt;
 /// A distributed product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scheme {
-    /// Weights cut along one axis, columns then rows (Shoeybi et al. 2019, arXiv:1909.08053), the
-    /// residual stream cut along tokens.
+    /// Weights cut along x, columns then rows (Shoeybi et al. 2019, arXiv:1909.08053); the residual
+    /// stream whole on every rank.
     OneD,
+    /// The same, the tokens of the residual stream cut along x (Korthikanti et al. 2022,
+    /// arXiv:2205.05198): the same bytes, less memory.
+    OneDSequence,
     /// Panels of x broadcast along rows, of w along columns (van de Geijn and Watts 1997; Xu et
     /// al. 2021, arXiv:2104.05343).
     Summa,
     /// SUMMA on z layers that share the tokens, each with a copy of the weights (Wang et al. 2021,
     /// arXiv:2105.14500).
-    TwoHalfD,
+    TwoPointFiveD,
     /// A cube: gather x and w, multiply, scatter the sums (Agarwal et al. 1995; Bian et al. 2021,
     /// arXiv:2105.14450).
     ThreeD,
-    /// Weights stay where they are, activations move on rows and columns.
+    /// Weights stay where they are, activations move on rows and columns (Pope et al. 2022,
+    /// arXiv:2211.05102).
     WeightStationary,
 }
 
@@ -79,53 +83,66 @@ pub struct Volume {
 
 impl Scheme {
     /// All of them.
-    pub const ALL: [Scheme; 5] =
-        [Scheme::OneD, Scheme::Summa, Scheme::TwoHalfD, Scheme::ThreeD, Scheme::WeightStationary];
+    pub const ALL: [Scheme; 6] = [
+        Scheme::OneD,
+        Scheme::OneDSequence,
+        Scheme::Summa,
+        Scheme::TwoPointFiveD,
+        Scheme::ThreeD,
+        Scheme::WeightStationary,
+    ];
 
-    /// Distinct ranks a rank exchanges data with, on a grid of this scheme.
-    pub fn peers(self, grid: Grid) -> usize {
-        let Grid { x, y, z } = grid;
+    /// Name as recipes write it.
+    pub const fn name(self) -> &'static str {
         match self {
-            Scheme::OneD => x * y * z - 1,
-            _ => (x - 1) + (y - 1) + (z - 1),
+            Scheme::OneD => "1d",
+            Scheme::OneDSequence => "1d-sequence",
+            Scheme::Summa => "summa",
+            Scheme::TwoPointFiveD => "2.5d",
+            Scheme::ThreeD => "3d",
+            Scheme::WeightStationary => "weight-stationary",
         }
     }
+}
 
-    /// Whether panels stream beside the product that uses them.
-    pub fn overlaps(self) -> bool {
-        matches!(self, Scheme::Summa | Scheme::TwoHalfD)
+/// Distinct ranks a rank exchanges data with over the tensor axes.
+pub fn peers(grid: Grid) -> usize {
+    (grid.x - 1) + (grid.y - 1) + (grid.z - 1)
+}
+
+/// Whether panels stream beside the product that uses them.
+pub(super) fn overlaps(scheme: Scheme) -> bool {
+    matches!(scheme, Scheme::Summa | Scheme::TwoPointFiveD)
+}
+
+/// Panels of the summed dim: every piece of either operand is in exactly one.
+pub(super) fn panels(scheme: Scheme, grid: Grid) -> usize {
+    if overlaps(scheme) { lcm(grid.x, grid.y) } else { 1 }
+}
+
+/// Sizes of the product a rank computes itself, all panels together.
+pub(super) fn block(scheme: Scheme, grid: Grid, product: Product, half: Half) -> Product {
+    let (x, y, z) = grid.floats();
+    let Product { m, k, n } = product;
+    match (scheme, half) {
+        (Scheme::OneD | Scheme::OneDSequence, Half::Leave) => Product { m, k, n: n / x },
+        (Scheme::OneD | Scheme::OneDSequence, Half::Return) => Product { m, k: k / x, n },
+        (Scheme::WeightStationary, Half::Leave) => Product { m, k: k / x, n: n / y },
+        (Scheme::WeightStationary, Half::Return) => Product { m, k: k / y, n: n / x },
+        (Scheme::ThreeD, Half::Leave) => Product { m: m / x, k: k / z, n: n / y },
+        (Scheme::ThreeD, Half::Return) => Product { m: m / x, k: k / y, n: n / z },
+        (Scheme::Summa | Scheme::TwoPointFiveD, _) => Product { m: m / (x * z), k, n: n / y },
     }
+}
 
-    /// Panels of the summed dim: every piece of either operand is in exactly one.
-    pub fn panels(self, grid: Grid) -> usize {
-        if self.overlaps() { lcm(grid.x, grid.y) } else { 1 }
-    }
-
-    /// Sizes of the product a rank computes itself, all panels together.
-    pub fn block(self, grid: Grid, product: Product, half: Half) -> Product {
-        let (x, y, z) = grid.floats();
-        let Product { m, k, n } = product;
-        match (self, half) {
-            (Scheme::OneD, Half::Leave) => Product { m, k, n: n / (x * y * z) },
-            (Scheme::OneD, Half::Return) => Product { m, k: k / (x * y * z), n },
-            (Scheme::WeightStationary, Half::Leave) => Product { m, k: k / y, n: n / x },
-            (Scheme::WeightStationary, Half::Return) => Product { m, k: k / x, n: n / y },
-            (Scheme::ThreeD, Half::Leave) => Product { m: m / x, k: k / y, n: n / z },
-            (Scheme::ThreeD, Half::Return) => Product { m: m / x, k: k / z, n: n / y },
-            (Scheme::Summa | Scheme::TwoHalfD, _) => Product { m: m / (x * z), k, n: n / y },
-        }
-    }
-
-    /// Pieces the output of a leaving product is cut into along (tokens, columns): attention needs
-    /// whole rows of tokens and whole heads.
-    pub fn inner_cut(self, grid: Grid) -> (usize, usize) {
-        let Grid { x, y, z } = grid;
-        match self {
-            Scheme::OneD => (1, x * y * z),
-            Scheme::WeightStationary => (y, x),
-            Scheme::ThreeD => (x * y, z),
-            Scheme::Summa | Scheme::TwoHalfD => (x * z, y),
-        }
+/// Pieces the output of a leaving product is cut into along (tokens, columns): attention needs
+/// whole rows of tokens and whole heads.
+pub(super) fn inner_cut(scheme: Scheme, grid: Grid) -> (usize, usize) {
+    let Grid { x, y, z } = grid;
+    match scheme {
+        Scheme::OneD | Scheme::OneDSequence => (1, x),
+        Scheme::WeightStationary => (1, x * y),
+        Scheme::ThreeD | Scheme::Summa | Scheme::TwoPointFiveD => (x * z, y),
     }
 }
 
@@ -195,9 +212,9 @@ const Z: usize = 2;
 /// What a rank receives for one product.
 pub fn volume(scheme: Scheme, grid: Grid, product: Product, half: Half) -> Volume {
     match scheme {
-        Scheme::OneD => one_d(grid.size(), product, half),
+        Scheme::OneD | Scheme::OneDSequence => one_d(grid.x, product, half),
         Scheme::Summa => summa(grid, product),
-        Scheme::TwoHalfD => two_half_d(grid, product),
+        Scheme::TwoPointFiveD => two_point_five_d(grid, product),
         Scheme::ThreeD => three_d(grid, product, half),
         Scheme::WeightStationary => weight_stationary(grid, product, half),
     }
@@ -205,9 +222,12 @@ pub fn volume(scheme: Scheme, grid: Grid, product: Product, half: Half) -> Volum
 
 /// 1D over p ranks: columns of w leaving, rows returning. Leaving, the tokens of x are gathered and
 /// the sums of its gradient scattered: (p - 1)/p MK each. Returning, the same for y: (p - 1)/p MN.
-/// It is weight-stationary on a mesh of one column.
+/// Where the residual stream is whole, the two of one place are one all-reduce of the same bytes.
 pub fn one_d(p: usize, product: Product, half: Half) -> Volume {
-    weight_stationary(Grid { x: p, y: 1, z: 1 }, product, half)
+    let Product { m, k, n } = product;
+    let moved = if half == Half::Leave { m * k } else { m * n };
+    let pass = [Flow::ring(p as f64, moved), NONE, NONE];
+    Volume { forward: pass, backward_input: pass, backward_weight: [NONE; 3] }
 }
 
 /// SUMMA on x rows by y columns; x [M/x, K/y], w [K/x, N/y], y [M/x, N/y]. A pass over the
@@ -224,7 +244,7 @@ pub fn summa(grid: Grid, product: Product) -> Volume {
 
 /// SUMMA on each of z layers with M/z tokens, then the sum of the weights' gradient over the
 /// layers: reduce-scatter and all-gather, 2 (z - 1)/z KN / xy.
-pub fn two_half_d(grid: Grid, product: Product) -> Volume {
+pub fn two_point_five_d(grid: Grid, product: Product) -> Volume {
     let (x, y, z) = grid.floats();
     let mut volume = summa(grid, Product { m: product.m / z, ..product });
     let mut sum = Flow::ring(z, product.k * product.n / (x * y));
@@ -233,39 +253,37 @@ pub fn two_half_d(grid: Grid, product: Product) -> Volume {
     volume
 }
 
-/// 3D: leaving, x [M/x, K/y] is cut among z, w [K/y, N/z] among x, y [M/x, N/z] among y. Each is
+/// 3D: leaving, x [M/x, K/z] is cut among y, w [K/z, N/y] among x, y [M/x, N/y] among z. Each is
 /// gathered or scattered once forward and once backward; returning, y and z change places.
 pub fn three_d(grid: Grid, product: Product, half: Half) -> Volume {
     let (x, y, z) = grid.floats();
     let Product { m, k, n } = product;
-    let (inputs, outputs, from, to) = match half {
-        Half::Leave => (y, z, Z, Y),
-        Half::Return => (z, y, Y, Z),
+    let (from, gather, to, scatter) = match half {
+        Half::Leave => (Y, y, Z, z),
+        Half::Return => (Z, z, Y, y),
     };
-    let gathered = Flow::ring(outputs, m * k / (x * inputs));
-    let scattered = Flow::ring(inputs, m * n / (x * outputs));
-    let weights = Flow::ring(x, k * n / (inputs * outputs));
+    let weights = Flow::ring(x, k * n / (gather * scatter));
     let mut activations = [NONE; 3];
-    activations[from].add(gathered);
-    activations[to].add(scattered);
+    activations[from] = Flow::ring(gather, m * k / (x * scatter));
+    activations[to] = Flow::ring(scatter, m * n / (x * gather));
     let mut forward = activations;
-    forward[X].add(weights);
+    forward[X] = weights;
     Volume { forward, backward_input: activations, backward_weight: [weights, NONE, NONE] }
 }
 
-/// Weight-stationary on x by y: leaving, x [M, K/y] is gathered from x ranks and the sums of
-/// y [M, N/x] scattered among y; returning, x and y change places. Backward the same with
+/// Weight-stationary on x by y: leaving, x [M, K/x] is gathered from y ranks and the sums of
+/// y [M, N/y] scattered among x; returning, x and y change places. Backward the same with
 /// gradients; those of the weights need nothing more, as the gathered input is kept.
 pub fn weight_stationary(grid: Grid, product: Product, half: Half) -> Volume {
     let (x, y, _) = grid.floats();
     let Product { m, k, n } = product;
-    let (from, to, gather, scatter) = match half {
-        Half::Leave => (X, Y, x, y),
-        Half::Return => (Y, X, y, x),
+    let (from, gather, to, scatter) = match half {
+        Half::Leave => (Y, y, X, x),
+        Half::Return => (X, x, Y, y),
     };
     let mut pass = [NONE; 3];
-    pass[from].add(Flow::ring(gather, m * k / scatter));
-    pass[to].add(Flow::ring(scatter, m * n / gather));
+    pass[from] = Flow::ring(gather, m * k / scatter);
+    pass[to] = Flow::ring(scatter, m * n / gather);
     Volume { forward: pass, backward_input: pass, backward_weight: [NONE; 3] }
 }
 
@@ -279,12 +297,6 @@ fn lcm(a: usize, b: usize) -> usize {
 
 impl fmt::Display for Scheme {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Scheme::OneD => "1D",
-            Scheme::Summa => "2D SUMMA",
-            Scheme::TwoHalfD => "2.5D",
-            Scheme::ThreeD => "3D",
-            Scheme::WeightStationary => "2D weight-stationary",
-        })
+        f.write_str(self.name())
     }
 }
