@@ -26,7 +26,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen2MoeConfig,
+    Qwen3Config, Qwen3MoeConfig,
+)
 
 ROOT = Path(__file__).resolve().parent.parent / "crates/model/tests/golden"
 VOCAB, ROWS, TOKENS, PROMPT, CONTINUATION = 96, 2, 24, 8, 12
@@ -76,6 +79,21 @@ CONFIGS = {
         head_dim=16, rms_norm_eps=1e-6, tie_word_embeddings=False, rope_parameters=rope(1000000.0),
     ),
     "gpt2": GPT2Config(**GPT2, n_embd=48, n_head=4, n_inner=80),
+    # Load-balancing losses are not in the loss below; their factor is 0 on our side too.
+    "mixtral": MixtralConfig(
+        **COMMON, hidden_size=40, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.0, rope_parameters=rope(10000.0),
+    ),
+    "qwen2_moe": Qwen2MoeConfig(
+        **COMMON, hidden_size=40, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2,
+        num_experts=5, num_experts_per_tok=3, moe_intermediate_size=16, shared_expert_intermediate_size=24,
+        norm_topk_prob=False, router_aux_loss_coef=0.0, mlp_only_layers=[0], rope_parameters=rope(10000.0),
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON, hidden_size=40, intermediate_size=56, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_experts=6, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True,
+        router_aux_loss_coef=0.0, rope_parameters=rope(1000000.0),
+    ),
 }
 # Written as several files with an index.
 SHARDED = {"llama3": "80KB"}
@@ -89,7 +107,7 @@ def randomize(model, seed):
     with torch.no_grad():
         for name, param in sorted(model.named_parameters()):
             noise = torch.randn(param.shape, generator=generator)
-            if param.ndim == 2:
+            if param.ndim >= 2:
                 param.copy_(0.15 * noise)
             elif name.endswith("bias"):
                 param.copy_(0.1 * noise)
@@ -121,6 +139,24 @@ def greedy(model, prompt):
     return ids[len(prompt):], least
 
 
+def as_stored(family, name, grad):
+    """(name in the folder, gradient) of a parameter: transformers holds experts in one array each."""
+    mixtral = family == "mixtral"
+    if mixtral:
+        name = name.replace(".mlp.", ".block_sparse_moe.")
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    for expert, each in enumerate(grad if grad.ndim == 3 else ()):
+        folder = name.rsplit(".", 1)[0] + f".{expert}"
+        if name.endswith("gate_up_proj"):
+            first, second = each.chunk(2)
+            yield f"{folder}.{gate}.weight", first
+            yield f"{folder}.{up}.weight", second
+        else:
+            yield f"{folder}.{down}.weight", each
+    if grad.ndim < 3:
+        yield name, grad
+
+
 def golden(model, seed):
     """Tensors of golden.safetensors."""
     generator = torch.Generator().manual_seed(seed + 1)
@@ -139,7 +175,10 @@ def golden(model, seed):
         "continuation": torch.tensor(continuation, dtype=torch.int32),
     }
     # A tied head is one parameter, which `named_parameters` yields once, by its embedding's name.
-    grads = {f"grad.{name}": param.grad for name, param in model.named_parameters()}
+    grads = {}
+    for name, param in model.named_parameters():
+        for stored, grad in as_stored(model.config.model_type, name, param.grad):
+            grads[f"grad.{stored}"] = grad
     return {name: tensor.clone().contiguous() for name, tensor in {**tensors, **grads}.items()}, margin
 
 

@@ -80,6 +80,13 @@ pub fn run(args: Args) -> Result<ExitCode> {
 fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
     let config = config(recipe)?;
     let (train, mut cluster) = (&recipe.train, recipe.cluster.cluster);
+    if config.experts() > 0 {
+        bail!(
+            "plans of models with experts are not made yet: {} has {} a layer",
+            config.family(),
+            config.experts()
+        );
+    }
     if train.context > config.max_positions() {
         bail!(
             "train.context = {} is more than the {} positions of the model; lower train.context",

@@ -19,6 +19,7 @@ pub mod attention;
 pub mod cross_entropy;
 pub mod elementwise;
 pub mod embedding;
+pub mod experts;
 pub mod gelu;
 pub mod gemm;
 pub mod global_norm;

@@ -7,7 +7,7 @@ use tensor::RopeScaling;
 /// Shape and family of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Config {
-    /// Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2.
+    /// Llama 2/3, Mistral, Mixtral, Qwen2, Qwen3, their mixtures of experts, SmolLM2.
     Llama(LlamaConfig),
     /// GPT-2.
     Gpt2(Gpt2Config),
@@ -17,7 +17,9 @@ pub enum Config {
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum ConfigError {
     /// `model_type` names no family we have.
-    #[error("model_type `{0}` is not supported; supported are llama, mistral, qwen2, qwen3 and gpt2")]
+    #[error(
+        "model_type `{0}` is not supported; supported are llama, mistral, mixtral, qwen2, qwen2_moe, qwen3, qwen3_moe and gpt2"
+    )]
     UnknownFamily(String),
     /// A key is absent.
     #[error("config.json has no `{0}`; is it the config of a causal language model?")]
@@ -97,11 +99,22 @@ impl Config {
         }
     }
 
-    /// Feed-forward width F.
+    /// Feed-forward width F a token meets.
     pub fn ffn(&self) -> usize {
         match self {
-            Config::Llama(config) => config.ffn,
+            Config::Llama(config) => match &config.moe {
+                Some(moe) => moe.choices * moe.ffn + moe.shared_ffn.unwrap_or(0),
+                None => config.ffn,
+            },
             Config::Gpt2(config) => config.ffn,
+        }
+    }
+
+    /// Experts of a layer; 0 where there are none.
+    pub fn experts(&self) -> usize {
+        match self {
+            Config::Llama(LlamaConfig { moe: Some(moe), .. }) => moe.experts,
+            _ => 0,
         }
     }
 
@@ -150,13 +163,20 @@ impl Config {
     pub fn flops(&self) -> crate::Flops {
         let (n, k, h) = self.heads();
         let (layers, d) = (self.layers(), self.width());
-        let mlp = match self {
-            Config::Llama(config) => 3 * d * config.ffn,
-            Config::Gpt2(config) => 2 * d * config.ffn,
+        // Of experts only those a token goes to.
+        let dense = |config: &LlamaConfig| 3 * d * config.ffn;
+        let mlps: usize = match self {
+            Config::Llama(config) => (0..layers)
+                .map(|layer| match config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
+                    Some(moe) => moe.active_params(d),
+                    None => dense(config),
+                })
+                .sum(),
+            Config::Gpt2(config) => layers * 2 * d * config.ffn,
         };
         let attention = d * (n + 2 * k) * h + n * h * d;
         crate::Flops {
-            matmul_params: layers * (attention + mlp) + self.vocab() * d,
+            matmul_params: layers * attention + mlps + self.vocab() * d,
             attention_columns: layers * n * h,
         }
     }
@@ -277,9 +297,19 @@ impl<'a> Keys<'a> {
 fn limit(key: &str) -> (u64, &'static str) {
     match key {
         "head_dim" => (1 << 10, "a whole number to 2^10"),
-        "num_attention_heads" | "num_key_value_heads" | "n_head" => (1 << 12, "a whole number to 2^12"),
+        "num_attention_heads"
+        | "num_key_value_heads"
+        | "n_head"
+        | "num_experts"
+        | "num_local_experts"
+        | "num_experts_per_tok" => (1 << 12, "a whole number to 2^12"),
         "num_hidden_layers" | "n_layer" => (1 << 14, "a whole number to 2^14"),
-        "hidden_size" | "intermediate_size" | "n_embd" | "n_inner" => (1 << 20, "a whole number to 2^20"),
+        "hidden_size"
+        | "intermediate_size"
+        | "n_embd"
+        | "n_inner"
+        | "moe_intermediate_size"
+        | "shared_expert_intermediate_size" => (1 << 20, "a whole number to 2^20"),
         _ => (1 << 31, "a whole number to 2^31"),
     }
 }

@@ -15,7 +15,7 @@ pub use config::{Config, ConfigError};
 pub use flops::Flops;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use layers::{Linear, Recompute, Tokens};
-pub use llama::{Family, Llama, LlamaConfig};
+pub use llama::{Family, Llama, LlamaConfig, MoeConfig};
 pub use names::{Builder, StoredWeight, fill};
 
 use dist::Mesh;
@@ -25,7 +25,7 @@ use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Var};
 /// A model of any family, built for one mesh.
 #[derive(Clone)]
 pub enum Model {
-    /// Llama 2/3, Mistral, Qwen2, Qwen3, SmolLM2.
+    /// Llama 2/3, Mistral, Mixtral, Qwen2, Qwen3, their mixtures of experts, SmolLM2.
     Llama(Llama),
     /// GPT-2.
     Gpt2(Gpt2),

@@ -36,6 +36,7 @@ fn assert_refused(config: &Value, says: &str) {
 fn required(family: &str) -> &'static [&'static str] {
     match family {
         "gpt2" => &["vocab_size", "n_embd", "n_layer", "n_head", "n_positions"],
+        "qwen2_moe" => &["num_experts", "num_experts_per_tok", "moe_intermediate_size", "hidden_size"],
         _ => &["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"],
     }
 }
@@ -60,6 +61,7 @@ fn configs_survive_a_round_trip() {
             "qwen3",
             json!({"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]}),
         ),
+        mutated("qwen3_moe", json!({"decoder_sparse_step": 2, "norm_topk_prob": false})),
         mutated(
             "llama3",
             json!({"attention_bias": true, "tie_word_embeddings": true, "eos_token_id": [7, 8]}),
@@ -82,7 +84,10 @@ fn configs_survive_a_round_trip() {
 fn what_the_goldens_say_is_read() {
     let read = |family| Config::from_json(&config_json(family)).unwrap();
     let names = FAMILIES.map(|family| read(family).family());
-    assert_eq!(names, ["llama", "llama", "llama", "mistral", "qwen2", "qwen3", "gpt2"]);
+    let experts = ["mixtral", "qwen2_moe", "qwen3_moe"];
+    assert_eq!(names[..7], ["llama", "llama", "llama", "mistral", "qwen2", "qwen3", "gpt2"]);
+    assert_eq!(names[7..], experts);
+    assert_eq!(experts.map(|family| read(family).experts()), [4, 5, 6]);
     assert_eq!(read("llama2").heads(), (4, 4, 12));
     assert_eq!(read("qwen3").heads(), (4, 2, 16));
     let Config::Llama(llama3) = read("llama3") else { panic!("a Llama") };
@@ -212,6 +217,32 @@ fn no_single_value_makes_a_config_panic() {
             }
         }
     }
+}
+
+#[test]
+fn experts_that_cannot_be_are_refused() {
+    for (family, change, key) in [
+        ("mixtral", json!({"num_experts_per_tok": 5}), "num_experts_per_tok"),
+        ("mixtral", json!({"num_local_experts": 4096, "intermediate_size": 4096}), "num_experts"),
+        ("qwen3_moe", json!({"mlp_only_layers": [2]}), "mlp_only_layers"),
+        ("qwen3_moe", json!({"router_aux_loss_coef": -1.0}), "router_aux_loss_coef"),
+        ("qwen2_moe", json!({"shared_expert_intermediate_size": null}), "shared_expert_intermediate_size"),
+    ] {
+        assert_refused(&mutated(family, change), key);
+    }
+}
+
+#[test]
+fn flops_count_the_experts_a_token_meets() {
+    let Config::Llama(config) = Config::from_json(&config_json("qwen2_moe")).unwrap() else {
+        panic!("a Llama")
+    };
+    let flops = Config::Llama(config).flops();
+    // Attention 40 x (40 + 2 x 20 + 40), one dense layer, one of router, 3 experts of 16, a shared of 24
+    // with its gate, head.
+    let (attention, dense) = (40 * 120, 3 * 40 * 56);
+    let sparse = 5 * 40 + 3 * 3 * 40 * 16 + 3 * 40 * 24 + 40;
+    assert_eq!(flops.matmul_params, 2 * attention + dense + sparse + 96 * 40);
 }
 
 /// The largest sizes that pass one by one, together: bytes of parameters with gradients and

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{BF16, CONTEXT, F32, FAMILIES, Golden, assert_close};
+use common::{CONTEXT, F32, FAMILIES, Golden, assert_close};
 use model::Recompute;
 use std::collections::BTreeSet;
 use tensor::DType;
@@ -24,8 +24,8 @@ fn names_and_shapes_are_those_of_the_folder() {
 #[test]
 fn logits_loss_and_gradients_match() {
     for family in FAMILIES {
-        for (dtype, tolerances) in [(DType::F32, F32), (DType::Bf16, BF16)] {
-            Golden::open(family, dtype).check(family, &tolerances);
+        for (dtype, tolerances) in Golden::dtypes(family) {
+            Golden::open(family, *dtype).check(family, tolerances);
         }
     }
 }

@@ -3,17 +3,16 @@
 
 mod common;
 
-use common::{BF16, F32, FAMILIES, Golden};
+use common::{FAMILIES, Golden};
 use device::Isa;
-use tensor::DType;
 
 #[test]
 fn every_instruction_set_matches() {
     for isa in Isa::available() {
         assert!(Isa::choose(isa));
         for family in FAMILIES {
-            for (dtype, tolerances) in [(DType::F32, F32), (DType::Bf16, BF16)] {
-                Golden::open(family, dtype).check(&format!("{family} {}", isa.name()), &tolerances);
+            for (dtype, tolerances) in Golden::dtypes(family) {
+                Golden::open(family, *dtype).check(&format!("{family} {}", isa.name()), tolerances);
             }
         }
     }

@@ -70,6 +70,9 @@ pub struct Tape<'a> {
     next_id: usize,
     nodes: Vec<Node>,
     watch: Option<Watch<'a>>,
+    share: f32,
+    /// Load-balancing losses of the forward pass, each times its factor and the tape's share.
+    pub balance_loss: f64,
 }
 
 /// Gradients of the values of a tape, by id.
@@ -116,13 +119,39 @@ impl<'a> Tape<'a> {
 
     fn with_recording(params: &'a mut ParamStore, recording: bool) -> Tape<'a> {
         let phase = Phase::Forward;
-        Tape { params, recording, phase, layer: 0, clock: 0, next_id: 0, nodes: Vec::new(), watch: None }
+        let (nodes, watch, share) = (Vec::new(), None, 1.0);
+        Tape {
+            params,
+            recording,
+            phase,
+            layer: 0,
+            clock: 0,
+            next_id: 0,
+            nodes,
+            watch,
+            share,
+            balance_loss: 0.0,
+        }
     }
 
     /// Tell `watch` of every moment from now on.
     pub fn watched_by(mut self, watch: Watch<'a>) -> Tape<'a> {
         self.watch = Some(watch);
         self
+    }
+
+    /// Say which part of the step's targets this pass has: losses that are means over tokens, as the
+    /// load-balancing loss, count that much.
+    pub fn set_share(&mut self, share: f32) {
+        self.share = share;
+    }
+
+    pub(crate) fn share(&self) -> f32 {
+        self.share
+    }
+
+    pub(crate) fn phase(&self) -> Phase {
+        self.phase
     }
 
     /// Name the layer the following ops belong to.

@@ -62,6 +62,7 @@ impl Learner {
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
         let mut tape = Tape::recording(&mut self.store);
+        tape.set_share(batch.learned as f32 * scale);
         let hidden: Var = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale };
         let losses = tape.head_loss(&hidden, self.model.head(), targets)?;

@@ -1,5 +1,6 @@
 //! Sizes and switches of the Llama family, to and from `config.json`.
 
+use super::MoeConfig;
 use crate::ConfigError;
 use crate::config::Keys;
 use serde_json::{Value, json};
@@ -16,6 +17,12 @@ pub enum Family {
     Qwen2,
     /// Qwen3: norms on q and k heads.
     Qwen3,
+    /// Mixtral: experts in every layer.
+    Mixtral,
+    /// Qwen2 with experts, one of them shared.
+    Qwen2Moe,
+    /// Qwen3 with experts.
+    Qwen3Moe,
 }
 
 impl Family {
@@ -26,6 +33,9 @@ impl Family {
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Mixtral => "mixtral",
+            Family::Qwen2Moe => "qwen2_moe",
+            Family::Qwen3Moe => "qwen3_moe",
         }
     }
 
@@ -35,6 +45,9 @@ impl Family {
             Family::Mistral => "MistralForCausalLM",
             Family::Qwen2 => "Qwen2ForCausalLM",
             Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Mixtral => "MixtralForCausalLM",
+            Family::Qwen2Moe => "Qwen2MoeForCausalLM",
+            Family::Qwen3Moe => "Qwen3MoeForCausalLM",
         }
     }
 }
@@ -76,6 +89,8 @@ pub struct LlamaConfig {
     pub qk_norm: bool,
     /// Sliding window in tokens, per layer; empty when no layer has one.
     pub windows: Vec<Option<usize>>,
+    /// Experts in the place of the feed-forward part.
+    pub moe: Option<MoeConfig>,
     /// Token that begins a text.
     pub bos: Option<u32>,
     /// Token that ends a text.
@@ -89,6 +104,9 @@ impl LlamaConfig {
             "mistral" => Family::Mistral,
             "qwen2" => Family::Qwen2,
             "qwen3" => Family::Qwen3,
+            "mixtral" => Family::Mixtral,
+            "qwen2_moe" => Family::Qwen2Moe,
+            "qwen3_moe" => Family::Qwen3Moe,
             other => return Err(ConfigError::UnknownFamily(other.to_string())),
         };
         let (width, heads) = (keys.required("hidden_size")?, keys.required("num_attention_heads")?);
@@ -108,6 +126,11 @@ impl LlamaConfig {
         }
         check_activation(keys)?;
         let (rope_theta, rope_scaling) = keys.rope()?;
+        let biased = match family {
+            Family::Qwen2 => true,
+            Family::Qwen2Moe => keys.flag("qkv_bias")?.unwrap_or(true),
+            _ => false,
+        };
         let attention_bias = keys.flag("attention_bias")?.unwrap_or(false);
         if keys.flag("mlp_bias")?.unwrap_or(false) {
             let remedy = "biases in the MLP are not supported".to_string();
@@ -127,10 +150,11 @@ impl LlamaConfig {
             rope_scaling,
             max_positions: keys.positive("max_position_embeddings")?.unwrap_or(2048),
             tied: keys.flag("tie_word_embeddings")?.unwrap_or(false),
-            qkv_bias: family == Family::Qwen2 || attention_bias,
-            out_bias: family != Family::Qwen2 && attention_bias,
-            qk_norm: family == Family::Qwen3,
+            qkv_bias: biased || attention_bias,
+            out_bias: !biased && attention_bias,
+            qk_norm: matches!(family, Family::Qwen3 | Family::Qwen3Moe),
             windows: windows(family, layers, keys)?,
+            moe: MoeConfig::from_keys(family, keys, layers)?,
             bos: keys.token("bos_token_id")?,
             eos: keys.token("eos_token_id")?,
         })
@@ -156,7 +180,7 @@ impl LlamaConfig {
             "max_position_embeddings": self.max_positions,
             "rms_norm_eps": tidy(self.eps),
             "rope_theta": tidy(self.rope_theta),
-            "attention_bias": self.qkv_bias && self.family != Family::Qwen2,
+            "attention_bias": self.qkv_bias && !matches!(self.family, Family::Qwen2 | Family::Qwen2Moe),
             "attention_dropout": 0.0,
             "tie_word_embeddings": self.tied,
             "bos_token_id": self.bos,
@@ -177,11 +201,17 @@ impl LlamaConfig {
                 })
             }
         };
+        if let Some(moe) = &self.moe {
+            moe.write(self.family, &mut json);
+        }
+        if self.family == Family::Qwen2Moe {
+            json["qkv_bias"] = json!(self.qkv_bias);
+        }
         let window = self.windows.iter().copied().flatten().next();
         match self.family {
             Family::Llama => {}
-            Family::Mistral => json["sliding_window"] = json!(window),
-            Family::Qwen2 | Family::Qwen3 => {
+            Family::Mistral | Family::Mixtral => json["sliding_window"] = json!(window),
+            Family::Qwen2 | Family::Qwen3 | Family::Qwen2Moe | Family::Qwen3Moe => {
                 json["use_sliding_window"] = json!(window.is_some());
                 json["sliding_window"] = json!(window);
                 // Older readers know only a first layer from which all slide.
@@ -201,7 +231,7 @@ impl LlamaConfig {
 }
 
 /// An f32 as the short decimal people write, not as the nearest f64.
-fn tidy(x: f32) -> f64 {
+pub(super) fn tidy(x: f32) -> f64 {
     x.to_string().parse().unwrap_or(x as f64)
 }
 
@@ -225,6 +255,10 @@ fn check_activation(keys: &Keys<'_>) -> Result<(), ConfigError> {
 }
 
 fn windows(family: Family, layers: usize, keys: &Keys<'_>) -> Result<Vec<Option<usize>>, ConfigError> {
+    // Qwen2-MoE writes 0 for none.
+    if family == Family::Qwen2Moe && keys.size("sliding_window")? == Some(0) {
+        return Ok(Vec::new());
+    }
     let Some(window) = keys.positive("sliding_window")? else { return Ok(Vec::new()) };
     if let Some(types) = keys.list("layer_types")? {
         if types.len() != layers {
@@ -236,11 +270,11 @@ fn windows(family: Family, layers: usize, keys: &Keys<'_>) -> Result<Vec<Option<
     }
     let first = match family {
         Family::Llama => return Ok(Vec::new()),
-        Family::Mistral => 0,
-        Family::Qwen2 | Family::Qwen3 if keys.flag("use_sliding_window")?.unwrap_or(false) => {
+        Family::Mistral | Family::Mixtral => 0,
+        _ if keys.flag("use_sliding_window")?.unwrap_or(false) => {
             keys.size("max_window_layers")?.unwrap_or(28)
         }
-        Family::Qwen2 | Family::Qwen3 => return Ok(Vec::new()),
+        _ => return Ok(Vec::new()),
     };
     Ok((0..layers).map(|i| (i >= first).then_some(window)).collect())
 }

@@ -1,9 +1,11 @@
-//! The Llama family: RMSNorm, rotary positions, grouped heads, SwiGLU. Mistral, Qwen2, Qwen3 and
-//! SmolLM2 differ in a few switches, all of them in the config.
+//! The Llama family: RMSNorm, rotary positions, grouped heads, SwiGLU. Mistral, Qwen2, Qwen3,
+//! SmolLM2 and the mixtures of experts differ in a few switches, all of them in the config.
 
 mod config;
+mod moe;
 
 pub use config::{Family, LlamaConfig};
+pub use moe::MoeConfig;
 
 use crate::layers::{LinearSpec, attend, vector};
 use crate::names::{Builder, Place};
@@ -19,7 +21,7 @@ const INIT_STD: f32 = 0.02;
 /// A Llama-style decoder.
 #[derive(Clone)]
 pub struct Llama {
-    config: LlamaConfig,
+    config: Box<LlamaConfig>,
     embedding: ParamRef,
     blocks: Vec<Block>,
     norm: Norm,
@@ -35,11 +37,17 @@ struct Block {
     qk_norm: Option<(ParamRef, ParamRef)>,
     out: Linear,
     mlp_norm: Norm,
-    gate_up: Linear,
-    down: Linear,
+    mlp: Mlp,
     heads: (usize, usize, usize),
     eps: f32,
     window: Option<usize>,
+}
+
+/// The feed-forward part of a layer.
+#[derive(Clone)]
+enum Mlp {
+    Dense { gate_up: Linear, down: Linear },
+    Experts(moe::Moe),
 }
 
 impl Llama {
@@ -68,7 +76,7 @@ impl Llama {
         let norm = Norm::Rms { weight, eps: config.eps };
         let rope =
             Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, context));
-        Ok(Llama { config: config.clone(), embedding, blocks, norm, head, rope })
+        Ok(Llama { config: Box::new(config.clone()), embedding, blocks, norm, head, rope })
     }
 
     fn attention_shape(&self, block: &Block, tokens: &Tokens) -> AttentionShape {
@@ -164,9 +172,15 @@ impl Block {
         let out_parts = [part("self_attn.o_proj", d)];
         let out = linear(builder, "out", n * h, config.out_bias, residual_std, &out_parts)?;
         let mlp_norm = norm(builder, "mlp_norm", "post_attention_layernorm", d);
-        let gate_up_parts = [part("mlp.gate_proj", f), part("mlp.up_proj", f)];
-        let gate_up = linear(builder, "gate_up", d, false, INIT_STD, &gate_up_parts)?;
-        let down = linear(builder, "down", f, false, residual_std, &[part("mlp.down_proj", d)])?;
+        let mlp = match config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
+            Some(moe) => Mlp::Experts(moe::Moe::build(config, moe, layer, builder)),
+            None => {
+                let parts = [part("mlp.gate_proj", f), part("mlp.up_proj", f)];
+                let gate_up = linear(builder, "gate_up", d, false, INIT_STD, &parts)?;
+                let parts = [part("mlp.down_proj", d)];
+                Mlp::Dense { gate_up, down: linear(builder, "down", f, false, residual_std, &parts)? }
+            }
+        };
         let eps = config.eps;
         Ok(Block {
             layer,
@@ -175,8 +189,7 @@ impl Block {
             qk_norm,
             out,
             mlp_norm: Norm::Rms { weight: mlp_norm, eps },
-            gate_up,
-            down,
+            mlp,
             heads: (n, k, h),
             eps,
             window: config.window_of(layer),
@@ -201,8 +214,13 @@ impl Block {
         let x = self.out.forward(tape, &attended, Some(x))?;
         drop(attended);
         let h = tape.norm(&x, self.mlp_norm)?;
-        let gate_up = self.gate_up.forward(tape, &h, None)?;
-        drop(h);
-        tape.swiglu_linear(&gate_up, self.down.weight(), &x)
+        match &self.mlp {
+            Mlp::Experts(experts) => experts.forward(tape, &h, &x),
+            Mlp::Dense { gate_up, down } => {
+                let gate_up = gate_up.forward(tape, &h, None)?;
+                drop(h);
+                tape.swiglu_linear(&gate_up, down.weight(), &x)
+            }
+        }
     }
 }

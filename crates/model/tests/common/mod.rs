@@ -11,7 +11,8 @@ use std::sync::Arc;
 use tensor::{DType, Device, KvCache, ParamStore, Tape, Targets, Tensor};
 
 /// Every family, one folder each.
-pub const FAMILIES: [&str; 7] = ["llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "gpt2"];
+pub const FAMILIES: [&str; 10] =
+    ["llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe"];
 
 /// Longest sequence the models are built for.
 pub const CONTEXT: usize = 32;
@@ -107,6 +108,14 @@ impl Golden {
         store.enable_grads().unwrap();
         let sizes = (expected["ids"].shape[0], expected["ids"].shape[1]);
         Golden { config, built, store, weights, expected, sizes }
+    }
+
+    /// The types in which a family can be compared: rounded to bf16, a score near another sends its
+    /// token to another expert.
+    pub fn dtypes(family: &str) -> &'static [(DType, Tolerances)] {
+        const BOTH: [(DType, Tolerances); 2] = [(DType::F32, F32), (DType::Bf16, BF16)];
+        let experts = Config::from_json(&config_json(family)).unwrap().experts();
+        if experts > 0 { &BOTH[..1] } else { &BOTH }
     }
 
     /// The rows as a batch.

@@ -2,12 +2,14 @@
 
 mod attention;
 mod embedding;
+mod experts;
 mod linear;
 mod loss;
 mod norm;
 mod swiglu_linear;
 
 pub use attention::{AttentionShape, KvCache};
+pub use experts::{Order, Router};
 pub use loss::Targets;
 pub use norm::Norm;
 
