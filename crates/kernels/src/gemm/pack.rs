@@ -52,6 +52,11 @@ pub(crate) fn pack_panel(
     let start = i0 * src.lane + k0 * src.step;
     let out = &mut out[..tile.steps(kc) * width];
     match src.data.floats() {
+        #[cfg(target_arch = "x86_64")]
+        Slice::F32(data) if tile.runs() => {
+            // SAFETY: AMX comes with AVX-512 and BF16; bounds are checked inside.
+            unsafe { runs::pack(&data[start..], (src.lane, src.step), lanes, kc, side, out) }
+        }
         Slice::F32(data) => pack(tile, &data[start..], src, (lanes, width), kc, out),
         #[cfg(target_arch = "x86_64")]
         Slice::Bf16(data) if tile.runs() => {

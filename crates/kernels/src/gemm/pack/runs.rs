@@ -5,19 +5,19 @@
 
 use super::Side;
 use crate::gemm::micro::RUN;
-use half::bf16;
+use crate::simd::Float;
 use std::arch::x86_64::*;
 
 const WIDTH: usize = 32;
 
-/// Lane i at k is `data[i*lane + k*step]`, one of the strides 1. `out` is a whole panel of
-/// `kc` values of k; lanes and values that are not there become zeros.
+/// Lane i at k is `data[i*lane + k*step]`, one of the strides 1, rounded to bf16. `out` is a whole
+/// panel of `kc` values of k; lanes and values that are not there become zeros.
 ///
 /// # Safety
-/// The machine has AVX-512 F, BW and VL.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack(
-    data: &[bf16],
+/// The machine has AVX-512 F, BW, VL and BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+pub(super) unsafe fn pack<T: Float>(
+    data: &[T],
     (lane, step): (usize, usize),
     lanes: usize,
     kc: usize,
@@ -60,12 +60,20 @@ pub(super) unsafe fn pack(
 /// # Safety
 /// `values` values lie at each of `count` lanes from `from` on.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn rows_of_lanes(from: *const bf16, lane: usize, (count, values): (usize, usize)) -> [__m512i; RUN] {
-    let mask = u32::MAX.checked_shr(2 * RUN as u32 - values as u32).unwrap_or(0);
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn rows_of_lanes<T: Float>(
+    from: *const T,
+    lane: usize,
+    (count, values): (usize, usize),
+) -> [__m512i; RUN] {
     std::array::from_fn(|i| match i < count {
         // SAFETY: only `values` values are read.
-        true => unsafe { _mm512_maskz_loadu_epi16(mask, from.wrapping_add(i * lane).cast()) },
+        true => unsafe {
+            let from = from.wrapping_add(i * lane);
+            let low = load(from, values.min(RUN));
+            let high = load(from.wrapping_add(RUN), values.max(RUN) - RUN);
+            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+        },
         false => _mm512_setzero_si512(),
     })
 }
@@ -75,17 +83,39 @@ unsafe fn rows_of_lanes(from: *const bf16, lane: usize, (count, values): (usize,
 /// # Safety
 /// `count` lanes lie side by side at each of `values` steps from `from` on.
 #[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn rows_of_pairs(from: *const bf16, step: usize, (count, values): (usize, usize)) -> [__m512i; RUN] {
-    let mask = u16::MAX.checked_shr(RUN as u32 - count as u32).unwrap_or(0);
-    // SAFETY: only `count` lanes of steps before `values` are read.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn rows_of_pairs<T: Float>(
+    from: *const T,
+    step: usize,
+    (count, values): (usize, usize),
+) -> [__m512i; RUN] {
     let widened = |k: usize| match k < values {
-        true => unsafe {
-            _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from.wrapping_add(k * step).cast()))
-        },
+        // SAFETY: only `count` lanes of steps before `values` are read.
+        true => unsafe { _mm512_cvtepu16_epi32(load(from.wrapping_add(k * step), count)) },
         false => _mm512_setzero_si512(),
     };
     std::array::from_fn(|q| _mm512_or_si512(widened(2 * q), _mm512_slli_epi32::<16>(widened(2 * q + 1))))
+}
+
+/// The first `count` of 16 elements as bf16, zeros after them.
+///
+/// # Safety
+/// `count` elements lie at `from`.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn load<T: Float>(from: *const T, count: usize) -> __m256i {
+    let mask = u16::MAX.checked_shr(RUN as u32 - count as u32).unwrap_or(0);
+    // SAFETY: masked lanes are not touched; T is f32 or bf16, told apart by size; a register of
+    // bf16 is plain bits.
+    unsafe {
+        match size_of::<T>() {
+            2 => _mm256_maskz_loadu_epi16(mask, from.cast()),
+            _ => std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(
+                mask,
+                from.cast(),
+            ))),
+        }
+    }
 }
 
 /// Transpose of 16 x 16 words: pairs of words, then quads, then 128-bit lanes.
