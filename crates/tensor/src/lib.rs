@@ -19,7 +19,7 @@ pub use init::{Init, normal};
 pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;
 pub use kernels::rope::{RopeScaling, RopeTable};
-pub use ops::{AttentionShape, KvCache, Norm, Targets};
+pub use ops::{AttentionShape, KvCache, Norm, Targets, loss_slice_tokens};
 pub use params::{ParamList, ParamRef, ParamSpec, ParamStore};
 pub use tape::{Moment, Phase, Tape, Var, Watch};
 pub use value::Tensor;

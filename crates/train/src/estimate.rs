@@ -10,9 +10,6 @@ use tensor::ParamList;
 /// Shakespeare recipe and the bench configurations measure lies between 0.6 and 0.8.
 const USUAL_UTILISATION: f64 = 0.65;
 
-/// Tokens whose logits the fused loss holds at a time, as `Tape::head_loss`.
-const LOSS_SLICE: usize = 256;
-
 /// Predicted needs of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Estimate {
@@ -82,7 +79,7 @@ fn activation_bytes(config: &Config, recipe: &TrainRecipe) -> u64 {
     let layers = m * (full_layers * kept + inputs * d) * size + m * config.layers() * n * 4;
     // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the inner
     // values, the packed operand of the widest product.
-    let slice = LOSS_SLICE.min(m);
+    let slice = tensor::loss_slice_tokens(v).min(m);
     let head = 2 * slice * v * 4 + 2 * m * d * size;
     let scratch = m * (gates + f + 2 * d) * size + m * gates * 4;
     (layers + head.max(scratch) + 2 * m * d * size) as u64

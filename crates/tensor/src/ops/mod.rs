@@ -8,7 +8,7 @@ mod norm;
 mod swiglu_linear;
 
 pub use attention::{AttentionShape, KvCache};
-pub use loss::Targets;
+pub use loss::{Targets, loss_slice_tokens};
 pub use norm::Norm;
 
 use crate::Fault;

@@ -30,15 +30,21 @@ pub(super) unsafe fn pack<T: Float>(
     for (run, out) in out.chunks_exact_mut(RUN * WIDTH).enumerate() {
         let k0 = run * 2 * RUN;
         let values = kc.saturating_sub(k0).min(2 * RUN);
+        if k_adjacent {
+            ask_ahead(data.as_ptr().wrapping_add(k0 + AHEAD), lane, lanes);
+        }
         for half in 0..2 {
             let first = half * RUN;
             let count = lanes.saturating_sub(first).min(RUN);
+            let from = data.as_ptr().wrapping_add(first * lane + k0 * step);
+            // Counts the compiler knows leave no mask to work out.
             // SAFETY: `count` lanes of `values` values from k0 on lie inside `data`, asserted above.
             let rows = unsafe {
-                let from = data.as_ptr().wrapping_add(first * lane + k0 * step);
-                match k_adjacent {
-                    true => rows_of_lanes(from, lane, (count, values)),
-                    false => rows_of_pairs(from, step, (count, values)),
+                match (k_adjacent, (count, values) == (RUN, 2 * RUN)) {
+                    (true, true) => rows_of_lanes(from, lane, (RUN, 2 * RUN)),
+                    (true, false) => rows_of_lanes(from, lane, (count, values)),
+                    (false, true) => rows_of_pairs(from, step, (RUN, 2 * RUN)),
+                    (false, false) => rows_of_pairs(from, step, (count, values)),
                 }
             };
             // Rows are lanes where k is adjacent, and A wants lanes; else they are pairs.
@@ -52,6 +58,17 @@ pub(super) unsafe fn pack<T: Float>(
                 unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(base + i * stride).cast(), row) };
             }
         }
+    }
+}
+
+/// Elements asked for ahead of those being packed: 32 streams are more than the hardware follows.
+const AHEAD: usize = 256;
+
+#[inline]
+fn ask_ahead<T>(from: *const T, lane: usize, lanes: usize) {
+    for i in 0..lanes {
+        // SAFETY: a prefetch may go anywhere.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(i * lane).cast()) };
     }
 }
 
