@@ -41,21 +41,15 @@ fn shape_tiles() {
     }
 }
 
-/// C [32, 32] (+)= A B over `steps` pairs, a multiple of 16.
+/// Sums [32, 32] into tile registers 0 to 3, or zeros.
 ///
 /// # Safety
-/// As `Tile::whole`, on a machine with AMX.
-pub(super) unsafe fn tile_bf16(
-    steps: usize,
-    a: *const f32,
-    b: *const f32,
-    c: *mut f32,
-    ldc: usize,
-    add: bool,
-) {
+/// `c` is readable over a whole tile; the machine has AMX.
+#[inline]
+unsafe fn begin(c: *mut f32, ldc: usize, add: bool) {
     shape_tiles();
     let (row, below) = (4 * ldc, c.wrapping_add(16 * ldc));
-    // SAFETY: panels hold runs x 2 KiB each, C a whole tile, as promised.
+    // SAFETY: the caller's promise.
     unsafe {
         if add {
             asm!(
@@ -75,6 +69,44 @@ pub(super) unsafe fn tile_bf16(
                 options(nostack, preserves_flags, nomem),
             );
         }
+    }
+}
+
+/// Tile registers 0 to 3 into C [32, 32].
+///
+/// # Safety
+/// `c` is writable over a whole tile; the machine has AMX.
+#[inline]
+unsafe fn end(c: *mut f32, ldc: usize) {
+    let (row, below) = (4 * ldc, c.wrapping_add(16 * ldc));
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilestored [{c} + {row}], tmm0",
+            "tilestored [{c} + {row} + 64], tmm1",
+            "tilestored [{below} + {row}], tmm2",
+            "tilestored [{below} + {row} + 64], tmm3",
+            c = in(reg) c, below = in(reg) below, row = in(reg) row,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// C [32, 32] (+)= A B over `steps` pairs, a multiple of 16.
+///
+/// # Safety
+/// As `Tile::whole`, on a machine with AMX.
+pub(super) unsafe fn tile_bf16(
+    steps: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+) {
+    // SAFETY: panels hold 2 KiB a run each, C a whole tile, as promised.
+    unsafe {
+        begin(c, ldc, add);
         asm!(
             "2:",
             "tileloadd tmm6, [{b} + {wide}]",
@@ -89,20 +121,82 @@ pub(super) unsafe fn tile_bf16(
             "dec {runs}",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "jnz 2b",
-            "tilestored [{c} + {row}], tmm0",
-            "tilestored [{c} + {row} + 64], tmm1",
-            "tilestored [{below} + {row}], tmm2",
-            "tilestored [{below} + {row} + 64], tmm3",
             a = inout(reg) a => _,
             b = inout(reg) b => _,
             runs = inout(reg) steps / RUN => _,
             narrow = in(reg) 64usize,
             wide = in(reg) 128usize,
-            c = in(reg) c,
-            below = in(reg) below,
-            row = in(reg) row,
-            options(nostack),
+            options(nostack, readonly),
         );
+        end(c, ldc);
+    }
+}
+
+/// The same for values in three parts: six products a run, those of parts (i, j) with i + j < 3.
+/// What is left out is below 2^-24 of |a| |b|.
+///
+/// # Safety
+/// As `Tile::whole`, on a machine with AMX.
+pub(super) unsafe fn tile_f32(
+    steps: usize,
+    a: *const f32,
+    b: *const f32,
+    c: *mut f32,
+    ldc: usize,
+    add: bool,
+) {
+    macro_rules! load_a {
+        ($part:literal) => {
+            concat!(
+                "tileloadd tmm4, [{a} + {narrow} + 2048*",
+                $part,
+                "]\n",
+                "tileloadd tmm5, [{a} + {narrow} + 2048*",
+                $part,
+                " + 1024]",
+            )
+        };
+    }
+    macro_rules! load_b {
+        ($part:literal) => {
+            concat!(
+                "tileloadd tmm6, [{b} + {wide} + 2048*",
+                $part,
+                "]\n",
+                "tileloadd tmm7, [{b} + {wide} + 2048*",
+                $part,
+                " + 64]",
+            )
+        };
+    }
+    macro_rules! multiply {
+        () => {
+            "tdpbf16ps tmm0, tmm4, tmm6\ntdpbf16ps tmm1, tmm4, tmm7\ntdpbf16ps tmm2, tmm5, tmm6\ntdpbf16ps tmm3, tmm5, tmm7"
+        };
+    }
+    // SAFETY: panels hold 6 KiB a run each, C a whole tile, as promised.
+    unsafe {
+        begin(c, ldc, add);
+        asm!(
+            "2:",
+            load_a!("0"), load_b!("2"), multiply!(),
+            load_b!("1"), multiply!(),
+            load_b!("0"), multiply!(),
+            load_a!("1"), multiply!(),
+            load_b!("1"), multiply!(),
+            load_a!("2"), load_b!("0"), multiply!(),
+            "add {a}, 6144",
+            "add {b}, 6144",
+            "dec {runs}",
+            "jnz 2b",
+            a = inout(reg) a => _,
+            b = inout(reg) b => _,
+            runs = inout(reg) steps / (3 * RUN) => _,
+            narrow = in(reg) 64usize,
+            wide = in(reg) 128usize,
+            options(nostack, readonly),
+        );
+        end(c, ldc);
     }
 }
 

@@ -61,7 +61,7 @@ pub(super) fn gemm(
         return gemv::gemv((m, n, k), a, b, &finish);
     }
     let both_bf16 = a.data.dtype() == DType::Bf16 && b.data.dtype() == DType::Bf16;
-    let tile = if both_bf16 { Tile::bf16(isa) } else { Tile::f32(isa) };
+    let tile = if both_bf16 { Tile::bf16(isa) } else { Tile::product_f32(isa) };
     let panels = m.div_ceil(tile.mr);
     let steps: usize = blocks(tile, k).map(|(_, kc)| tile.steps(kc)).sum();
     let mut packed = match Buffer::new(Device::Cpu, (panels * tile.mr * steps).max(1) * 4) {

@@ -10,13 +10,14 @@ use std::arch::x86_64::*;
 
 const WIDTH: usize = 32;
 
-/// Lane i at k is `data[i*lane + k*step]`, one of the strides 1, rounded to bf16. `out` is a whole
-/// panel of `kc` values of k; lanes and values that are not there become zeros.
+/// Lane i at k is `data[i*lane + k*step]`, one of the strides 1, in one or three parts (`load`).
+/// `out` is a whole panel of `kc` values of k, run by run, in it part by part; lanes and values that
+/// are not there become zeros.
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW, VL and BF16.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-pub(super) unsafe fn pack<T: Float>(
+pub(super) unsafe fn pack<T: Float, const PARTS: usize>(
     data: &[T],
     (lane, step): (usize, usize),
     lanes: usize,
@@ -27,7 +28,7 @@ pub(super) unsafe fn pack<T: Float>(
     let k_adjacent = step == 1 && (lane != 1 || lanes == 1);
     assert!(lanes <= WIDTH && (k_adjacent || lane == 1));
     assert!(lanes == 0 || kc == 0 || (lanes - 1) * lane + (kc - 1) * step < data.len());
-    for (run, out) in out.chunks_exact_mut(RUN * WIDTH).enumerate() {
+    for (run, out) in out.chunks_exact_mut(PARTS * RUN * WIDTH).enumerate() {
         let k0 = run * 2 * RUN;
         let values = kc.saturating_sub(k0).min(2 * RUN);
         if k_adjacent {
@@ -39,7 +40,7 @@ pub(super) unsafe fn pack<T: Float>(
             let from = data.as_ptr().wrapping_add(first * lane + k0 * step);
             // Counts the compiler knows leave no mask to work out.
             // SAFETY: `count` lanes of `values` values from k0 on lie inside `data`, asserted above.
-            let rows = unsafe {
+            let parts: [_; PARTS] = unsafe {
                 match (k_adjacent, (count, values) == (RUN, 2 * RUN)) {
                     (true, true) => rows_of_lanes(from, lane, (RUN, 2 * RUN)),
                     (true, false) => rows_of_lanes(from, lane, (count, values)),
@@ -47,15 +48,17 @@ pub(super) unsafe fn pack<T: Float>(
                     (false, false) => rows_of_pairs(from, step, (count, values)),
                 }
             };
-            // Rows are lanes where k is adjacent, and A wants lanes; else they are pairs.
-            let rows = if k_adjacent == (side == Side::A) { rows } else { transpose(rows) };
             let (base, stride) = match side {
                 Side::A => (first * RUN, RUN),
                 Side::B => (first, WIDTH),
             };
-            for (i, row) in rows.into_iter().enumerate() {
-                // SAFETY: 16 words within the 16 x 32 of this run.
-                unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(base + i * stride).cast(), row) };
+            for (rows, out) in parts.into_iter().zip(out.chunks_exact_mut(RUN * WIDTH)) {
+                // Rows are lanes where k is adjacent, and A wants lanes; else they are pairs.
+                let rows = if k_adjacent == (side == Side::A) { rows } else { transpose(rows) };
+                for (i, row) in rows.into_iter().enumerate() {
+                    // SAFETY: 16 words within the 16 x 32 of this run.
+                    unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(base + i * stride).cast(), row) };
+                }
             }
         }
     }
@@ -72,67 +75,85 @@ fn ask_ahead<T>(from: *const T, lane: usize, lanes: usize) {
     }
 }
 
-/// One register a lane: 16 pairs of it.
+/// One register a lane: 16 pairs of it, for each part.
 ///
 /// # Safety
 /// `values` values lie at each of `count` lanes from `from` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn rows_of_lanes<T: Float>(
+unsafe fn rows_of_lanes<T: Float, const PARTS: usize>(
     from: *const T,
     lane: usize,
     (count, values): (usize, usize),
-) -> [__m512i; RUN] {
-    std::array::from_fn(|i| match i < count {
+) -> [[__m512i; RUN]; PARTS] {
+    let mut rows = [[_mm512_setzero_si512(); RUN]; PARTS];
+    for i in 0..count {
         // SAFETY: only `values` values are read.
-        true => unsafe {
+        let (low, high): ([__m256i; PARTS], [__m256i; PARTS]) = unsafe {
             let from = from.wrapping_add(i * lane);
-            let low = load(from, values.min(RUN));
-            let high = load(from.wrapping_add(RUN), values.max(RUN) - RUN);
-            _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
-        },
-        false => _mm512_setzero_si512(),
-    })
+            (load(from, values.min(RUN)), load(from.wrapping_add(RUN), values.max(RUN) - RUN))
+        };
+        for (rows, (low, high)) in rows.iter_mut().zip(low.into_iter().zip(high)) {
+            rows[i] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+        }
+    }
+    rows
 }
 
-/// One register a pair: that pair of 16 lanes.
+/// One register a pair: that pair of 16 lanes, for each part.
 ///
 /// # Safety
 /// `count` lanes lie side by side at each of `values` steps from `from` on.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn rows_of_pairs<T: Float>(
+unsafe fn rows_of_pairs<T: Float, const PARTS: usize>(
     from: *const T,
     step: usize,
     (count, values): (usize, usize),
-) -> [__m512i; RUN] {
-    let widened = |k: usize| match k < values {
+) -> [[__m512i; RUN]; PARTS] {
+    let mut rows = [[_mm512_setzero_si512(); RUN]; PARTS];
+    for k in 0..values {
         // SAFETY: only `count` lanes of steps before `values` are read.
-        true => unsafe { _mm512_cvtepu16_epi32(load(from.wrapping_add(k * step), count)) },
-        false => _mm512_setzero_si512(),
-    };
-    std::array::from_fn(|q| _mm512_or_si512(widened(2 * q), _mm512_slli_epi32::<16>(widened(2 * q + 1))))
+        let parts: [__m256i; PARTS] = unsafe { load(from.wrapping_add(k * step), count) };
+        for (rows, part) in rows.iter_mut().zip(parts) {
+            let words = _mm512_cvtepu16_epi32(part);
+            let words = if k % 2 == 0 { words } else { _mm512_slli_epi32::<16>(words) };
+            rows[k / 2] = _mm512_or_si512(rows[k / 2], words);
+        }
+    }
+    rows
 }
 
-/// The first `count` of 16 elements as bf16, zeros after them.
+/// The first `count` of 16 elements in bf16 parts, zeros after them: one part is the nearest bf16;
+/// three parts, each the upper half of what the former left, sum to the f32 exactly (8 bits of its
+/// 24-bit significand each).
 ///
 /// # Safety
 /// `count` elements lie at `from`.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn load<T: Float>(from: *const T, count: usize) -> __m256i {
+unsafe fn load<T: Float, const PARTS: usize>(from: *const T, count: usize) -> [__m256i; PARTS] {
     let mask = u16::MAX.checked_shr(RUN as u32 - count as u32).unwrap_or(0);
-    // SAFETY: masked lanes are not touched; T is f32 or bf16, told apart by size; a register of
-    // bf16 is plain bits.
-    unsafe {
-        match size_of::<T>() {
-            2 => _mm256_maskz_loadu_epi16(mask, from.cast()),
-            _ => std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(
-                mask,
-                from.cast(),
-            ))),
-        }
+    let mut parts = [_mm256_setzero_si256(); PARTS];
+    if size_of::<T>() == 2 {
+        // SAFETY: masked lanes are not touched; T is f32 or bf16, told apart by size.
+        parts[0] = unsafe { _mm256_maskz_loadu_epi16(mask, from.cast()) };
+        return parts;
     }
+    // SAFETY: as above.
+    let mut rest = unsafe { _mm512_maskz_loadu_ps(mask, from.cast()) };
+    if PARTS == 1 {
+        // SAFETY: a register of bf16 is plain bits.
+        parts[0] = unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(rest)) };
+        return parts;
+    }
+    for part in parts.iter_mut() {
+        let bits = _mm512_castps_si512(rest);
+        *part = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bits));
+        let upper = _mm512_and_si512(bits, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+        rest = _mm512_sub_ps(rest, _mm512_castsi512_ps(upper));
+    }
+    parts
 }
 
 /// Transpose of 16 x 16 words: pairs of words, then quads, then 128-bit lanes.
