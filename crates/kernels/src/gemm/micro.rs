@@ -46,7 +46,7 @@ impl Tile {
     pub(crate) const fn bf16(isa: Isa) -> Tile {
         match isa {
             // Four accumulator tiles, two of A, two of B: all eight.
-            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 1, kc: 512, strip: 512 },
+            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 1, kc: 2048, strip: 256 },
             // Twice the values of k in the bytes of the f32 blocks.
             Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true, parts: 1, kc: 1024, strip: 256 },
             _ => Tile::f32(isa),
@@ -57,7 +57,7 @@ impl Tile {
     /// their nine products; the other three are below the rounding of f32.
     pub(crate) const fn product_f32(isa: Isa) -> Tile {
         match isa {
-            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 3, kc: 256, strip: 256 },
+            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 3, kc: 1024, strip: 128 },
             _ => Tile::f32(isa),
         }
     }

@@ -38,14 +38,13 @@ pub(super) unsafe fn pack<T: Float, const PARTS: usize>(
             let first = half * RUN;
             let count = lanes.saturating_sub(first).min(RUN);
             let from = data.as_ptr().wrapping_add(first * lane + k0 * step);
-            // Counts the compiler knows leave no mask to work out.
             // SAFETY: `count` lanes of `values` values from k0 on lie inside `data`, asserted above.
             let parts: [_; PARTS] = unsafe {
                 match (k_adjacent, (count, values) == (RUN, 2 * RUN)) {
-                    (true, true) => rows_of_lanes(from, lane, (RUN, 2 * RUN)),
-                    (true, false) => rows_of_lanes(from, lane, (count, values)),
-                    (false, true) => rows_of_pairs(from, step, (RUN, 2 * RUN)),
-                    (false, false) => rows_of_pairs(from, step, (count, values)),
+                    (true, true) => rows_of_lanes::<T, PARTS, true>(from, lane, (count, values)),
+                    (true, false) => rows_of_lanes::<T, PARTS, false>(from, lane, (count, values)),
+                    (false, true) => rows_of_pairs::<T, PARTS, true>(from, step, (count, values)),
+                    (false, false) => rows_of_pairs::<T, PARTS, false>(from, step, (count, values)),
                 }
             };
             let (base, stride) = match side {
@@ -75,26 +74,31 @@ fn ask_ahead<T>(from: *const T, lane: usize, lanes: usize) {
     }
 }
 
-/// One register a lane: 16 pairs of it, for each part.
+/// One register a lane: 16 pairs of it, for each part. `WHOLE` counts are known to the compiler,
+/// which then unrolls everything into registers.
 ///
 /// # Safety
 /// `values` values lie at each of `count` lanes from `from` on.
+// Indices, not iterators: every register is named by a constant once unrolled.
+#[allow(clippy::needless_range_loop)]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn rows_of_lanes<T: Float, const PARTS: usize>(
+unsafe fn rows_of_lanes<T: Float, const PARTS: usize, const WHOLE: bool>(
     from: *const T,
     lane: usize,
-    (count, values): (usize, usize),
+    counts: (usize, usize),
 ) -> [[__m512i; RUN]; PARTS] {
+    let (count, values) = if WHOLE { (RUN, 2 * RUN) } else { counts };
     let mut rows = [[_mm512_setzero_si512(); RUN]; PARTS];
-    for i in 0..count {
-        // SAFETY: only `values` values are read.
-        let (low, high): ([__m256i; PARTS], [__m256i; PARTS]) = unsafe {
+    for i in 0..RUN {
+        if i < count {
             let from = from.wrapping_add(i * lane);
-            (load(from, values.min(RUN)), load(from.wrapping_add(RUN), values.max(RUN) - RUN))
-        };
-        for (rows, (low, high)) in rows.iter_mut().zip(low.into_iter().zip(high)) {
-            rows[i] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high);
+            // SAFETY: only `values` values are read.
+            let (low, high): ([__m256i; PARTS], [__m256i; PARTS]) =
+                unsafe { (load(from, values.min(RUN)), load(from.wrapping_add(RUN), values.max(RUN) - RUN)) };
+            for part in 0..PARTS {
+                rows[part][i] = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low[part]), high[part]);
+            }
         }
     }
     rows
@@ -104,21 +108,28 @@ unsafe fn rows_of_lanes<T: Float, const PARTS: usize>(
 ///
 /// # Safety
 /// `count` lanes lie side by side at each of `values` steps from `from` on.
+// Indices, not iterators: every register is named by a constant once unrolled.
+#[allow(clippy::needless_range_loop)]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
-unsafe fn rows_of_pairs<T: Float, const PARTS: usize>(
+unsafe fn rows_of_pairs<T: Float, const PARTS: usize, const WHOLE: bool>(
     from: *const T,
     step: usize,
-    (count, values): (usize, usize),
+    counts: (usize, usize),
 ) -> [[__m512i; RUN]; PARTS] {
-    let mut rows = [[_mm512_setzero_si512(); RUN]; PARTS];
-    for k in 0..values {
+    let (count, values) = if WHOLE { (RUN, 2 * RUN) } else { counts };
+    let none = [_mm256_setzero_si256(); PARTS];
+    let at = |k: usize| match k < values {
         // SAFETY: only `count` lanes of steps before `values` are read.
-        let parts: [__m256i; PARTS] = unsafe { load(from.wrapping_add(k * step), count) };
-        for (rows, part) in rows.iter_mut().zip(parts) {
-            let words = _mm512_cvtepu16_epi32(part);
-            let words = if k % 2 == 0 { words } else { _mm512_slli_epi32::<16>(words) };
-            rows[k / 2] = _mm512_or_si512(rows[k / 2], words);
+        true => unsafe { load(from.wrapping_add(k * step), count) },
+        false => none,
+    };
+    let mut rows = [[_mm512_setzero_si512(); RUN]; PARTS];
+    for q in 0..RUN {
+        let (low, high) = (at(2 * q), at(2 * q + 1));
+        for part in 0..PARTS {
+            let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high[part]));
+            rows[part][q] = _mm512_or_si512(_mm512_cvtepu16_epi32(low[part]), high);
         }
     }
     rows
