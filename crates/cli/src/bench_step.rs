@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use data::Batch;
-use device::DType;
+use device::{DType, Isa};
 use model::{Config, Recompute};
 use serde_json::json;
 use std::process::ExitCode;
@@ -25,6 +25,9 @@ pub struct Args {
     /// Worker threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Instruction set instead of the best this machine has, by its name in `trilith doctor`
+    #[arg(long, value_name = "NAME")]
+    isa: Option<String>,
     /// Seconds of every op after the steps, to standard error
     #[arg(long)]
     profile: bool,
@@ -49,6 +52,13 @@ impl Size {
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
+    if let Some(name) = &args.isa {
+        let isa = Isa::available().into_iter().find(|isa| isa.name() == name);
+        let names: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+        let isa =
+            isa.with_context(|| format!("this machine has no `{name}`; it has {}", names.join(", ")))?;
+        Isa::choose(isa);
+    }
     device::Threads::new(args.threads).context("cannot start the workers")?.run(|| steps(&args))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -51,7 +51,7 @@ pub(super) fn tile_for(dtype: DType) -> Tile {
     let isa = Isa::active();
     match dtype {
         DType::Bf16 if Tile::bf16(isa).runs() => Tile::bf16(isa),
-        _ => Tile::f32(isa),
+        _ => Tile::product_f32(isa),
     }
 }
 

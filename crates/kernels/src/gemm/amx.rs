@@ -281,26 +281,3 @@ pub(super) unsafe fn tile_f32(
         end(c, ldc);
     }
 }
-
-/// FLOPs of a loop of tile products from registers to registers.
-pub(crate) fn peak() -> f64 {
-    const ROUNDS: usize = 60_000;
-    shape_tiles();
-    // SAFETY: registers only; every tile is set before it is read.
-    unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            "tilezero tmm4", "tilezero tmm5", "tilezero tmm6", "tilezero tmm7",
-            "2:",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "dec {rounds}",
-            "jnz 2b",
-            rounds = inout(reg) ROUNDS => _,
-            options(nostack, nomem),
-        );
-    }
-    (ROUNDS * 4 * 2 * 16 * 16 * 32) as f64
-}

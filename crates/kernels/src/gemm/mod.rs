@@ -5,7 +5,7 @@
 //! The work is cut by shape alone, so the bits do not depend on the number of threads.
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod amx;
+mod amx;
 mod cpu;
 mod gemv;
 mod micro;
