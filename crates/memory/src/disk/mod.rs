@@ -10,6 +10,7 @@
 mod block;
 mod error;
 mod faults;
+mod figures;
 mod file;
 #[allow(unsafe_code)]
 mod piece;
@@ -25,6 +26,7 @@ mod threads;
 pub use block::Block;
 pub use error::{DiskError, Place};
 pub use faults::{Fault, Faults, Point};
+pub use figures::{DriveFigures, Effort, Trial, measure};
 
 use device::OutOfMemory;
 use file::OffloadFile;
@@ -183,7 +185,7 @@ impl Ticket {
 /// What the engine's threads share with the handle.
 struct Shared {
     file: OffloadFile,
-    sums: Sums,
+    sums: Arc<Sums>,
     schedule: Mutex<Schedule>,
     /// Wakes the pool.
     wake: Condvar,
@@ -248,10 +250,11 @@ impl Disk {
             false => Err(Errno::CANCELED),
         };
         let max_depth = if ready.is_ok() { ring::MAX_DEPTH } else { threads::THREADS };
+        let sums = Arc::new(Sums::of_zeros(total));
         let shared = Arc::new(Shared {
             file,
-            sums: Sums::of_zeros(total),
-            schedule: Mutex::new(Schedule::new(max_depth, slots.clone())),
+            schedule: Mutex::new(Schedule::new(max_depth, slots.clone(), sums.clone())),
+            sums,
             wake: Condvar::new(),
             event,
             faults: options.faults,
@@ -265,6 +268,22 @@ impl Disk {
             }
         };
         Ok(Disk { shared, slots, regions, threads, engine })
+    }
+
+    /// As `create`, with depth and size of operations from a measurement of at most about two
+    /// seconds made just before, instead of those in `options`.
+    pub fn calibrated(
+        dir: &Path,
+        layout: &[(&str, u64)],
+        options: Options,
+    ) -> Result<(Disk, DriveFigures), DiskError> {
+        let needed = layout.iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let effort = Effort::default();
+        let scratch_bytes = effort.scratch_bytes.min(needed.max(1));
+        let figures = measure(dir, Effort { scratch_bytes, ..effort }, &options)?;
+        let Trial { block_bytes, depth, .. } = figures.best();
+        let disk = Disk::create(dir, layout, Options { block_bytes, depth, ..options })?;
+        Ok((disk, figures))
     }
 
     /// Changes how many operations are in flight at most and how large one is at most.

@@ -5,6 +5,7 @@ use super::error::{DiskError, Place};
 use super::piece::{Memory, Piece, Trouble};
 use super::queue::Queue;
 use super::slots::Slots;
+use super::sums::Sums;
 use super::{Counters, Failed, Op, PAGE_BYTES};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -59,6 +60,7 @@ pub(super) struct Schedule {
     pub(super) counters: Counters,
     busy_since: Option<Instant>,
     slots: Arc<Slots>,
+    sums: Arc<Sums>,
 }
 
 /// A request that is through, to be told to whoever waits, outside the lock.
@@ -76,7 +78,7 @@ impl Finished {
 }
 
 impl Schedule {
-    pub(super) fn new(max_depth: usize, slots: Arc<Slots>) -> Schedule {
+    pub(super) fn new(max_depth: usize, slots: Arc<Slots>, sums: Arc<Sums>) -> Schedule {
         Schedule {
             queue: Queue::default(),
             active: HashMap::new(),
@@ -89,6 +91,7 @@ impl Schedule {
             counters: Counters::default(),
             busy_since: None,
             slots,
+            sums,
         }
     }
 
@@ -171,10 +174,14 @@ impl Schedule {
         if self.active.get(&id)?.left > 0 {
             return None;
         }
-        self.queue.done(id);
         let Active { job, error, .. } = self.active.remove(&id)?;
         self.counters.requests += 1;
-        let Job { op, mut block, range, reply, .. } = job;
+        let Job { op, file_offset, mut block, range, reply, .. } = job;
+        if error.is_some() && op == Op::Write {
+            self.sums.spoil(file_offset, range.len());
+        }
+        // Only now may those that waited for these bytes go.
+        self.queue.done(id);
         let result = match error {
             None => Ok(block),
             Some(error) => {
