@@ -99,18 +99,28 @@ fn one_run(w: &mut [f32; BLOCK], n: usize, run: usize, task: &mut Task<'_>) {
     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);
     // Largest magnitudes as bits: for floats that are not negative the order is that of integers.
     let (mut m_most, mut v_most) = (0u32, 0u32);
+    let (step, m_old, v_old) = (task.step, *m_exp, *v_exp);
     for i in 0..BLOCK {
-        (m[i], v[i]) = (decode_signed(mc[i], *m_exp), decode(vc[i], *v_exp));
-        w[i] = task.step.apply(w[i], g[i], &mut m[i], &mut v[i]);
+        m[i] = decode_signed(mc[i], m_old);
+        v[i] = decode(vc[i], v_old);
+    }
+    for i in 0..BLOCK {
+        w[i] = step.apply(w[i], g[i], &mut m[i], &mut v[i]);
+    }
+    for i in 0..BLOCK {
         m_most = m_most.max(m[i].abs().to_bits());
         v_most = v_most.max(v[i].to_bits());
     }
     (*m_exp, *v_exp) = (exponent(f32::from_bits(m_most)), exponent(f32::from_bits(v_most)));
     let seed = seed(task.salt.0, task.salt.1 + run as u64);
+    let (m_new, v_new) = (*m_exp, *v_exp);
+    let (mut for_m, mut for_v) = ([0u32; BLOCK], [0u32; BLOCK]);
     for i in 0..BLOCK {
-        let (for_m, for_v) = chances(seed, i as u32);
-        mc[i] = encode_signed(m[i], *m_exp, for_m);
-        vc[i] = encode(v[i], *v_exp, for_v);
+        (for_m[i], for_v[i]) = chances(seed, i as u32);
+    }
+    for i in 0..BLOCK {
+        mc[i] = encode_signed(m[i], m_new, for_m[i]);
+        vc[i] = encode(v[i], v_new, for_v[i]);
     }
     m_codes.copy_from_slice(&mc[..n]);
     v_codes.copy_from_slice(&vc[..n]);
