@@ -4,6 +4,10 @@
 //! `trace` says what a step touches, `plan` (pure) decides what moves when, the pager executes it,
 //! `disk` is the lowest tier. This room never learns what a layer is.
 
+#![deny(unsafe_code)]
+
+pub mod disk;
+
 use std::fmt;
 
 /// Where bytes live, fastest first.
