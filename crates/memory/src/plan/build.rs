@@ -3,6 +3,7 @@
 //! What a level moves over its link is what the next level must hold at that time, so a chunk that
 //! goes down twice in a row has gone two tiers down.
 
+use super::bound::bound;
 use super::choose::{Choice, Victim};
 use super::level::{Event, Item, Level, forward, join_events};
 use super::schedule::{Clock, Setting, schedule};
@@ -45,8 +46,6 @@ pub(super) struct Course {
     pub(super) recompute: bool,
     /// Transfers may run beside moments.
     pub(super) overlap: bool,
-    /// By level and pause: what a linear program wants to rest; may be empty.
-    pub(super) wants: Vec<Vec<f64>>,
 }
 
 impl<'a> Problem<'a> {
@@ -181,10 +180,8 @@ impl<'a> Problem<'a> {
         let aside = (most as f64 * course.reserve) as i64;
         let room: Vec<i64> = level.room.iter().map(|room| (room - aside).max(0)).collect();
         let up_per_s = self.rates.below(upper).up_per_s;
-        let none = Vec::new();
-        let wants = course.wants.get(depth).unwrap_or(&none);
         Ok(match course.rule {
-            Rule::Best => best(level, &room, wants, up_per_s),
+            Rule::Best => best(level, &room, up_per_s),
             Rule::Densest => Choice::densest(level, &room, up_per_s),
             Rule::Walk(victim) => Choice::walk(level, &room, victim),
             Rule::Prefix => Choice::prefix(level, &room),
@@ -323,14 +320,12 @@ fn rank(action: &Move) -> u8 {
 }
 
 /// The cheapest of all rules.
-fn best(level: &Level, room: &[i64], wants: &[f64], up_per_s: f64) -> Choice {
+fn best(level: &Level, room: &[i64], up_per_s: f64) -> Choice {
     let mut all = vec![Choice::densest(level, room, up_per_s)];
     let victims = [Victim::Farthest, Victim::FarthestPerByte, Victim::LeastRecent, Victim::FarthestThisStep];
     all.extend(victims.map(|victim| Choice::walk(level, room, victim).fill(level, room, up_per_s)));
     all.push(Choice::prefix(level, room).fill(level, room, up_per_s));
-    if !wants.is_empty() {
-        all.push(Choice::rounded(level, room, wants, up_per_s));
-    }
+    all.push(Choice::rounded(level, room, &bound(level, room).wants, up_per_s));
     let mut best = all.swap_remove(0);
     for choice in all {
         if choice.cost(level, up_per_s) < best.cost(level, up_per_s) {

@@ -26,5 +26,5 @@ mod types;
 pub use picture::{link_table, picture};
 pub use replay::{Broken, Replay, replay};
 pub use search::{Aim, Ask, Rule, plan, plan_with};
-pub use transformer::{StateLayout, Transformer};
+pub use transformer::{StateLayout, Transformer, Updates};
 pub use types::{Budgets, DoesNotFit, LinkRate, LinkReport, Move, MoveKind, Plan, Rates, Refusal};

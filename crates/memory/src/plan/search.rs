@@ -5,7 +5,7 @@ use super::build::{Course, Problem, Rule as Inner};
 use super::choose::Victim;
 use super::level::Level;
 use super::replay::{Replay, replay};
-use super::types::{Budgets, DoesNotFit, Plan, Rates, Refusal};
+use super::types::{Budgets, DoesNotFit, MoveKind, Plan, Rates, Refusal};
 use crate::Tier;
 use crate::trace::{Runs, Trace};
 
@@ -117,7 +117,7 @@ impl Search<'_> {
 
     fn course(&self, rule: Inner, on_fastest: usize) -> Course {
         let runs = self.problem.runs(on_fastest);
-        Course { rule, reserve: 0.0, runs, recompute: false, overlap: true, wants: Vec::new() }
+        Course { rule, reserve: 0.0, runs, recompute: false, overlap: true }
     }
 
     /// A rule that is not ours; transfers are scheduled as for ours.
@@ -146,7 +146,6 @@ impl Search<'_> {
         let mut found = vec![base];
         let mut course = found[0].0.clone();
         course.rule = Inner::Best;
-        course.wants = self.wants(&course);
         let reserves: &[f64] = if self.ask.aim == Aim::Bytes { &RESERVES[..1] } else { &RESERVES };
         for reserve in reserves {
             for overlap in [true, false] {
@@ -214,32 +213,29 @@ impl Search<'_> {
         found.into_iter().min_by(better).expect("there is always the plan that scouted")
     }
 
-    /// The level of the fastest tier.
-    fn top(&self, course: &Course) -> Level {
-        let fastest = self.problem.tiers()[0];
-        Level::new(self.problem.items(course, |tier| tier == fastest), &self.problem.capacity(fastest))
-    }
-
-    fn wants(&self, course: &Course) -> Vec<Vec<f64>> {
-        if self.problem.tiers().len() < 2 {
-            return Vec::new();
-        }
-        let top = self.top(course);
-        vec![bound(&top, &top.room).wants]
-    }
-
     /// Bounds of both links: the fastest tier alone, and all tiers above the drive as if they were one.
     fn with_bounds(&self, course: &Course, mut plan: Plan) -> Result<Plan, Refusal> {
-        let top = self.top(course);
+        // What the plan makes again, any plan may: everything else has to move.
+        let mut again = vec![false; self.problem.trace.chunks.len()];
+        let recomputes = plan.moves.iter().filter(|action| action.kind == MoveKind::Recompute);
+        recomputes.for_each(|action| again[action.chunk.0 as usize] = true);
+        let items = |pooled: bool| {
+            let fastest = self.problem.tiers()[0];
+            let mut items = self.problem.items(course, |tier| pooled || tier == fastest);
+            let kept = items.iter_mut().filter(|item| !again[item.chunk.0 as usize]);
+            kept.for_each(|item| item.recompute_s = None);
+            items
+        };
         for link in &mut plan.links {
             let pooled = link.upper != self.problem.tiers()[0];
             let value = if pooled {
                 let (hbm, dram) = (self.problem.capacity(Tier::Hbm), self.problem.capacity(Tier::Dram));
                 let both: Vec<i64> = hbm.iter().zip(&dram).map(|(hbm, dram)| hbm + dram).collect();
-                let level = Level::new(self.problem.items(course, |_| true), &both);
+                let level = Level::new(items(true), &both);
                 bound(&level, &level.room)
             } else {
-                bound(&top, &top.room)
+                let level = Level::new(items(false), &self.problem.capacity(link.upper));
+                bound(&level, &level.room)
             };
             link.bound_bytes = value.bytes;
         }

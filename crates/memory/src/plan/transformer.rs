@@ -51,6 +51,19 @@ impl StateLayout {
     }
 }
 
+/// When the optimizer updates a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Updates {
+    /// When the whole backward pass is over: the state streams by while nothing else computes.
+    #[default]
+    AfterBackward,
+    /// As soon as the layer's gradient is whole. Clipping by the global norm is not possible.
+    InBackward,
+    /// Just before the layer's next forward pass: the norm is known by then, and the state streams by
+    /// beside the forward pass.
+    BeforeForward,
+}
+
 /// Sizes and predicted seconds of a training step.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Transformer {
@@ -68,6 +81,8 @@ pub struct Transformer {
     pub parts: u32,
     /// Microbatches of a step.
     pub accumulate: u32,
+    /// When parameters are updated.
+    pub updates: Updates,
     /// Bytes a layer keeps for the way back, per microbatch, beside its input.
     pub kept_bytes: u64,
     /// Bytes of a layer's input, per microbatch.
@@ -93,6 +108,9 @@ struct Group {
     state: Vec<ChunkId>,
 }
 
+/// Embedding, layers, head.
+type Model<'a> = (&'a [Group], &'a [Vec<Group>], &'a [Group]);
+
 impl Transformer {
     /// Parameters of the model.
     pub const fn params(&self) -> u64 {
@@ -107,10 +125,11 @@ impl Transformer {
             (0..self.layers).map(|layer| self.groups(&mut trace, layer, self.layer_params)).collect();
         let head = self.groups(&mut trace, self.layers, self.head_params);
         for microbatch in 0..self.accumulate.max(1) {
-            self.microbatch(&mut trace, microbatch, &embed, &layers, &head);
+            self.microbatch(&mut trace, microbatch, (&embed, &layers, &head));
         }
-        for group in embed.iter().chain(layers.iter().flatten()).chain(&head) {
-            self.update(&mut trace, group);
+        if self.updates == Updates::AfterBackward {
+            let all = embed.iter().chain(layers.iter().flatten()).chain(&head);
+            all.for_each(|group| self.update(&mut trace, group));
         }
         trace
     }
@@ -131,18 +150,17 @@ impl Transformer {
         groups
     }
 
-    fn microbatch(
-        &self,
-        trace: &mut Trace,
-        nth: u32,
-        embed: &[Group],
-        layers: &[Vec<Group>],
-        head: &[Group],
-    ) {
+    fn microbatch(&self, trace: &mut Trace, nth: u32, (embed, layers, head): Model<'_>) {
         let first = nth == 0;
+        let before = first && self.updates == Updates::BeforeForward;
+        let within = nth + 1 == self.accumulate.max(1) && self.updates == Updates::InBackward;
+        let update = |trace: &mut Trace, now: bool, groups: &[Group]| {
+            groups.iter().filter(|_| now).for_each(|group| self.update(trace, group));
+        };
         let slice = self.layer_forward_s / f64::from(self.parts.max(1));
         let inputs: Vec<ChunkId> =
             (0..=self.layers).map(|_| trace.add_chunk(Class::Activation, self.input_bytes)).collect();
+        update(trace, before, embed);
         self.moment(trace, (Phase::Forward, "embed", 0), 0.0);
         use_params(trace, embed);
         trace.add_use(inputs[0], Access::Write);
@@ -150,24 +168,19 @@ impl Transformer {
         for (layer, groups) in layers.iter().enumerate() {
             let mut chunks = Vec::new();
             for group in groups {
-                let share = groups.len().max(1) as u64;
-                let chunk = trace.add_chunk(Class::Activation, self.kept_bytes / share);
-                trace.chunks[chunk.0 as usize].recompute_s = self.recompute.then_some(slice);
-                self.moment(trace, (Phase::Forward, "layer", group.layer), slice);
-                use_params(trace, std::slice::from_ref(group));
-                trace.add_use(inputs[layer], Access::Read);
-                trace.add_use(chunk, Access::Write);
-                chunks.push(chunk);
+                update(trace, before, std::slice::from_ref(group));
+                chunks.push(self.forward(trace, group, inputs[layer], groups.len() as u64));
             }
             trace.add_use(inputs[layer + 1], Access::Write);
             kept.push(chunks);
         }
+        update(trace, before, head);
         let (last, tied) = (inputs[layers.len()], head.is_empty());
         self.moment(trace, (Phase::Forward, "head", self.layers), 0.0);
         trace.add_use(last, Access::ReadWrite);
-        let head = if tied { embed } else { head };
-        use_params(trace, head);
-        use_grads(trace, head, first);
+        use_params(trace, if tied { embed } else { head });
+        use_grads(trace, if tied { embed } else { head }, first);
+        update(trace, within, head);
         for (layer, groups) in layers.iter().enumerate().rev() {
             for (group, chunk) in groups.iter().zip(&kept[layer]).rev() {
                 self.moment(trace, (Phase::Backward, "layer", group.layer), 2.0 * slice);
@@ -175,10 +188,24 @@ impl Transformer {
                 use_grads(trace, std::slice::from_ref(group), first);
                 trace.add_use(inputs[layer], Access::Read);
                 trace.add_use(*chunk, Access::Read);
+                update(trace, within, std::slice::from_ref(group));
             }
         }
         self.moment(trace, (Phase::Backward, "embed", 0), 0.0);
         use_grads(trace, embed, first && !tied);
+        update(trace, within, embed);
+    }
+
+    /// A part of a layer's forward pass: what it keeps.
+    fn forward(&self, trace: &mut Trace, group: &Group, input: ChunkId, parts: u64) -> ChunkId {
+        let slice = self.layer_forward_s / f64::from(self.parts.max(1));
+        let chunk = trace.add_chunk(Class::Activation, self.kept_bytes / parts.max(1));
+        trace.chunks[chunk.0 as usize].recompute_s = self.recompute.then_some(slice);
+        self.moment(trace, (Phase::Forward, "layer", group.layer), slice);
+        use_params(trace, std::slice::from_ref(group));
+        trace.add_use(input, Access::Read);
+        trace.add_use(chunk, Access::Write);
+        chunk
     }
 
     fn update(&self, trace: &mut Trace, group: &Group) {
