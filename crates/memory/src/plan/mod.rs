@@ -23,7 +23,7 @@ mod search;
 mod transformer;
 mod types;
 
-pub use picture::{link_table, picture};
+pub use picture::{class_table, limit, link_table, picture};
 pub use replay::{Broken, Replay, replay};
 pub use search::{Aim, Ask, Rule, plan, plan_with};
 pub use transformer::{StateLayout, Transformer, Updates};

@@ -2,8 +2,10 @@
 //! figures of every link.
 
 use super::replay::Replay;
-use super::types::{Budgets, Move, MoveKind, Plan};
+use super::types::{Budgets, Move, MoveKind, Plan, Rates};
+use crate::Class;
 use crate::trace::{Phase, Trace};
+use std::collections::BTreeMap;
 use std::fmt::Write;
 
 /// Columns of a picture at most.
@@ -107,6 +109,59 @@ pub fn link_table(plan: &Plan) -> String {
     )
     .expect("a string takes all");
     text
+}
+
+/// Bytes of every class by the slowest tier its chunks ever lie in, and altogether.
+pub fn class_table(trace: &Trace, plan: &Plan) -> String {
+    let tiers: Vec<_> = plan.peaks.iter().map(|(tier, _)| *tier).collect();
+    let mut sums: BTreeMap<Class, Vec<u64>> = BTreeMap::new();
+    for (chunk, home) in trace.chunks.iter().zip(&plan.homes) {
+        let row = sums.entry(chunk.class).or_insert_with(|| vec![0; tiers.len()]);
+        if let Some(column) = tiers.iter().position(|tier| tier == home) {
+            row[column] += chunk.bytes;
+        }
+    }
+    let mut text = String::new();
+    let mut line = |name: &str, cells: &[String]| {
+        let cells: String = cells.iter().map(|cell| format!("  {cell:>12}")).collect();
+        writeln!(text, "{name:<12}{cells}").expect("a string takes all");
+    };
+    let mut header = vec!["all".to_owned()];
+    header.extend(tiers.iter().enumerate().map(|(nth, tier)| match nth {
+        0 => format!("stay in {tier}"),
+        _ => format!("go to {tier}"),
+    }));
+    line("class", &header);
+    let mut all = vec![0; tiers.len()];
+    for (class, row) in &sums {
+        all.iter_mut().zip(row).for_each(|(all, bytes)| *all += bytes);
+        let mut cells = vec![bytes(row.iter().sum())];
+        cells.extend(row.iter().map(|count| bytes(*count)));
+        line(&class.to_string(), &cells);
+    }
+    let mut cells = vec![bytes(all.iter().sum())];
+    cells.extend(all.iter().map(|count| bytes(*count)));
+    line("all", &cells);
+    text
+}
+
+/// What keeps a step from being faster, in a sentence.
+pub fn limit(plan: &Plan, rates: &Rates) -> String {
+    let (step, compute) = (plan.step_s(), plan.compute_s + plan.recompute_s);
+    let share = |seconds: f64| format!("{:.0} %", 100.0 * seconds / step.max(f64::MIN_POSITIVE));
+    let mut parts = vec![(compute, "compute".to_owned())];
+    for link in &plan.links {
+        let rate = rates.below(link.upper);
+        for (bytes, per_s, way) in
+            [(link.up_bytes, rate.up_per_s, "up"), (link.down_bytes, rate.down_per_s, "down")]
+        {
+            parts.push((bytes as f64 / per_s, format!("{} <-> {} {way}", link.upper, link.lower)));
+        }
+    }
+    parts.sort_by(|a, b| b.0.total_cmp(&a.0));
+    let busy: Vec<String> =
+        parts.iter().map(|(seconds, name)| format!("{name} {}", share(*seconds))).collect();
+    format!("limited by {}; of the step busy: {}", parts[0].1, busy.join(", "))
 }
 
 /// Bytes for people.
