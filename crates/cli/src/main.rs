@@ -6,6 +6,7 @@ mod chat;
 mod doctor;
 mod eval;
 mod inspect;
+mod plan_memory;
 mod show;
 mod tokenizer;
 mod train;
@@ -33,6 +34,8 @@ struct Cli {
 enum Command {
     /// Train or fine-tune a model from a recipe
     Train(train::Args),
+    /// Say where every byte of a training step would lie, what moves, and how long it takes
+    Plan(plan_memory::Args),
     /// Talk to a model, or let it continue one prompt
     Chat(chat::Args),
     /// Measure the perplexity of a model on a file
@@ -51,6 +54,7 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(args),
+        Command::Plan(args) => plan_memory::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Tokenizer(args) => tokenizer::run(args),

@@ -110,6 +110,14 @@ impl Config {
         matches!(self, Config::Llama(_))
     }
 
+    /// Whether the embedding is the head.
+    pub fn tied(&self) -> bool {
+        match self {
+            Config::Llama(config) => config.tied,
+            Config::Gpt2(_) => true,
+        }
+    }
+
     /// Longest sequence the model was made for, in tokens.
     pub fn max_positions(&self) -> usize {
         match self {
