@@ -4,6 +4,7 @@
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+mod bell;
 mod beside;
 mod call;
 mod communicator;
@@ -17,6 +18,7 @@ mod mesh;
 mod shape;
 mod threads;
 mod traffic;
+mod wire;
 
 pub use beside::{Array, Pending};
 pub use call::{Call, Members, Op};
@@ -30,3 +32,4 @@ pub use mesh::Mesh;
 pub use shape::{Axis, Coords, MeshError, MeshShape};
 pub use threads::Rank;
 pub use traffic::{Counts, Peers, Traffic, piece};
+pub use wire::Process;
