@@ -6,6 +6,7 @@
 mod buffer;
 mod dtype;
 mod isa;
+mod loan;
 mod memory;
 mod threads;
 mod view;
@@ -13,6 +14,7 @@ mod view;
 pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
 pub use isa::Isa;
+pub use loan::{Borrowed, Exclusive, Loan};
 pub use memory::{MemoryUse, available_bytes, memory_use, release_cached, reset_peak, resident_bytes};
 pub use threads::{Threads, cores, for_each_chunk, for_each_index, for_each_part, num_threads};
 pub use view::{Slice, SliceMut, View, ViewMut};

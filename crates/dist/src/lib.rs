@@ -4,10 +4,32 @@
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+mod bell;
+mod beside;
+mod call;
+mod communicator;
+mod diagnosis;
+mod error;
+mod group;
+mod launch;
 mod layout;
 mod matmul;
 mod mesh;
+mod shape;
+mod threads;
+mod traffic;
+mod wire;
 
+pub use beside::{Array, Pending};
+pub use call::{Call, Members, Op};
+pub use communicator::{Communicator, NullRank};
+pub use error::{CommError, LastSeen};
+pub use group::Group;
+pub use launch::{Failure, Options, launch};
 pub use layout::{Layout, LayoutError, Placement, product};
 pub use matmul::matmul;
-pub use mesh::{Axis, Communicator, Mesh};
+pub use mesh::Mesh;
+pub use shape::{Axis, Coords, MeshError, MeshShape};
+pub use threads::Rank;
+pub use traffic::{Counts, Peers, Traffic, piece};
+pub use wire::Process;

@@ -26,6 +26,7 @@ pub mod global_norm;
 pub mod head_norm;
 pub mod layer_norm;
 pub mod peak;
+pub mod rank_sum;
 pub mod rms_norm;
 pub mod rope;
 pub mod swiglu;
