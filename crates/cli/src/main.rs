@@ -6,6 +6,7 @@ mod chat;
 mod doctor;
 mod eval;
 mod inspect;
+mod plan;
 mod plan_memory;
 mod show;
 mod tokenizer;
@@ -23,7 +24,7 @@ pub const EXIT_AGAIN: u8 = 75;
     name = "trilith",
     version,
     about = "Train, evaluate and talk to language models on the machine you have",
-    after_help = "Begin here:\n  trilith train recipes/shakespeare.toml   train a small model on the plays, in minutes\n  trilith chat runs/shakespeare            let it speak\n  trilith doctor                           what this machine has and what is missing\n\nEvery command explains itself: trilith train --help"
+    after_help = "Begin here:\n  trilith train recipes/shakespeare.toml   train a small model on the plays, in minutes\n  trilith chat runs/shakespeare            let it speak\n  trilith doctor                           what this machine has and what is missing\n  trilith plan recipes/gpt3-175b.toml --devices 10000   what a run nobody here can start would take\n\nEvery command explains itself: trilith train --help"
 )]
 struct Cli {
     #[command(subcommand)]
@@ -34,14 +35,14 @@ struct Cli {
 enum Command {
     /// Train or fine-tune a model from a recipe
     Train(train::Args),
-    /// Say where every byte of a training step would lie, what moves, and how long it takes
-    Plan(plan_memory::Args),
     /// Talk to a model, or let it continue one prompt
     Chat(chat::Args),
     /// Measure the perplexity of a model on a file
     Eval(eval::Args),
     /// Train a tokenizer, or see what one does with a text
     Tokenizer(tokenizer::Args),
+    /// Say where every byte of a run would lie, who would talk to whom, and how long a step takes
+    Plan(plan::Args),
     /// Show what a model folder, a weight file or a run holds
     Inspect(inspect::Args),
     /// Show what this machine has, what is missing and the remedy
@@ -54,10 +55,10 @@ enum Command {
 fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(args),
-        Command::Plan(args) => plan_memory::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Tokenizer(args) => tokenizer::run(args),
+        Command::Plan(args) => plan::run(args),
         Command::Inspect(args) => inspect::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::BenchStep(args) => bench_step::run(args),

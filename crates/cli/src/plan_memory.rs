@@ -2,7 +2,7 @@
 //! machine, what moves between its tiers, what limits the step; or why it cannot run.
 
 use crate::show;
-use ::train::{Recipe, Settings, Speeds, outlook};
+use ::train::{Recipe, Speeds, outlook};
 use anyhow::{Result, anyhow};
 use device::DType;
 use memory::Class;
@@ -10,25 +10,10 @@ use memory::plan::{
     Budgets, LinkRate, Rates, Transformer, class_table, limit, link_table, picture, plan, replay,
 };
 use std::fmt::Write;
-use std::path::PathBuf;
-use std::process::ExitCode;
-
-#[derive(clap::Args)]
-#[command(
-    after_help = "Examples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n\nNothing is trained and no data is read: the model may be larger than any machine. All seconds are predicted."
-)]
-pub struct Args {
-    /// Recipe: a TOML file
-    recipe: PathBuf,
-    /// Override a key of the recipe, as in --set train.batch=1; may be repeated
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    set: Vec<String>,
-    #[command(flatten)]
-    machine: Machine,
-}
 
 /// One rank's machine. What is not given is taken from this one, or is usual.
 #[derive(clap::Args)]
+#[command(next_help_heading = "The machine of one rank")]
 pub struct Machine {
     /// Memory of the GPU, as 80GB; absent: layers run on the processor
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
@@ -59,20 +44,27 @@ pub struct Machine {
     dram_rate: u64,
 }
 
-pub fn run(args: Args) -> Result<ExitCode> {
-    let mut settings = Settings::read(&args.recipe)?;
-    for argument in &args.set {
-        settings.set(argument)?;
+impl Machine {
+    /// Whether some tier was described, so that a plan of one rank is meant.
+    pub fn is_given(&self) -> bool {
+        self.hbm.or(self.dram).or(self.nvme).is_some()
     }
-    print(&settings.recipe()?, &args.machine)?;
-    Ok(ExitCode::SUCCESS)
 }
+
+/// Microbatches of a step that are planned: the first and the last differ, those between repeat.
+const MICROBATCHES: u32 = 3;
 
 /// Print what a recipe needs, and where that lies on a machine. Errors: what does not fit, with what
 /// would make it fit.
 pub fn print(recipe: &Recipe, machine: &Machine) -> Result<()> {
-    let model = outlook(recipe, &machine.speeds(recipe)?)?;
+    let mut model = outlook(recipe, &machine.speeds(recipe)?)?;
     print!("{}", needs(&model, recipe));
+    if model.accumulate > MICROBATCHES {
+        model.accumulate = MICROBATCHES;
+        println!(
+            "\nPlanned for a step of {MICROBATCHES} microbatches: every further one repeats the second."
+        );
+    }
     print!("{}", placed(&model, &machine.budgets()?, &machine.rates())?);
     Ok(())
 }

@@ -9,6 +9,8 @@ pub use train::bytes;
 /// "12.3k", "4.56M": three digits that matter.
 pub fn count(n: f64) -> String {
     let (value, unit) = match n {
+        n if n >= 1e18 => (n / 1e18, "E"),
+        n if n >= 1e15 => (n / 1e15, "P"),
         n if n >= 1e12 => (n / 1e12, "T"),
         n if n >= 1e9 => (n / 1e9, "G"),
         n if n >= 1e6 => (n / 1e6, "M"),
@@ -38,6 +40,16 @@ pub fn duration(seconds: f64) -> String {
         60..3600 => format!("{}m {:02}s", whole / 60, whole % 60),
         3600..86_400 => format!("{}h {:02}m", whole / 3600, whole % 3600 / 60),
         _ => format!("{}d {:02}h", whole / 86_400, whole % 86_400 / 3600),
+    }
+}
+
+/// "1.234 s", "5.7 ms", "12 us": for times far below a minute.
+pub fn short(seconds: f64) -> String {
+    match seconds {
+        s if s >= 100.0 => duration(s),
+        s if s >= 1.0 => format!("{s:.3} s"),
+        s if s >= 1e-3 => format!("{:.2} ms", s * 1e3),
+        s => format!("{:.1} us", s * 1e6),
     }
 }
 
@@ -90,6 +102,7 @@ mod tests {
             ["950", "12.3k", "4.56M", "1.50T"]
         );
         assert_eq!([flops(2.7e10), flops(12.0)], ["27.0 GFLOP", "12 FLOP"]);
+        assert_eq!([short(1.5), short(0.0123), short(2e-6)], ["1.500 s", "12.30 ms", "2.0 us"]);
         assert_eq!([duration(1.23), duration(125.0), duration(11_040.0)], ["1.2 s", "2m 05s", "3h 04m"]);
     }
 }

@@ -1,4 +1,5 @@
-//! Mesh, layouts, communicators and the distributed matmul.
+//! Mesh, layouts, communicators, the distributed matmul, pipeline schedules and
+//! what all of it costs.
 //!
 //! A layer is written against a mesh and a layout; a serial layer is the parallel layer on a mesh
 //! of one. This room never learns what a layer is for.
@@ -8,6 +9,7 @@ mod bell;
 mod beside;
 mod call;
 mod communicator;
+pub mod cost;
 mod diagnosis;
 mod error;
 mod group;
@@ -15,6 +17,7 @@ mod launch;
 mod layout;
 mod matmul;
 mod mesh;
+pub mod pipeline;
 mod shape;
 mod threads;
 mod traffic;

@@ -134,6 +134,26 @@ impl Config {
         }
     }
 
+    /// The numbers that cost depends on.
+    pub fn shape(&self) -> dist::cost::ModelShape {
+        let (heads, kv_heads, head_dim) = self.heads();
+        let tied = match self {
+            Config::Llama(config) => config.tied,
+            Config::Gpt2(_) => true,
+        };
+        dist::cost::ModelShape {
+            layers: self.layers(),
+            width: self.width(),
+            heads,
+            kv_heads,
+            head_dim,
+            ffn: self.ffn(),
+            gated: self.gated(),
+            vocab: self.vocab(),
+            tied,
+        }
+    }
+
     /// What utilisation counts.
     pub fn flops(&self) -> crate::Flops {
         let (n, k, h) = self.heads();

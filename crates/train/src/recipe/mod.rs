@@ -4,8 +4,8 @@ pub mod keys;
 mod values;
 
 pub use values::{
-    CheckpointRecipe, DataRecipe, EvalRecipe, ModelRecipe, Recipe, RunRecipe, SampleRecipe, TokenizerRecipe,
-    TrainRecipe,
+    CheckpointRecipe, ClusterRecipe, DataRecipe, EvalRecipe, ModelRecipe, Recipe, RunRecipe, SampleRecipe,
+    TokenizerRecipe, TrainRecipe,
 };
 
 use keys::{KEYS, Key, Kind};

@@ -4,6 +4,7 @@ use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
+use dist::cost::{Cluster, Link};
 use model::Recompute;
 use serde_json::json;
 use std::path::PathBuf;
@@ -28,6 +29,8 @@ pub struct Recipe {
     pub sample: SampleRecipe,
     /// `[checkpoint]`
     pub checkpoint: CheckpointRecipe,
+    /// `[cluster]`
+    pub cluster: ClusterRecipe,
     /// `log.tensorboard`
     pub tensorboard: bool,
 }
@@ -138,6 +141,15 @@ pub struct CheckpointRecipe {
     pub background: bool,
 }
 
+/// `[cluster]`
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ClusterRecipe {
+    /// Devices.
+    pub devices: usize,
+    /// What they and their links can do.
+    pub cluster: Cluster,
+}
+
 /// Typed look-ups; the settings were checked against the table, so types are as it says.
 struct Get<'a>(&'a Settings);
 
@@ -219,9 +231,31 @@ impl Recipe {
                 keep_last: int("checkpoint.keep_last")? as usize,
                 background: get.flag("checkpoint.background"),
             },
+            cluster: cluster(&get)?,
             tensorboard: get.flag("log.tensorboard"),
         })
     }
+}
+
+fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let int = |key| need(get.int(key), key).map(|n| n as usize);
+    let float = |key| need(get.float(key), key);
+    let link = |latency, rate| -> Result<Link, RecipeError> {
+        Ok(Link { latency_s: float(latency)? * 1e-6, bytes_per_s: float(rate)? * 1e9 })
+    };
+    let cluster = Cluster {
+        node_devices: int("cluster.node_devices")?,
+        device_bytes: float("cluster.memory")? * GIB,
+        flops_per_s: float("cluster.compute")? * 1e12,
+        device_bytes_per_s: float("cluster.memory_rate")? * 1e9,
+        host_bytes: float("cluster.host_memory")? * GIB,
+        host_bytes_per_s: float("cluster.host_memory_rate")? * 1e9,
+        host_link: link("cluster.host_latency", "cluster.host_rate")?,
+        intra: link("cluster.intra_latency", "cluster.intra_rate")?,
+        inter: link("cluster.inter_latency", "cluster.inter_rate")?,
+    };
+    Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
 }
 
 fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {

@@ -1,0 +1,223 @@
+//! The answer of `trilith plan` as tables.
+
+use super::{GIB, Question};
+use crate::show;
+use dist::Axis;
+use dist::cost::{
+    Contender, Decision, Grid, MeshShape, Price, Scheme, Variation, Zero, layer_flows, peers, pure_grids,
+    title,
+};
+use train::bytes;
+
+/// Bytes of an activation and of a weight as messages carry them.
+const ELEMENT_BYTES: f64 = 2.0;
+
+pub fn headline(question: &Question) -> String {
+    let Question { config, model, batch, cluster, space, .. } = question;
+    let (n, k, h) = config.heads();
+    let shape = format!(
+        "{} {} layers, width {}, {n} heads ({k} kv) of {h}, ffn {}, vocabulary {}: {} parameters",
+        config.family(),
+        model.layers,
+        model.width,
+        model.ffn,
+        model.vocab,
+        show::count(model.params())
+    );
+    let tokens = (batch.rows * batch.context) as f64;
+    let step = format!(
+        "{} rows of {} tokens: {} tokens, {}",
+        batch.rows,
+        batch.context,
+        show::count(tokens),
+        show::flops(model.step_flops(*batch))
+    );
+    let devices = format!(
+        "{} in nodes of {}, each {} and {:.0} TFLOP/s in products",
+        space.devices,
+        cluster.node_devices,
+        bytes(cluster.device_bytes as u64),
+        cluster.flops_per_s / 1e12
+    );
+    let links = format!(
+        "{:.0} GB/s, {:.0} us in a node; {:.0} GB/s, {:.0} us between nodes; {:.0} GB/s to the host",
+        cluster.intra.bytes_per_s / 1e9,
+        cluster.intra.latency_s * 1e6,
+        cluster.inter.bytes_per_s / 1e9,
+        cluster.inter.latency_s * 1e6,
+        cluster.host_link.bytes_per_s / 1e9
+    );
+    let facts = show::facts(&[("model", shape), ("step", step), ("devices", devices), ("links", links)]);
+    format!("{facts}\nEverything below is predicted: computed from shapes and the figures above.\n\n")
+}
+
+/// All devices as one tensor mesh: who talks to whom, and how much, in each scheme.
+pub fn schemes(question: &Question) -> String {
+    let devices = question.space.devices;
+    let m = (question.rows * question.batch.context) as f64;
+    let rows = pure_grids(&question.model, devices, m)
+        .into_iter()
+        .map(|(scheme, grid)| scheme_row(question, scheme, grid, m));
+    let header = ["scheme", "mesh", "peers", "received / bsh", "per layer", "messages"];
+    let table = show::table(&header, rows.collect(), &[2, 3, 4, 5]);
+    format!(
+        "All {devices} devices as one tensor mesh, one microbatch of {} rows ({} tokens), one layer\n\
+         forward and backward: what a rank receives (and sends), and how long its messages take alone\n\
+         {table}\n\n",
+        question.rows,
+        show::count(m)
+    )
+}
+
+fn scheme_row(question: &Question, scheme: Scheme, grid: Grid, m: f64) -> Vec<String> {
+    let mesh = MeshShape::SOLO.with(Axis::X, grid.x).with(Axis::Y, grid.y).with(Axis::Z, grid.z);
+    let flows = layer_flows(&question.model, scheme, grid, m);
+    let elements: f64 = flows.iter().map(|flow| flow.elements).sum();
+    let axes = [Axis::X, Axis::Y, Axis::Z];
+    let link = |axis| question.cluster.link(&mesh, axis);
+    let seconds: f64 =
+        axes.iter().zip(flows).map(|(axis, flow)| link(*axis).seconds(flow, ELEMENT_BYTES)).sum();
+    let sizes = [grid.x, grid.y, grid.z];
+    let sizes: Vec<String> = sizes.iter().filter(|size| **size > 1).map(usize::to_string).collect();
+    let lines: Vec<String> = [grid.x, grid.y, grid.z]
+        .iter()
+        .filter(|size| **size > 1)
+        .map(|size| (size - 1).to_string())
+        .collect();
+    let who = if lines.len() > 1 {
+        format!("{} = {}", lines.join(" + "), peers(grid))
+    } else {
+        peers(grid).to_string()
+    };
+    vec![
+        title(scheme).to_string(),
+        if sizes.is_empty() { "1".into() } else { sizes.join(" x ") },
+        who,
+        format!("{:.3}", elements / (m * question.model.width as f64)),
+        bytes((elements * ELEMENT_BYTES) as u64),
+        show::short(seconds),
+    ]
+}
+
+pub fn decision(question: &Question, decision: &Decision, fewer: Option<&Price>) -> String {
+    let best = &decision.best;
+    let choice = format!("The choice, of {} plans priced\n{}", decision.priced, chosen(question, best));
+    let parts = best.seconds.parts().into_iter().filter(|(_, seconds)| *seconds > 0.0);
+    let rows = parts.map(|(name, seconds)| {
+        vec![name.to_string(), show::short(seconds), format!("{:.1} %", 100.0 * seconds / best.step())]
+    });
+    let step = show::table(&["part of the step", "", ""], rows.collect(), &[1, 2]);
+    let memory = &best.memory;
+    let held = [
+        ("weights", memory.weights),
+        ("gradients", memory.grads),
+        ("optimizer state", memory.optimizer),
+        ("activations", memory.activations),
+        ("on the device", memory.device()),
+        ("on the host", memory.host),
+    ];
+    let rows = held.iter().map(|(name, held)| vec![name.to_string(), bytes(*held as u64)]).collect();
+    let memory = show::table(&["memory of the fullest rank", ""], rows, &[1]);
+    let note = fewer.map_or(String::new(), |price| {
+        let devices = price.plan.mesh.world_size();
+        format!(
+            "  {devices} of the devices would take {} a step: {}\n",
+            show::short(price.step()),
+            price.plan.mesh
+        )
+    });
+    format!(
+        "{choice}{note}\n{step}\n\n{memory}\n\n{}\n\n{}\n\n{}\n",
+        traffic(best),
+        contenders(&decision.contenders),
+        variations(question, &decision.variations, best)
+    )
+}
+
+fn chosen(question: &Question, best: &Price) -> String {
+    let plan = &best.plan;
+    let (flops, devices) = (question.model.step_flops(question.batch), question.space.devices as f64);
+    let reached = flops / best.step() / devices;
+    let tokens = (question.batch.rows * question.batch.context) as f64;
+    let recompute = if plan.recompute { "every layer" } else { "none" };
+    let mut facts = vec![("mesh", plan.mesh.to_string())];
+    if plan.mesh.grid().size() > 1 {
+        facts.push(("scheme", plan.scheme.to_string()));
+    }
+    if plan.mesh.size(Axis::Pp) > 1 {
+        facts.push(("schedule", plan.schedule.to_string()));
+    }
+    if plan.mesh.size(Axis::Fsdp) > 1 {
+        facts.push(("fsdp shares", shared(plan.zero).to_string()));
+    }
+    facts.extend([
+        ("microbatches", format!("{} of {} rows", best.microbatches, plan.microbatch_rows)),
+        ("recompute", recompute.to_string()),
+        ("on the host", plan.offload.to_string()),
+        (
+            "step, predicted",
+            format!(
+                "{}: {} tokens/s, {:.0} TFLOP/s a device ({:.0} % of what products reach)",
+                show::short(best.step()),
+                show::count(tokens / best.step()),
+                reached / 1e12,
+                100.0 * reached / question.cluster.flops_per_s
+            ),
+        ),
+        ("peers of a rank", best.peers().to_string()),
+    ]);
+    show::facts(&facts)
+}
+
+fn shared(zero: Zero) -> &'static str {
+    match zero {
+        Zero::One => "optimizer state (ZeRO 1)",
+        Zero::Two => "optimizer state and gradients (ZeRO 2)",
+        Zero::Three => "optimizer state, gradients and weights (ZeRO 3)",
+    }
+}
+
+fn traffic(best: &Price) -> String {
+    let rows = Axis::ALL.into_iter().filter(|axis| best.plan.mesh.size(*axis) > 1).map(|axis| {
+        let traffic = best.traffic[axis as usize];
+        vec![
+            axis.name().to_string(),
+            best.plan.mesh.size(axis).to_string(),
+            traffic.peers.to_string(),
+            bytes(traffic.bytes as u64),
+            show::count(traffic.calls),
+        ]
+    });
+    show::table(&["axis", "ranks", "peers", "received a step", "calls"], rows.collect(), &[1, 2, 3, 4])
+        .to_string()
+}
+
+fn contenders(contenders: &[Contender]) -> String {
+    let rows = contenders.iter().map(|contender| {
+        let (step, memory, mesh) = match (&contender.best, &contender.least) {
+            (Some(price), _) => (show::short(price.step()), gib(price), price.plan.mesh.to_string()),
+            (None, Some(price)) => ("".into(), gib(price), price.plan.mesh.to_string()),
+            (None, None) => Default::default(),
+        };
+        vec![contender.family.to_string(), step, memory, contender.why.clone(), mesh]
+    });
+    let header = ["best of each family", "step", "GiB", "why it lost", "mesh"];
+    show::table(&header, rows.collect(), &[1, 2]).to_string()
+}
+
+fn variations(question: &Question, variations: &[Variation], best: &Price) -> String {
+    let rows = variations.iter().map(|variation| match &variation.price {
+        Err(error) => vec![variation.what.clone(), "".into(), "".into(), error.to_string()],
+        Ok(price) => {
+            let fits = if price.fits(&question.cluster) { "" } else { "does not fit" };
+            let more = 100.0 * (price.step() / best.step() - 1.0);
+            vec![variation.what.clone(), format!("{more:+.1} %"), gib(price), fits.to_string()]
+        }
+    });
+    let header = ["the choice but", "step", "GiB", ""];
+    show::table(&header, rows.collect(), &[1, 2]).to_string()
+}
+
+fn gib(price: &Price) -> String {
+    format!("{:.1}", price.memory.device() / GIB)
+}

@@ -1,0 +1,71 @@
+//! `trilith plan` as someone with a laptop uses it.
+
+mod common;
+
+use common::{Place, REPOSITORY};
+
+fn gpt3() -> String {
+    format!("{REPOSITORY}/recipes/gpt3-175b.toml")
+}
+
+#[test]
+fn ten_thousand_devices_for_gpt3() {
+    let place = Place::new();
+    let plan = place.succeeds(&["plan", &gpt3(), "--devices", "10000"]);
+    for part in [
+        "175G parameters",
+        "9999",
+        "99 + 99 = 198",
+        "predicted",
+        "the choice",
+        "memory of the fullest rank",
+        "2D weight-stationary",
+        "recompute always",
+    ] {
+        assert!(plan.contains(part), "{part}: {plan}");
+    }
+    assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn a_mesh_can_be_pinned() {
+    let place = Place::new();
+    let plan = place.succeeds(&["plan", &gpt3(), "--mesh", "pp=8,fsdp=8,x=2,y=4"]);
+    assert!(plan.contains("512 in nodes of 8") && plan.contains("pp = 8, fsdp = 8, x = 2, y = 4"), "{plan}");
+}
+
+#[test]
+fn a_model_is_planned_from_its_config_alone() {
+    let place = Place::new();
+    place.write(
+        "big/config.json",
+        r#"{"model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+            "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
+            "max_position_embeddings": 8192}"#,
+    );
+    place.write(
+        "big.toml",
+        "[run]\ndir = \"r\"\n[model]\nfrom = \"big\"\n[data]\npath = \"d\"\n\
+         [train]\nbatch = 4\naccumulate = 128\ncontext = 4096\n",
+    );
+    let plan = place.succeeds(&["plan", "big.toml", "--devices", "256"]);
+    assert!(plan.contains("70.6G parameters") && plan.contains("the choice"), "{plan}");
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_a_remedy() {
+    let place = Place::new();
+    let gpt3 = gpt3();
+    for (arguments, want) in [
+        (&["--devices", "8", "--no-offload"][..], "does not fit on 8 devices"),
+        (&["--devices", "8", "--no-offload"], "take devices of"),
+        (&["--devices", "2003"], "pass --devices"),
+        (&["--devices", "0"], "--devices 0"),
+        (&["--mesh", "x=2", "--devices", "4"], "--mesh has 2 ranks"),
+        (&["--mesh", "x=128"], "no plan can be run on this mesh"),
+        (&["--set", "train.context=4096", "--set", "model.from=nowhere"], "model.from"),
+    ] {
+        let said = place.fails(&[&["plan", &gpt3], arguments].concat());
+        assert!(said.contains(want), "{arguments:?}: {said}");
+    }
+}

@@ -1,0 +1,163 @@
+//! Bytes of the fullest rank, by what they hold.
+
+use super::plan::{Plan, Zero};
+use super::volume::{Half, Scheme, block, inner_cut, overlaps};
+use super::{Batch, ModelShape, Pair};
+use crate::Axis;
+
+/// Bytes a parameter takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StateBytes {
+    /// The weight as products read it.
+    pub weight: f64,
+    /// Its gradient.
+    pub grad: f64,
+    /// What the optimizer keeps: the rest of the f32 master and two moments.
+    pub optimizer: f64,
+}
+
+/// bf16 weights whose masters keep the 16 lower bits beside them, f32 gradients and moments.
+pub const STATE_BYTES: StateBytes = StateBytes { weight: 2.0, grad: 4.0, optimizer: 10.0 };
+
+/// Bytes of an activation.
+pub(super) const ACTIVATION_BYTES: f64 = 2.0;
+
+/// Tokens whose logits the fused loss holds at a time, f32, beside a copy packed for the product.
+const LOSS_SLICE: f64 = 256.0;
+
+/// Part of a device's memory a plan may fill: the rest is for the driver, the communicator's
+/// buffers and fragments.
+pub(super) const USABLE: f64 = 0.92;
+
+/// Bytes of the fullest rank.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Memory {
+    /// Weights, gathered ones included.
+    pub weights: f64,
+    /// Gradients.
+    pub grads: f64,
+    /// Masters and moments on the device.
+    pub optimizer: f64,
+    /// Values kept from forward to backward, and scratch.
+    pub activations: f64,
+    /// What waits in the host's memory.
+    pub host: f64,
+}
+
+impl Memory {
+    /// Bytes on the device.
+    pub fn device(&self) -> f64 {
+        self.weights + self.grads + self.optimizer + self.activations
+    }
+}
+
+/// Pieces a weight is cut into.
+pub(super) fn weight_cut(plan: &Plan) -> f64 {
+    let grid = plan.mesh.grid();
+    match plan.scheme {
+        Scheme::TwoPointFiveD => (grid.x * grid.y) as f64,
+        _ => grid.size() as f64,
+    }
+}
+
+/// Layers of the fullest stage.
+pub(super) fn stage_layers(model: &ModelShape, plan: &Plan) -> usize {
+    let chunks = plan.schedule.chunks();
+    model.layers.div_ceil(plan.mesh.size(Axis::Pp) * chunks) * chunks
+}
+
+/// Matrix parameters of the fullest rank: (those of layers, those of tables).
+pub(super) fn rank_params(model: &ModelShape, plan: &Plan) -> (f64, f64) {
+    // The first stage has the embedding, the last the head; alone, they share a tied one.
+    let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
+    let layers = stage_layers(model, plan) as f64 * model.layer_params();
+    (layers / weight_cut(plan), tables * model.table_params() / weight_cut(plan))
+}
+
+/// Tokens of a microbatch in one context shard, padded to what attention cuts them into.
+pub(super) fn tokens(batch: Batch, plan: &Plan) -> f64 {
+    let (cut, _) = inner_cut(plan.scheme, plan.mesh.grid());
+    let rows = plan.microbatch_rows.next_multiple_of(cut);
+    (rows * batch.context) as f64 / plan.mesh.size(Axis::Cp) as f64
+}
+
+/// Elements a rank keeps of one layer for `m` tokens: the inputs of two norms, q|k|v, what the
+/// first feed-forward product gives (both sides of a GELU), and the inputs of the four products as
+/// their scheme needs them for the gradient of the weights: gathered where it gathers.
+pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
+    let (grid, scheme) = (plan.mesh.grid(), plan.scheme);
+    let all = grid.size() as f64;
+    // Plain 1D keeps the residual stream whole on every rank.
+    let stream = if scheme == Scheme::OneD { 1.0 } else { all };
+    let mut kept = m * 2.0 * model.width as f64 / stream + m * (model.qkv() + model.up()) / all;
+    for pair in [Pair::Attention, Pair::Mlp] {
+        for (half, product) in model.products(pair, m) {
+            let own = product.m * product.k / all;
+            let block = block(scheme, grid, product, half);
+            let whole = if overlaps(scheme) { own } else { block.m * block.k };
+            // SwiGLU is computed again from its inputs, unless the product has gathered it.
+            let again = model.gated && pair == Pair::Mlp && half == Half::Return;
+            kept += if again && whole <= own { 0.0 } else { whole };
+        }
+    }
+    kept
+}
+
+/// Memory of the fullest rank.
+pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
+    let state = STATE_BYTES;
+    let (mesh, m) = (&plan.mesh, tokens(batch, plan));
+    let shards = mesh.size(Axis::Fsdp) as f64;
+    let shared = |stage: Zero| if plan.zero >= stage { shards } else { 1.0 };
+    let (layer_params, table) = rank_params(model, plan);
+    let params = layer_params + table;
+    let per_layer = layer_params / stage_layers(model, plan) as f64;
+    let mut weights = params * state.weight / shared(Zero::Three);
+    if plan.zero == Zero::Three && shards > 1.0 {
+        // The layer at work and the next one, fetched beside it; and a table while it is used.
+        weights += (2.0 * per_layer).max(table) * state.weight;
+    }
+    if plan.scheme == Scheme::ThreeD {
+        // The formula of 3D keeps gathered weights from forward to backward.
+        weights += layer_params * (mesh.grid().x as f64 - 1.0) * state.weight;
+    }
+    let optimizer = params * state.optimizer / shared(Zero::One);
+    let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, plan));
+    let scratch = kept_elements(model, plan, m) * ACTIVATION_BYTES;
+    let head = 2.0 * LOSS_SLICE.min(m) * model.vocab as f64 * 4.0 / mesh.grid().size() as f64;
+    // Offloaded activations: one layer leaves while the next is computed.
+    let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers as f64) } else { kept };
+    let mut grads = params * state.grad / shared(Zero::Two);
+    if plan.zero >= Zero::Two && shards > 1.0 {
+        // A layer's gradient exists whole until it is scattered.
+        grads += per_layer * state.grad;
+    }
+    let mut memory =
+        Memory { weights, grads, optimizer, activations: on_device + scratch.max(head), host: 0.0 };
+    if plan.offload.optimizer {
+        memory.host += optimizer;
+        memory.optimizer = 0.0;
+    }
+    if plan.offload.activations {
+        memory.host += kept;
+    }
+    memory
+}
+
+/// Bytes kept from forward to backward by the fullest stage, the first.
+fn activation_bytes(model: &ModelShape, batch: Batch, plan: &Plan) -> f64 {
+    let m = tokens(batch, plan);
+    let each = match plan.recompute {
+        true => m * model.width as f64 / plan.mesh.grid().size() as f64,
+        false => kept_elements(model, plan, m),
+    };
+    let live = plan.pipeline(batch).map_or(0, |pipeline| pipeline.peak_live(0));
+    let chunk_layers = stage_layers(model, plan) / plan.schedule.chunks();
+    live as f64 * chunk_layers as f64 * each * ACTIVATION_BYTES
+}
+
+/// Bytes of one microbatch's kept values on one chunk.
+pub(super) fn chunk_kept_bytes(model: &ModelShape, batch: Batch, plan: &Plan) -> f64 {
+    let live = plan.pipeline(batch).map_or(1, |pipeline| pipeline.peak_live(0)).max(1);
+    activation_bytes(model, batch, plan) / live as f64
+}

@@ -1,0 +1,31 @@
+//! What a run would cost, from shapes alone: bytes, calls and peers of every rank, memory, seconds.
+//! Pure and predicted; `docs/cost-model.md` derives every formula.
+//!
+//! Letters: a product is y [M, N] = x [M, K] w [K, N]; M tokens, D width, F ffn width, V vocab,
+//! T tokens a row; x, y, z sizes of the tensor axes.
+
+mod cluster;
+mod memory;
+mod model_shape;
+mod picture;
+mod plan;
+mod price;
+mod search;
+mod seconds;
+mod volume;
+
+pub use cluster::{Cluster, Link};
+pub use memory::{Memory, STATE_BYTES, StateBytes};
+pub use model_shape::{Batch, ModelShape, Pair};
+pub use picture::{layer_flows, pure_grids, svg, table, title};
+pub use plan::{MeshShape, Offload, Plan, PlanError, Zero};
+pub use price::{AxisTraffic, Price, price};
+pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};
+pub use seconds::Seconds;
+pub use volume::{
+    Flow, Grid, Half, Product, Scheme, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,
+    weight_stationary,
+};
+
+#[cfg(test)]
+mod tests;

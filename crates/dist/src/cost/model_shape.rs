@@ -1,0 +1,105 @@
+//! The numbers of a model and of a step that cost depends on.
+
+use super::volume::{Half, Product};
+
+/// Sizes of a decoder, all layers alike.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ModelShape {
+    /// Layers L.
+    pub layers: usize,
+    /// Width D.
+    pub width: usize,
+    /// Query heads N.
+    pub heads: usize,
+    /// Key and value heads K.
+    pub kv_heads: usize,
+    /// Head dim H.
+    pub head_dim: usize,
+    /// Feed-forward width F.
+    pub ffn: usize,
+    /// Whether the feed-forward part has a gate beside its input (SwiGLU).
+    pub gated: bool,
+    /// Vocabulary V.
+    pub vocab: usize,
+    /// Whether the head is the embedding.
+    pub tied: bool,
+}
+
+/// What one optimizer step is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// Rows of a step, all replicas and microbatches together.
+    pub rows: usize,
+    /// Tokens a row, T.
+    pub context: usize,
+}
+
+/// Which pair of products of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pair {
+    /// q|k|v and out.
+    Attention,
+    /// Up (and gate) and down.
+    Mlp,
+}
+
+impl ModelShape {
+    /// The two products of a pair over `m` tokens.
+    pub fn products(&self, pair: Pair, m: f64) -> [(Half, Product); 2] {
+        let d = self.width as f64;
+        let (out, back) = match pair {
+            Pair::Attention => (self.qkv(), self.attended()),
+            Pair::Mlp => (self.up(), self.ffn as f64),
+        };
+        [(Half::Leave, Product { m, k: d, n: out }), (Half::Return, Product { m, k: back, n: d })]
+    }
+
+    /// The head: logits [M, V].
+    pub fn head(&self, m: f64) -> Product {
+        Product { m, k: self.width as f64, n: self.vocab as f64 }
+    }
+
+    /// Columns of q|k|v: (N + 2 K) H.
+    pub fn qkv(&self) -> f64 {
+        ((self.heads + 2 * self.kv_heads) * self.head_dim) as f64
+    }
+
+    /// Columns of what attention gives: N H.
+    pub fn attended(&self) -> f64 {
+        (self.heads * self.head_dim) as f64
+    }
+
+    /// Columns of the first feed-forward product: 2 F with a gate, F without.
+    pub fn up(&self) -> f64 {
+        (if self.gated { 2 * self.ffn } else { self.ffn }) as f64
+    }
+
+    /// Matrix parameters of a layer.
+    pub fn layer_params(&self) -> f64 {
+        let d = self.width as f64;
+        d * (self.qkv() + self.attended() + self.up() + self.ffn as f64)
+    }
+
+    /// Parameters of the embedding, and of the head where it is another matrix.
+    pub fn table_params(&self) -> f64 {
+        (self.vocab * self.width) as f64
+    }
+
+    /// Matrix parameters of the model; norms and biases, under a tenth of a percent, do not count.
+    pub fn params(&self) -> f64 {
+        let tables = if self.tied { 1.0 } else { 2.0 };
+        self.layers as f64 * self.layer_params() + tables * self.table_params()
+    }
+
+    /// FLOPs of attention for `m` tokens in rows of `t`, forward: scores and values, causal.
+    pub fn attention_flops(&self, m: f64, t: usize) -> f64 {
+        4.0 * self.attended() * m * (t as f64 + 1.0) / 2.0
+    }
+
+    /// FLOPs of a step that count as useful: forward once, backward twice.
+    pub fn step_flops(&self, batch: Batch) -> f64 {
+        let m = (batch.rows * batch.context) as f64;
+        let matrices = self.layers as f64 * self.layer_params() + self.table_params();
+        6.0 * matrices * m + 3.0 * self.layers as f64 * self.attention_flops(m, batch.context)
+    }
+}

@@ -1,0 +1,229 @@
+//! One way to spread a run over devices, and whether it can be.
+
+use super::volume::{Grid, Scheme, inner_cut};
+use super::{Batch, ModelShape};
+use crate::Axis;
+use crate::pipeline::{Pipeline, PipelineError, Schedule};
+use std::fmt;
+
+/// Sizes of all mesh axes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MeshShape {
+    sizes: [usize; Axis::ALL.len()],
+}
+
+/// What the ranks of `fsdp` share: each stage what the one before does, and more (Rajbhandari et
+/// al. 2019, arXiv:1910.02054).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Zero {
+    /// Optimizer state.
+    One,
+    /// And gradients.
+    Two,
+    /// And weights.
+    Three,
+}
+
+/// What waits in host memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Offload {
+    /// Masters and moments; the host then runs the optimizer.
+    pub optimizer: bool,
+    /// Values kept from forward to backward.
+    pub activations: bool,
+}
+
+/// One way to spread a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// Ranks along each axis.
+    pub mesh: MeshShape,
+    /// How products are distributed.
+    pub scheme: Scheme,
+    /// What `fsdp` shares.
+    pub zero: Zero,
+    /// Order of the pipeline.
+    pub schedule: Schedule,
+    /// Rows of a microbatch of one replica.
+    pub microbatch_rows: usize,
+    /// Whether layers keep only their input and run again on the way back.
+    pub recompute: bool,
+    /// What waits in host memory.
+    pub offload: Offload,
+}
+
+/// A plan that cannot be run, whatever it costs.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum PlanError {
+    /// More replicas than rows.
+    #[error("{replicas} replicas (dp x fsdp) share {rows} rows; lower dp or fsdp, or take more rows a step")]
+    Rows {
+        /// dp x fsdp.
+        replicas: usize,
+        /// Rows of a step.
+        rows: usize,
+    },
+    /// More slices than layers.
+    #[error("{slices} pipeline slices (pp x chunks) of {layers} layers; lower pp or the chunks")]
+    Layers {
+        /// pp times chunks.
+        slices: usize,
+        /// Layers.
+        layers: usize,
+    },
+    /// Heads cannot be cut.
+    #[error("scheme {scheme} on this mesh cuts {heads} heads into {pieces}; lower that axis")]
+    Heads {
+        /// Scheme of attention.
+        scheme: Scheme,
+        /// Query heads.
+        heads: usize,
+        /// Pieces.
+        pieces: usize,
+    },
+    /// Attention wants whole rows.
+    #[error(
+        "scheme {scheme} on this mesh cuts the {rows} rows of a microbatch into {pieces}; take larger microbatches or a smaller axis"
+    )]
+    Tokens {
+        /// Scheme of attention.
+        scheme: Scheme,
+        /// Rows of a microbatch.
+        rows: usize,
+        /// Pieces.
+        pieces: usize,
+    },
+    /// A sequence cannot be cut.
+    #[error("cp = {cp} cuts rows of {context} tokens; lower cp")]
+    Context {
+        /// Ranks of the context axis.
+        cp: usize,
+        /// Tokens a row.
+        context: usize,
+    },
+    /// A scheme on a mesh it is not made for.
+    #[error(
+        "scheme {scheme} does not go with x = {x}, y = {y}, z = {z}: 1d uses x, summa and weight-stationary x and y, 2.5d and 3d all three; take another scheme or mesh"
+    )]
+    Grid {
+        /// Which scheme.
+        scheme: Scheme,
+        /// First axis.
+        x: usize,
+        /// Second axis.
+        y: usize,
+        /// Third axis.
+        z: usize,
+    },
+    /// A schedule that does not fit.
+    #[error(transparent)]
+    Pipeline(#[from] PipelineError),
+}
+
+impl MeshShape {
+    /// A mesh of one.
+    pub const SOLO: MeshShape = MeshShape { sizes: [1; Axis::ALL.len()] };
+
+    /// The same with one axis of another size.
+    pub fn with(mut self, axis: Axis, size: usize) -> MeshShape {
+        self.sizes[axis as usize] = size;
+        self
+    }
+
+    /// Ranks along an axis.
+    pub fn size(&self, axis: Axis) -> usize {
+        self.sizes[axis as usize]
+    }
+
+    /// Ranks between two neighbours of an axis.
+    pub fn stride(&self, axis: Axis) -> usize {
+        self.sizes[axis as usize + 1..].iter().product()
+    }
+
+    /// All ranks.
+    pub fn world_size(&self) -> usize {
+        self.sizes.iter().product()
+    }
+
+    /// The tensor axes.
+    pub fn grid(&self) -> Grid {
+        Grid { x: self.size(Axis::X), y: self.size(Axis::Y), z: self.size(Axis::Z) }
+    }
+
+    /// Replicas that see different rows: dp x fsdp.
+    pub fn replicas(&self) -> usize {
+        self.size(Axis::Dp) * self.size(Axis::Fsdp)
+    }
+}
+
+impl Plan {
+    /// Microbatches of a step, the last one perhaps padded.
+    pub fn microbatches(&self, batch: Batch) -> usize {
+        batch.rows.div_ceil(self.mesh.replicas()).div_ceil(self.microbatch_rows)
+    }
+
+    /// The pipeline of this plan.
+    pub fn pipeline(&self, batch: Batch) -> Result<Pipeline, PipelineError> {
+        Pipeline::new(self.mesh.size(Axis::Pp), self.microbatches(batch), self.schedule)
+    }
+
+    /// Whether it can be run at all.
+    pub fn check(&self, model: &ModelShape, batch: Batch) -> Result<(), PlanError> {
+        let (mesh, grid) = (&self.mesh, self.mesh.grid());
+        let (replicas, rows) = (mesh.replicas(), batch.rows);
+        if replicas > rows {
+            return Err(PlanError::Rows { replicas, rows });
+        }
+        let (slices, layers) = (mesh.size(Axis::Pp) * self.schedule.chunks(), model.layers);
+        if slices > layers {
+            return Err(PlanError::Layers { slices, layers });
+        }
+        let scheme = self.scheme;
+        let Grid { x, y, z } = grid;
+        let has_use = match scheme {
+            Scheme::OneD | Scheme::OneDSequence => y == 1 && z == 1,
+            Scheme::Summa | Scheme::WeightStationary => z == 1,
+            Scheme::TwoPointFiveD | Scheme::ThreeD => true,
+        };
+        if !has_use {
+            return Err(PlanError::Grid { scheme, x, y, z });
+        }
+        let (heads, rows) = (model.heads, self.microbatch_rows);
+        let (token_cut, head_cut) = inner_cut(scheme, grid);
+        if head_cut > heads {
+            return Err(PlanError::Heads { scheme, heads, pieces: head_cut });
+        }
+        if token_cut > rows {
+            return Err(PlanError::Tokens { scheme, rows, pieces: token_cut });
+        }
+        let (cp, context) = (mesh.size(Axis::Cp), batch.context);
+        if cp > context {
+            return Err(PlanError::Context { cp, context });
+        }
+        self.pipeline(batch)?;
+        Ok(())
+    }
+}
+
+impl fmt::Display for MeshShape {
+    /// "pp 8 x dp 4 x x 2": axes of more than one rank.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let axes: Vec<String> = Axis::ALL
+            .iter()
+            .filter(|axis| self.size(**axis) > 1)
+            .map(|axis| format!("{} = {}", axis.name(), self.size(*axis)))
+            .collect();
+        f.write_str(&if axes.is_empty() { "one rank".to_string() } else { axes.join(", ") })
+    }
+}
+
+impl fmt::Display for Offload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match (self.optimizer, self.activations) {
+            (false, false) => "nothing",
+            (true, false) => "optimizer state",
+            (false, true) => "activations",
+            (true, true) => "optimizer state and activations",
+        })
+    }
+}

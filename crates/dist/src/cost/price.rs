@@ -1,0 +1,284 @@
+//! What one plan costs: seconds by cause, bytes by axis, memory by what it holds.
+
+use super::cluster::Cluster;
+use super::memory::{
+    ACTIVATION_BYTES, Memory, STATE_BYTES, USABLE, chunk_kept_bytes, memory, rank_params, stage_layers,
+    tokens,
+};
+use super::plan::{Plan, PlanError, Zero};
+use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flow};
+use super::volume::{Flow, Scheme};
+use super::{Batch, ModelShape};
+use crate::Axis;
+use crate::pipeline::{Pipeline, Times};
+
+/// Bytes of a parameter the optimizer reads and writes: gradient, weight, master, two moments.
+const OPTIMIZER_TRAFFIC: f64 = 28.0;
+
+/// What a rank of the fullest stage exchanges over one axis in a step.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct AxisTraffic {
+    /// Bytes received; as many are sent.
+    pub bytes: f64,
+    /// Collectives, or messages between stages.
+    pub calls: f64,
+    /// Distinct ranks.
+    pub peers: usize,
+}
+
+/// What one plan costs. Predicted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Price {
+    /// Which.
+    pub plan: Plan,
+    /// The step by cause.
+    pub seconds: Seconds,
+    /// Bytes of the fullest rank.
+    pub memory: Memory,
+    /// Traffic over each axis, in the order of `Axis::ALL`.
+    pub traffic: [AxisTraffic; Axis::ALL.len()],
+    /// Microbatches of a step.
+    pub microbatches: usize,
+}
+
+impl Price {
+    /// Whether it stays within a device and its share of the host.
+    pub fn fits(&self, cluster: &Cluster) -> bool {
+        self.memory.device() <= cluster.device_bytes * USABLE
+            && self.memory.host <= cluster.host_bytes * USABLE
+    }
+
+    /// Seconds of the step.
+    pub fn step(&self) -> f64 {
+        self.seconds.total()
+    }
+
+    /// All ranks this rank exchanges data with.
+    pub fn peers(&self) -> usize {
+        self.traffic.iter().map(|traffic| traffic.peers).sum()
+    }
+}
+
+/// Price a plan.
+pub fn price(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> Result<Price, PlanError> {
+    plan.check(model, batch)?;
+    let layer = LayerCost::new(model, batch, cluster, plan);
+    let pipeline = plan.pipeline(batch)?;
+    Ok(Run { model, batch, cluster, plan, pipeline }.price(&layer))
+}
+
+/// A checked plan with all it is priced from.
+pub(super) struct Run<'a> {
+    pub model: &'a ModelShape,
+    pub batch: Batch,
+    pub cluster: &'a Cluster,
+    pub plan: &'a Plan,
+    pub pipeline: Pipeline,
+}
+
+impl Run<'_> {
+    pub fn price(&self, layer: &LayerCost) -> Price {
+        let chunk = self.chunk(layer);
+        let (seconds, times) = self.pipeline_seconds(&chunk);
+        let mut seconds = seconds;
+        let mut traffic = self.tensor_traffic(layer);
+        self.pass_messages(&mut seconds, &mut traffic, times);
+        self.reduce_gradients(&mut seconds, &mut traffic, times);
+        self.update(&mut seconds);
+        self.offload_activations(&mut seconds, times);
+        for axis in Axis::ALL {
+            let size = self.plan.mesh.size(axis);
+            traffic[axis as usize].peers = if axis == Axis::Pp { (size - 1).min(2) } else { size - 1 };
+        }
+        Price {
+            plan: *self.plan,
+            seconds,
+            memory: memory(self.model, self.batch, self.plan),
+            traffic,
+            microbatches: self.pipeline.microbatches(),
+        }
+    }
+
+    /// Phases of one chunk of the slowest stage for one microbatch.
+    fn chunk(&self, cost: &LayerCost) -> Phases {
+        let (slices, v) = (self.pipeline.stages() * self.pipeline.chunks(), self.pipeline.chunks() as f64);
+        let layers = self.model.layers.div_ceil(slices);
+        // The last slice has the head, and fewer layers where they do not divide.
+        let spare = (layers * slices - self.model.layers).min(layers) as f64;
+        let phase = |layer: Phase, head: Phase| {
+            let mut sum = Phase::default();
+            sum.add(layer, layers as f64);
+            let more = (head.total() - spare * layer.total()).max(0.0) / v;
+            if head.total() > 0.0 {
+                sum.add(head, more / head.total());
+            }
+            sum
+        };
+        let mut chunk = Phases {
+            forward: phase(cost.layer.forward, cost.head.forward),
+            input: phase(cost.layer.input, cost.head.input),
+            weight: phase(cost.layer.weight, cost.head.weight),
+        };
+        if self.plan.recompute {
+            chunk.input.add(cost.layer.forward, layers as f64);
+        }
+        chunk
+    }
+
+    fn pipeline_seconds(&self, chunk: &Phases) -> (Seconds, Times) {
+        let times = Times {
+            forward: chunk.forward.total(),
+            backward_input: chunk.input.total(),
+            backward_weight: chunk.weight.total(),
+        };
+        let runs = (self.pipeline.microbatches() * self.pipeline.chunks()) as f64;
+        let mut sum = Phase::default();
+        for phase in [chunk.forward, chunk.input, chunk.weight] {
+            sum.add(phase, runs);
+        }
+        let seconds = Seconds {
+            compute: sum.compute,
+            tensor: sum.tensor,
+            context: sum.context,
+            bubble: (self.pipeline.makespan(times) - sum.total()).max(0.0),
+            ..Seconds::default()
+        };
+        (seconds, times)
+    }
+
+    fn tensor_traffic(&self, cost: &LayerCost) -> [AxisTraffic; Axis::ALL.len()] {
+        let mut traffic = [AxisTraffic::default(); Axis::ALL.len()];
+        let microbatches = self.pipeline.microbatches() as f64;
+        let layers = microbatches * stage_layers(self.model, self.plan) as f64;
+        let forwards = if self.plan.recompute { 2.0 } else { 1.0 };
+        for (i, axis) in [Axis::X, Axis::Y, Axis::Z].into_iter().enumerate() {
+            let flows = [(cost.flows.0[i], forwards * layers), (cost.flows.1[i], layers)];
+            for (flow, times) in flows.into_iter().chain([(cost.head_flows[i], microbatches)]) {
+                traffic[axis as usize].add(flow, ACTIVATION_BYTES, times);
+            }
+        }
+        if self.plan.mesh.size(Axis::Cp) > 1 {
+            let flow = context_flow(self.model, self.plan, tokens(self.batch, self.plan));
+            traffic[Axis::Cp as usize].add(flow, ACTIVATION_BYTES, (forwards + 2.0) * layers);
+        }
+        traffic
+    }
+
+    /// Activations and gradients between stages. Sends do not wait, so what shows is the way of the
+    /// first microbatch down and of the last gradient up, and a link that is slower than a chunk.
+    fn pass_messages(
+        &self,
+        seconds: &mut Seconds,
+        traffic: &mut [AxisTraffic; Axis::ALL.len()],
+        times: Times,
+    ) {
+        if self.pipeline.stages() == 1 {
+            return;
+        }
+        let grid = self.plan.mesh.grid().size() as f64;
+        let elements = tokens(self.batch, self.plan) * self.model.width as f64 / grid;
+        let flow = Flow { elements, calls: 1.0, hops: 1.0 };
+        let each = self.cluster.link(&self.plan.mesh, Axis::Pp).seconds(flow, ACTIVATION_BYTES);
+        let (slices, runs) = (
+            self.pipeline.stages() * self.pipeline.chunks(),
+            (self.pipeline.microbatches() * self.pipeline.chunks()) as f64,
+        );
+        let behind =
+            (each - times.forward).max(0.0) + (each - times.backward_input - times.backward_weight).max(0.0);
+        seconds.messages = 2.0 * (slices as f64 - 1.0) * each + runs * behind;
+        traffic[Axis::Pp as usize].add(flow, ACTIVATION_BYTES, 2.0 * runs);
+    }
+
+    /// Sum gradients over everything that holds copies, innermost axis first, so that each outer
+    /// axis moves only the part the inner ones left to a rank; gather sharded weights.
+    fn reduce_gradients(
+        &self,
+        seconds: &mut Seconds,
+        traffic: &mut [AxisTraffic; Axis::ALL.len()],
+        times: Times,
+    ) {
+        let (mesh, zero) = (&self.plan.mesh, self.plan.zero);
+        let (layer_params, table) = rank_params(self.model, self.plan);
+        let params = layer_params + table;
+        let microbatches = self.pipeline.microbatches() as f64;
+        let mut once = 0.0;
+        let mut part = params;
+        let layered = self.plan.scheme == Scheme::TwoPointFiveD;
+        let depth = if layered { mesh.size(Axis::Z) } else { 1 };
+        let copies = [(Axis::Z, depth), (Axis::Cp, mesh.size(Axis::Cp)), (Axis::Dp, mesh.size(Axis::Dp))];
+        let shards = mesh.size(Axis::Fsdp) as f64;
+        for (axis, size) in copies {
+            // Shards are scattered before replicas are summed.
+            let part_here = if axis == Axis::Dp { part / shards } else { part };
+            let mut flow = Flow::ring(size as f64, part_here);
+            flow.add(flow);
+            once += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
+            traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
+            part /= size as f64;
+        }
+        let copies = (depth * mesh.size(Axis::Cp)) as f64;
+        let link = self.cluster.link(mesh, Axis::Fsdp);
+        let (scatter, gather) = (Flow::ring(shards, params / copies), Flow::ring(shards, params));
+        let scattered = link.seconds(scatter, STATE_BYTES.grad);
+        let gathered = link.seconds(gather, STATE_BYTES.weight);
+        let chunks = self.pipeline.chunks() as f64;
+        let (forward, backward) =
+            (chunks * times.forward, chunks * (times.backward_input + times.backward_weight));
+        let fsdp = &mut traffic[Axis::Fsdp as usize];
+        let layers = stage_layers(self.model, self.plan) as f64;
+        if shards > 1.0 {
+            let scatters = if zero == Zero::One { 1.0 } else { microbatches };
+            let gathers = if zero == Zero::Three { 2.0 * microbatches } else { 1.0 };
+            fsdp.add(scatter, STATE_BYTES.grad, scatters);
+            fsdp.add(gather, STATE_BYTES.weight, gathers);
+            seconds.gradients += match zero {
+                Zero::One => gathered,
+                Zero::Two => gathered + (microbatches - 1.0) * (scattered - backward).max(0.0),
+                Zero::Three => {
+                    // The first layer's weights have nothing to hide behind.
+                    let down = gathered / layers + (gathered - forward).max(0.0);
+                    let up = (gathered + scattered - backward).max(0.0);
+                    microbatches * down + (microbatches - 1.0) * up + gathered
+                }
+            };
+            once += scattered;
+        }
+        // Buckets go while the last microbatch's backward still runs, but for its last layer.
+        let hides = backward * (layers - 1.0) / layers;
+        seconds.gradients += (once - hides).max(once / layers);
+    }
+
+    /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
+    fn update(&self, seconds: &mut Seconds) {
+        let (layer_params, table) = rank_params(self.model, self.plan);
+        let shard = (layer_params + table) / self.plan.mesh.size(Axis::Fsdp) as f64;
+        let traffic = shard * OPTIMIZER_TRAFFIC;
+        seconds.optimizer = match self.plan.offload.optimizer {
+            false => traffic / self.cluster.device_bytes_per_s,
+            true => {
+                // Gradients down, the update and weights up run beside each other.
+                let link = self.cluster.host_link.bytes_per_s;
+                let (down, up) = (shard * STATE_BYTES.grad / link, shard * STATE_BYTES.weight / link);
+                (traffic / self.cluster.host_bytes_per_s).max(down).max(up)
+            }
+        };
+    }
+
+    fn offload_activations(&self, seconds: &mut Seconds, times: Times) {
+        if !self.plan.offload.activations {
+            return;
+        }
+        let bytes = chunk_kept_bytes(self.model, self.batch, self.plan);
+        let each = bytes / self.cluster.host_link.bytes_per_s;
+        let runs = (self.pipeline.microbatches() * self.pipeline.chunks()) as f64;
+        let back = times.backward_input + times.backward_weight;
+        seconds.offload = runs * ((each - times.forward).max(0.0) + (each - back).max(0.0));
+    }
+}
+
+impl AxisTraffic {
+    fn add(&mut self, flow: Flow, element_bytes: f64, times: f64) {
+        self.bytes += times * flow.elements * element_bytes;
+        self.calls += times * flow.calls;
+    }
+}

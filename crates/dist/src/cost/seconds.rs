@@ -1,0 +1,221 @@
+//! Seconds of one layer on one rank: products beside the messages that feed them.
+
+use super::cluster::Cluster;
+use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
+use super::plan::Plan;
+use super::volume::{Flow, Half, Product, Scheme, block, inner_cut, overlaps, panels, volume};
+use super::{Batch, ModelShape, Pair};
+use crate::Axis;
+
+/// Rate of attention as part of the rate of products: softmax runs between its two products.
+const ATTENTION_RATE: f64 = 0.6;
+
+/// Times each kept value passes through memory outside products, forward: written, read by the next
+/// op, and once more for residuals and norms.
+const ELEMENT_PASSES: f64 = 3.0;
+
+/// A step by cause. Parts of messages that run beside products count nowhere.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Seconds {
+    /// Products, attention, elementwise work; with recompute, its second forward.
+    pub compute: f64,
+    /// Messages of the tensor axes nothing hides.
+    pub tensor: f64,
+    /// Messages of the context axis attention does not hide.
+    pub context: f64,
+    /// Stages that wait for others.
+    pub bubble: f64,
+    /// Messages between stages.
+    pub messages: f64,
+    /// Gradients and weights of replicas and shards, what backward does not hide.
+    pub gradients: f64,
+    /// The optimizer.
+    pub optimizer: f64,
+    /// Activations to the host and back, what compute does not hide.
+    pub offload: f64,
+}
+
+impl Seconds {
+    /// (name, seconds) of every part.
+    pub fn parts(&self) -> [(&'static str, f64); 8] {
+        [
+            ("compute", self.compute),
+            ("tensor messages", self.tensor),
+            ("context messages", self.context),
+            ("pipeline bubble", self.bubble),
+            ("pipeline messages", self.messages),
+            ("gradients and shards", self.gradients),
+            ("optimizer", self.optimizer),
+            ("activation offload", self.offload),
+        ]
+    }
+
+    /// The step.
+    pub fn total(&self) -> f64 {
+        self.parts().iter().map(|(_, seconds)| seconds).sum()
+    }
+}
+
+/// One phase of one layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Phase {
+    pub compute: f64,
+    pub tensor: f64,
+    pub context: f64,
+}
+
+impl Phase {
+    pub fn total(&self) -> f64 {
+        self.compute + self.tensor + self.context
+    }
+
+    pub fn add(&mut self, other: Phase, times: f64) {
+        self.compute += times * other.compute;
+        self.tensor += times * other.tensor;
+        self.context += times * other.context;
+    }
+}
+
+/// Forward, gradients of inputs, gradients of weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Phases {
+    pub forward: Phase,
+    pub input: Phase,
+    pub weight: Phase,
+}
+
+/// Everything the seconds and bytes of a layer depend on; the same for many plans.
+pub(super) struct LayerCost {
+    pub layer: Phases,
+    pub head: Phases,
+    /// Elements received over x, y, z by a layer: forward, backward.
+    pub flows: ([Flow; 3], [Flow; 3]),
+    /// The same of the head, both together.
+    pub head_flows: [Flow; 3],
+}
+
+impl LayerCost {
+    pub fn new(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> LayerCost {
+        let m = tokens(batch, plan);
+        let mut cost = LayerCost {
+            layer: Phases::default(),
+            head: Phases::default(),
+            flows: Default::default(),
+            head_flows: Default::default(),
+        };
+        for pair in [Pair::Attention, Pair::Mlp] {
+            for (half, product) in model.products(pair, m) {
+                let (phases, flows) = product_seconds(cluster, plan, plan.scheme, (half, product));
+                cost.layer.add(phases);
+                for axis in 0..3 {
+                    cost.flows.0[axis].add(flows.0[axis]);
+                    cost.flows.1[axis].add(flows.1[axis]);
+                }
+            }
+        }
+        attention_seconds(&mut cost.layer, model, batch, cluster, plan);
+        let bytes = ELEMENT_PASSES * ACTIVATION_BYTES * kept_elements(model, plan, m);
+        cost.layer.forward.compute += bytes / cluster.device_bytes_per_s;
+        cost.layer.input.compute += 2.0 * bytes / cluster.device_bytes_per_s;
+        (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
+        cost
+    }
+}
+
+impl Phases {
+    fn add(&mut self, other: Phases) {
+        self.forward.add(other.forward, 1.0);
+        self.input.add(other.input, 1.0);
+        self.weight.add(other.weight, 1.0);
+    }
+}
+
+/// A product and its gradients, and what arrives for them: forward, backward.
+fn product_seconds(
+    cluster: &Cluster,
+    plan: &Plan,
+    scheme: Scheme,
+    (half, product): (Half, Product),
+) -> (Phases, ([Flow; 3], [Flow; 3])) {
+    let grid = plan.mesh.grid();
+    let mut volume = volume(scheme, grid, product, half);
+    if scheme == Scheme::TwoPointFiveD {
+        // The sum over depth is taken once a step, with the other gradients.
+        volume.backward_weight[2] = Flow::default();
+    }
+    let panels = panels(scheme, grid) as f64;
+    let compute = gemm_seconds(cluster, block(scheme, grid, product, half), panels);
+    let phase = |flows: [Flow; 3]| {
+        let axes = [Axis::X, Axis::Y, Axis::Z];
+        let each = axes.iter().zip(flows);
+        let messages: f64 =
+            each.map(|(axis, flow)| cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)).sum();
+        // Streaming panels, only the first and what is longer than the products show.
+        let shown = match overlaps(scheme) {
+            true => messages / panels + (messages - compute).max(0.0) * (1.0 - 1.0 / panels),
+            false => messages,
+        };
+        Phase { compute, tensor: shown, context: 0.0 }
+    };
+    let phases = Phases {
+        forward: phase(volume.forward),
+        input: phase(volume.backward_input),
+        weight: phase(volume.backward_weight),
+    };
+    let mut backward = volume.backward_input;
+    for (sum, flow) in backward.iter_mut().zip(volume.backward_weight) {
+        sum.add(flow);
+    }
+    (phases, (volume.forward, backward))
+}
+
+/// Seconds of a block: its FLOPs or its bytes, whichever take longer. Panels accumulate in f32.
+fn gemm_seconds(cluster: &Cluster, block: Product, panels: f64) -> f64 {
+    let Product { m, k, n } = block;
+    let written = if panels > 1.0 { 8.0 * panels * m * n } else { ACTIVATION_BYTES * m * n };
+    let bytes = ACTIVATION_BYTES * (m * k + k * n) + written;
+    (2.0 * m * k * n / cluster.flops_per_s).max(bytes / cluster.device_bytes_per_s)
+}
+
+fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) {
+    let (m, grid, cp) = (tokens(batch, plan), plan.mesh.grid(), plan.mesh.size(Axis::Cp));
+    let (_, head_cut) = inner_cut(plan.scheme, grid);
+    // Heads that do not divide leave some ranks with one more.
+    let uneven = (model.heads.div_ceil(head_cut) * head_cut) as f64 / model.heads as f64;
+    let flops = model.attention_flops(m, batch.context) * uneven / grid.size() as f64;
+    let seconds = flops / (cluster.flops_per_s * ATTENTION_RATE);
+    layer.forward.compute += seconds;
+    layer.input.compute += 2.0 * seconds;
+    if cp > 1 {
+        let ring = cluster.link(&plan.mesh, Axis::Cp).seconds(context_flow(model, plan, m), ACTIVATION_BYTES);
+        layer.forward.context += (ring - seconds).max(0.0);
+        layer.input.context += 2.0 * (ring - seconds).max(0.0);
+    }
+}
+
+/// Keys and values of the other context ranks, in a ring; backward they come again, and their
+/// gradients with them.
+pub(super) fn context_flow(model: &ModelShape, plan: &Plan, m: f64) -> Flow {
+    let others = plan.mesh.size(Axis::Cp) as f64 - 1.0;
+    let own = m * 2.0 * (model.kv_heads * model.head_dim) as f64 / plan.mesh.grid().size() as f64;
+    Flow { elements: others * own, calls: 1.0, hops: others }
+}
+
+/// The head by the scheme that suits it: its output is never moved where that can be helped.
+fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (Phases, [Flow; 3]) {
+    let schemes: &[Scheme] = match plan.scheme {
+        Scheme::WeightStationary => &[Scheme::WeightStationary, Scheme::Summa],
+        _ => std::slice::from_ref(&plan.scheme),
+    };
+    let priced = schemes.iter().map(|scheme| {
+        let (phases, (forward, backward)) =
+            product_seconds(cluster, plan, *scheme, (Half::Leave, model.head(m)));
+        let mut flows = forward;
+        for (sum, flow) in flows.iter_mut().zip(backward) {
+            sum.add(flow);
+        }
+        (phases, flows)
+    });
+    let seconds = |p: &Phases| p.forward.total() + p.input.total() + p.weight.total();
+    priced.min_by(|a, b| seconds(&a.0).total_cmp(&seconds(&b.0))).unwrap_or_default()
+}

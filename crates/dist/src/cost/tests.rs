@@ -1,0 +1,207 @@
+//! Formulas per transformer layer, rectangles, memory and choices.
+
+use super::*;
+use crate::Axis;
+use crate::pipeline::Schedule;
+
+/// The layer all published formulas are for: four h x 4h-like products, 12 h^2 weights.
+fn classic(h: usize) -> ModelShape {
+    ModelShape {
+        layers: 1,
+        width: h,
+        heads: h / 64,
+        kv_heads: h / 64,
+        head_dim: 64,
+        ffn: 4 * h,
+        gated: false,
+        vocab: 50257,
+        tied: true,
+    }
+}
+
+/// Elements a rank receives for one layer, forward and backward.
+fn layer(model: &ModelShape, scheme: Scheme, grid: Grid, m: f64) -> f64 {
+    let pairs = [Pair::Attention, Pair::Mlp];
+    let products = pairs.into_iter().flat_map(|pair| model.products(pair, m));
+    products.map(|(half, product)| volume(scheme, grid, product, half).elements()).sum()
+}
+
+fn close(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 1e-9 * expected.abs(), "{found} is not {expected}");
+}
+
+#[test]
+fn layers_cost_what_the_formulas_say() {
+    let (h, m) = (4096.0, 6144.0);
+    let model = classic(4096);
+    let (bsh, hh) = (m * h, h * h);
+    for q in [1usize, 2, 3, 8, 20, 100] {
+        let f = q as f64;
+        let square = Grid { x: q, y: q, z: 1 };
+        let cube = Grid { x: q, y: q, z: q };
+        let line = Grid { x: q * q, y: 1, z: 1 };
+        let p = f * f;
+        close(layer(&model, Scheme::OneD, line, m), 8.0 * (p - 1.0) / p * bsh);
+        let summa = |d: f64| 3.0 * (f - 1.0) / p * (7.0 * bsh / d + 12.0 * hh);
+        close(layer(&model, Scheme::Summa, square, m), summa(1.0));
+        for z in [1usize, 2, 5] {
+            let d = z as f64;
+            let depth = 2.0 * (d - 1.0) / d * 12.0 * hh / p;
+            close(layer(&model, Scheme::TwoPointFiveD, Grid { z, ..square }, m), summa(d) + depth);
+        }
+        close(layer(&model, Scheme::WeightStationary, square, m), 32.0 * (f - 1.0) / p * bsh);
+        let three = 2.0 * (f - 1.0) / f.powi(3) * (16.0 * bsh + 12.0 * hh);
+        close(layer(&model, Scheme::ThreeD, cube, m), three);
+    }
+}
+
+#[test]
+fn flat_meshes_are_the_lower_dimension() {
+    let model = ModelShape { kv_heads: 8, gated: true, ffn: 11008, ..classic(4096) };
+    let m = 4096.0;
+    for p in [2usize, 6, 16] {
+        let one_d = layer(&model, Scheme::OneD, Grid { x: p, y: 1, z: 1 }, m);
+        close(layer(&model, Scheme::WeightStationary, Grid { x: 1, y: p, z: 1 }, m), one_d);
+        close(layer(&model, Scheme::ThreeD, Grid { x: 1, y: p, z: 1 }, m), one_d);
+        let plane = Grid { x: 3, y: p, z: 1 };
+        let summa = layer(&model, Scheme::Summa, plane, m);
+        close(layer(&model, Scheme::TwoPointFiveD, plane, m), summa);
+        let stationary = layer(&model, Scheme::WeightStationary, plane, m);
+        // 3D without its first axis: x plays z.
+        close(layer(&model, Scheme::ThreeD, Grid { x: 1, y: p, z: 3 }, m), stationary);
+    }
+}
+
+#[test]
+fn rectangles_move_each_operand_by_its_own_axis() {
+    let product = Product { m: 120.0, k: 60.0, n: 240.0 };
+    let found = summa(Grid { x: 2, y: 5, z: 1 }, product).by_axis();
+    close(found[0].elements, 3.0 * 1.0 * 60.0 * 240.0 / 10.0);
+    close(found[1].elements, 3.0 * 4.0 * 120.0 * 60.0 / 10.0);
+    assert_eq!(found[0].calls, 30.0, "ten panels, three passes");
+}
+
+/// An H100-like node of eight.
+fn cluster() -> Cluster {
+    let link = |latency_us: f64, gb: f64| Link { latency_s: latency_us * 1e-6, bytes_per_s: gb * 1e9 };
+    Cluster {
+        node_devices: 8,
+        device_bytes: 80.0 * (1u64 << 30) as f64,
+        flops_per_s: 600e12,
+        device_bytes_per_s: 3e12,
+        host_bytes: 200.0 * (1u64 << 30) as f64,
+        host_bytes_per_s: 40e9,
+        host_link: link(10.0, 50.0),
+        intra: link(3.0, 400.0),
+        inter: link(10.0, 45.0),
+    }
+}
+
+fn gpt3() -> ModelShape {
+    ModelShape { layers: 96, heads: 96, kv_heads: 96, head_dim: 128, ..classic(12288) }
+}
+
+fn small() -> (ModelShape, Batch) {
+    (ModelShape { layers: 8, ..classic(1024) }, Batch { rows: 64, context: 1024 })
+}
+
+fn solo() -> Plan {
+    Plan {
+        mesh: MeshShape::SOLO,
+        scheme: Scheme::OneD,
+        zero: Zero::One,
+        schedule: Schedule::OneFOneB,
+        microbatch_rows: 4,
+        recompute: false,
+        offload: Offload::default(),
+    }
+}
+
+#[test]
+fn gpt3_has_its_parameters() {
+    let billions = gpt3().params() / 1e9;
+    assert!((174.0..176.0).contains(&billions), "{billions}");
+}
+
+#[test]
+fn one_rank_talks_to_nobody_and_waits_for_nobody() {
+    let (model, batch) = small();
+    let price = price(&model, batch, &cluster(), &solo()).unwrap();
+    assert_eq!(price.peers(), 0);
+    let seconds = price.seconds;
+    assert_eq!(price.step(), seconds.compute + seconds.optimizer);
+    assert!(price.step() > model.step_flops(batch) / cluster().flops_per_s);
+}
+
+#[test]
+fn peers_are_rows_and_columns() {
+    let (model, batch) = (gpt3(), Batch { rows: 1024, context: 2048 });
+    let mesh = MeshShape::SOLO.with(Axis::X, 16).with(Axis::Y, 48);
+    let plan = Plan { mesh, microbatch_rows: 64, scheme: Scheme::Summa, ..solo() };
+    assert_eq!(price(&model, batch, &cluster(), &plan).unwrap().peers(), 15 + 47);
+    let hundred = Grid { x: 100, y: 100, z: 1 };
+    assert_eq!(peers(hundred), 99 + 99);
+    assert_eq!(peers(Grid { x: 10_000, y: 1, z: 1 }), 9_999);
+}
+
+#[test]
+fn memory_falls_with_what_each_choice_gives_away() {
+    let (model, batch) = small();
+    let device = |plan: Plan| price(&model, batch, &cluster(), &plan).unwrap().memory.device();
+    let mesh = MeshShape::SOLO.with(Axis::Fsdp, 8);
+    let stages = [Zero::One, Zero::Two, Zero::Three].map(|zero| device(Plan { mesh, zero, ..solo() }));
+    assert!(stages[0] > stages[1] && stages[1] > stages[2], "{stages:?}");
+    assert!(device(solo()) > device(Plan { recompute: true, ..solo() }));
+    let offload = Offload { optimizer: true, activations: true };
+    let price = price(&model, batch, &cluster(), &Plan { offload, ..solo() }).unwrap();
+    close(price.memory.host + price.memory.device() - device(solo()), {
+        // Two layers of activations stay on the device while they travel.
+        let kept = price.memory.host - model.params() * STATE_BYTES.optimizer;
+        2.0 * kept / 8.0
+    });
+}
+
+#[test]
+fn plans_that_cannot_run_say_why() {
+    let (model, batch) = small();
+    let refused = |plan: Plan| price(&model, batch, &cluster(), &plan).unwrap_err().to_string();
+    let wide = MeshShape::SOLO.with(Axis::X, 32);
+    assert!(refused(Plan { mesh: wide, ..solo() }).contains("cuts 16 heads into 32"));
+    let deep = MeshShape::SOLO.with(Axis::Pp, 16);
+    assert!(refused(Plan { mesh: deep, ..solo() }).contains("16 pipeline slices"));
+    let many = MeshShape::SOLO.with(Axis::Dp, 128);
+    assert!(refused(Plan { mesh: many, ..solo() }).contains("share 64 rows"));
+    let plane = MeshShape::SOLO.with(Axis::X, 2).with(Axis::Y, 2);
+    assert!(refused(Plan { mesh: plane, ..solo() }).contains("scheme 1d does not go with x = 2, y = 2"));
+    let rows = MeshShape::SOLO.with(Axis::X, 8).with(Axis::Y, 2);
+    let plan = Plan { mesh: rows, scheme: Scheme::Summa, ..solo() };
+    assert!(refused(plan).contains("cuts the 4 rows"));
+}
+
+#[test]
+fn the_choice_is_the_cheapest_of_all_plans_and_always_the_same() {
+    let (model, batch) = small();
+    let space = Space { devices: 24, mesh: None, offload: true };
+    let decision = search(&model, batch, &cluster(), space).unwrap();
+    assert_eq!(decision, search(&model, batch, &cluster(), space).unwrap());
+    assert_eq!(decision.best.plan.mesh.world_size(), 24);
+    for contender in decision.contenders.iter().filter_map(|contender| contender.best) {
+        assert!(contender.step() >= decision.best.step());
+        assert!(contender.fits(&cluster()));
+        let again = price(&model, batch, &cluster(), &contender.plan).unwrap();
+        assert_eq!(again, contender, "a search prices as `price` does");
+    }
+    for variation in decision.variations {
+        let better = variation.price.is_ok_and(|p| p.fits(&cluster()) && p.step() < decision.best.step());
+        assert!(!better, "{} would be better", variation.what);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_told_what_would() {
+    let batch = Batch { rows: 1024, context: 2048 };
+    let space = Space { devices: 16, mesh: None, offload: false };
+    let refused = search(&gpt3(), batch, &cluster(), space).unwrap_err();
+    assert!(refused.least.is_some_and(|least| least.memory.device() > cluster().device_bytes));
+    assert!(refused.offload_helps || refused.devices.is_some());
+}
