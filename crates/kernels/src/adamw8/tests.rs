@@ -162,13 +162,15 @@ fn regress(beta2: f32, steps: u64) -> (f64, f64, f64) {
 
 #[test]
 fn a_regression_ends_where_it_ends_with_f32_moments() {
-    for (beta2, tolerance) in [(0.95, 0.05), (0.999, 0.05)] {
+    // Two-sided: frozen averages (rounding to the nearest) end 66 % lower and 37 % higher than f32.
+    let tolerance = 0.05;
+    for beta2 in [0.95, 0.999] {
         let (before, f32s, bytes) = regress(beta2, 1500);
         println!(
             "beta2 {beta2}: {before:.4} -> f32 {f32s:.3e}, 8 bits {bytes:.3e}, {:+.2} %",
             100.0 * (bytes / f32s - 1.0)
         );
         assert!(f32s < before / 50.0, "the regression itself: {before} -> {f32s}");
-        assert!(bytes < f32s * (1.0 + tolerance), "beta2 {beta2}: {bytes} against {f32s}");
+        assert!((bytes / f32s - 1.0).abs() < tolerance, "beta2 {beta2}: {bytes} against {f32s}");
     }
 }
