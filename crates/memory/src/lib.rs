@@ -6,6 +6,9 @@
 
 use std::fmt;
 
+pub mod plan;
+pub mod trace;
+
 /// Where bytes live, fastest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Tier {
