@@ -23,12 +23,13 @@ pub struct Region {
     granule_bytes: usize,
 }
 
-/// One granule, exclusively ours until dropped, on whatever thread.
+/// One granule, exclusively ours until dropped, on whatever thread; here or away.
 pub struct Loan {
     block: Arc<Reserved>,
     granule: usize,
     start: usize,
     bytes: usize,
+    here: bool,
 }
 
 struct Reserved {
@@ -37,6 +38,16 @@ struct Reserved {
     /// First byte of the region: the mapping's, aligned to what its pages should be.
     ptr: NonNull<u8>,
     states: Box<[AtomicU8]>,
+    bytes: usize,
+    granule_bytes: usize,
+}
+
+impl Reserved {
+    /// Memory behind a granule while it is here: whole pages.
+    fn bytes_of(&self, granule: usize) -> usize {
+        let left = self.bytes - granule * self.granule_bytes;
+        left.next_multiple_of(ALIGN_BYTES).min(self.granule_bytes)
+    }
 }
 
 // SAFETY: the addresses are owned by this block alone; who may touch which granule is governed by
@@ -47,6 +58,8 @@ unsafe impl Sync for Reserved {}
 
 impl Drop for Reserved {
     fn drop(&mut self) {
+        let here = |i: &usize| self.states[*i].load(Ordering::Acquire) == HERE;
+        (0..self.states.len()).filter(here).for_each(|i| count_returned(self.bytes_of(i)));
         // SAFETY: our own mapping; no window outlives the region, no loan outlives this block.
         unsafe { libc::munmap(self.mapping.0.as_ptr().cast(), self.mapping.1) };
     }
@@ -89,10 +102,10 @@ impl Region {
         let shift = (start.as_ptr() as usize).next_multiple_of(align) - start.as_ptr() as usize;
         // SAFETY: `shift` is less than `align`, which the mapping has room for.
         let ptr = unsafe { start.add(shift) };
-        advise_huge_pages(ptr, rounded, huge);
+        advise_pages(ptr, rounded, huge);
         let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let block = Arc::new(Reserved { mapping: (start, length), ptr, states });
-        Ok(Region { block, device, bytes, granule_bytes })
+        let block = Reserved { mapping: (start, length), ptr, states, bytes, granule_bytes };
+        Ok(Region { block: Arc::new(block), device, bytes, granule_bytes })
     }
 
     /// Where its bytes live while they are here.
@@ -112,8 +125,7 @@ impl Region {
 
     /// Memory behind granule `i` while it is here: whole pages.
     pub fn granule_bytes(&self, i: usize) -> usize {
-        let left = self.bytes - i * self.granule_bytes;
-        left.next_multiple_of(ALIGN_BYTES).min(self.granule_bytes)
+        self.block.bytes_of(i)
     }
 
     /// Whether granule `i` is here and not lent.
@@ -121,33 +133,27 @@ impl Region {
         self.block.states[i].load(Ordering::Acquire) == HERE
     }
 
+    /// Whether somebody holds a loan of granule `i`.
+    pub fn is_lent(&self, i: usize) -> bool {
+        self.block.states[i].load(Ordering::Acquire) == LENT
+    }
+
     /// Put memory behind granule `i`; it reads as zeros.
     pub fn bring(&mut self, i: usize) {
-        let was = self.block.states[i].swap(HERE, Ordering::AcqRel);
-        assert_eq!(was, AWAY, "granule {i} is brought twice");
-        count_committed(self.granule_bytes(i));
+        self.lend(i).bring();
     }
 
     /// Give the memory of granule `i` back; its bytes are lost.
     pub fn send_away(&mut self, i: usize) {
-        let was = self.block.states[i].swap(AWAY, Ordering::AcqRel);
-        assert_eq!(was, HERE, "granule {i} is sent away while it is not here");
-        let bytes = self.granule_bytes(i);
-        // SAFETY: whole pages of our own mapping, on which no window is open (`&mut self`) and no
-        // loan (the state); they read as zeros afterwards.
-        unsafe {
-            let start = self.block.ptr.as_ptr().add(i * self.granule_bytes);
-            libc::madvise(start.cast(), bytes, libc::MADV_DONTNEED);
-        }
-        count_returned(bytes);
+        self.lend(i).send_away();
     }
 
-    /// Lend granule `i`, which is here, to another thread.
+    /// Lend granule `i`, here or away, to whoever moves it, maybe on another thread.
     pub fn lend(&mut self, i: usize) -> Loan {
         let was = self.block.states[i].swap(LENT, Ordering::AcqRel);
-        assert_eq!(was, HERE, "granule {i} is lent while it is not here");
+        assert_ne!(was, LENT, "granule {i} is lent twice");
         let (start, bytes) = (i * self.granule_bytes, self.granule_bytes(i));
-        Loan { block: self.block.clone(), granule: i, start, bytes }
+        Loan { block: self.block.clone(), granule: i, start, bytes, here: was == HERE }
     }
 
     /// Read `len` elements of `dtype` from element `start` on; all of them must be here.
@@ -184,27 +190,42 @@ impl Region {
     }
 }
 
-impl Drop for Region {
-    fn drop(&mut self) {
-        for i in 0..self.granules() {
-            // What is lent is counted until the end of the process's books too: the memory itself
-            // goes with the last loan.
-            if self.block.states[i].load(Ordering::Acquire) != AWAY {
-                count_returned(self.granule_bytes(i));
-            }
-        }
-    }
-}
-
 impl Loan {
+    /// Bytes of memory behind it while it is here.
+    pub fn len_bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Put memory behind it; it reads as zeros.
+    pub fn bring(&mut self) {
+        assert!(!self.here, "granule {} is brought twice", self.granule);
+        self.here = true;
+        count_committed(self.bytes);
+    }
+
+    /// Give its memory back; its bytes are lost.
+    pub fn send_away(&mut self) {
+        assert!(self.here, "granule {} is sent away twice", self.granule);
+        self.here = false;
+        // SAFETY: whole pages of our own mapping that nobody else may touch while they are lent;
+        // they read as zeros afterwards.
+        unsafe {
+            let start = self.block.ptr.as_ptr().add(self.start);
+            libc::madvise(start.cast(), self.bytes, libc::MADV_DONTNEED);
+        }
+        count_returned(self.bytes);
+    }
+
     /// The bytes, for reading.
     pub fn bytes(&self) -> &[u8] {
+        assert!(self.here, "granule {} is read while it is away", self.granule);
         // SAFETY: in bounds by construction; the state keeps everyone else out.
         unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().add(self.start), self.bytes) }
     }
 
     /// The bytes, for writing.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
+        assert!(self.here, "granule {} is written while it is away", self.granule);
         // SAFETY: as above, and this is the only loan of the granule.
         unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().add(self.start), self.bytes) }
     }
@@ -212,15 +233,18 @@ impl Loan {
 
 impl Drop for Loan {
     fn drop(&mut self) {
-        self.block.states[self.granule].store(HERE, Ordering::Release);
+        let state = if self.here { HERE } else { AWAY };
+        self.block.states[self.granule].store(state, Ordering::Release);
     }
 }
 
-fn advise_huge_pages(ptr: NonNull<u8>, bytes: usize, huge: bool) {
+/// Small granules must not stand on huge pages they share: one that comes would bring its neighbours.
+fn advise_pages(ptr: NonNull<u8>, bytes: usize, huge: bool) {
     #[cfg(target_os = "linux")]
-    if huge {
+    {
+        let advice = if huge { libc::MADV_HUGEPAGE } else { libc::MADV_NOHUGEPAGE };
         // SAFETY: advice on our own fresh mapping; a refusal changes nothing.
-        unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, advice) };
     }
     let _ = (ptr, bytes, huge);
 }
@@ -253,6 +277,11 @@ mod tests {
         assert!(!region.is_here(0));
         std::thread::spawn(move || loan.bytes_mut().fill(7)).join().unwrap();
         assert!(region.view(DType::U16, 0, 2048).bytes().iter().all(|x| *x == 7));
+        let (mut comes, mut goes) = (region.lend(1), region.lend(0));
+        comes.bring();
+        goes.send_away();
+        drop((comes, goes));
+        assert!(region.is_here(1) && !region.is_here(0));
     }
 
     #[test]

@@ -1,0 +1,205 @@
+//! The flat arrays of a model, one a class, all of the same number of elements: the one place that
+//! knows where a weight, a gradient or a moment lies.
+//!
+//! Without a pager everything is here for good. With one, chunks come and go behind addresses that
+//! stay, and whoever opens a window has said so before with `visit`.
+
+use crate::pager::{About, Pager, PagerError, Setup};
+use crate::trace::Access;
+use crate::{CLASSES, Class};
+use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
+use std::ops::Range;
+
+struct Array {
+    dtype: DType,
+    region: Region,
+}
+
+/// The regions by class.
+#[derive(Default)]
+pub(crate) struct Regions([Option<Array>; CLASSES]);
+
+impl Regions {
+    fn region(&mut self, class: usize) -> &mut Region {
+        &mut self.0[class].as_mut().expect("a chunk of a class that was added").region
+    }
+
+    pub fn is_here(&self, (class, i): (usize, usize)) -> bool {
+        self.0[class].as_ref().is_some_and(|array| array.region.is_here(i))
+    }
+
+    pub fn is_lent(&self, (class, i): (usize, usize)) -> bool {
+        self.0[class].as_ref().is_some_and(|array| array.region.is_lent(i))
+    }
+
+    pub fn bring(&mut self, (class, i): (usize, usize)) {
+        self.region(class).bring(i);
+    }
+
+    pub fn send_away(&mut self, (class, i): (usize, usize)) {
+        self.region(class).send_away(i);
+    }
+
+    pub fn lend(&mut self, (class, i): (usize, usize)) -> device::Loan {
+        self.region(class).lend(i)
+    }
+}
+
+/// A run of elements of one class that a moment needs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Need {
+    /// Which array.
+    pub class: Class,
+    /// Which elements.
+    pub elements: Range<usize>,
+    /// For what.
+    pub access: Access,
+}
+
+/// Windows on the same elements of every class, for one optimizer update.
+pub struct Update<'a> {
+    /// Weights in the compute type.
+    pub param: ViewMut<'a>,
+    /// f32
+    pub grad: View<'a>,
+    /// u16, where weights are no f32.
+    pub master: Option<ViewMut<'a>>,
+    /// f32
+    pub m: ViewMut<'a>,
+    /// f32
+    pub v: ViewMut<'a>,
+}
+
+/// Weights, gradients and optimizer state.
+pub struct Arrays {
+    device: Device,
+    len: usize,
+    regions: Regions,
+    pager: Option<Pager>,
+    scratch: Vec<(crate::trace::ChunkId, Access)>,
+}
+
+impl Arrays {
+    /// No array yet; each will have `len` elements and stay in memory.
+    pub fn new(device: Device, len: usize) -> Arrays {
+        Arrays { device, len, regions: Regions::default(), pager: None, scratch: Vec::new() }
+    }
+
+    /// The same over tiers.
+    pub fn paged(device: Device, len: usize, setup: Setup) -> Result<Arrays, PagerError> {
+        let pager = Some(Pager::new(setup, len)?);
+        Ok(Arrays { pager, ..Arrays::new(device, len) })
+    }
+
+    /// Reserve an array of zeros; nothing happens when it is there.
+    pub fn add(&mut self, class: Class, dtype: DType) -> Result<(), AddError> {
+        if self.has(class) {
+            return Ok(());
+        }
+        let bytes = self.len * dtype.size_bytes();
+        let region = match &mut self.pager {
+            None => Region::zeroed(self.device, bytes)?,
+            Some(pager) => {
+                let granule = pager.chunk_elements() * dtype.size_bytes();
+                let region = Region::reserve(self.device, bytes, granule)?;
+                pager.add(class, |i| region.granule_bytes(i))?;
+                region
+            }
+        };
+        self.regions.0[class as usize] = Some(Array { dtype, region });
+        Ok(())
+    }
+
+    /// Whether an array was added.
+    pub fn has(&self, class: Class) -> bool {
+        self.regions.0[class as usize].is_some()
+    }
+
+    /// Elements of every array.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where windows open.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    fn array(&self, class: Class) -> &Array {
+        let array = self.regions.0[class as usize].as_ref();
+        array.unwrap_or_else(|| panic!("an array of class {class} was never added"))
+    }
+
+    /// Read elements of a class.
+    pub fn view(&self, class: Class, elements: Range<usize>) -> View<'_> {
+        let Array { dtype, region } = self.array(class);
+        region.view(*dtype, elements.start, elements.len())
+    }
+
+    /// Write elements of a class.
+    pub fn view_mut(&mut self, class: Class, elements: Range<usize>) -> ViewMut<'_> {
+        let array = self.regions.0[class as usize].as_mut();
+        let array = array.unwrap_or_else(|| panic!("an array of class {class} was never added"));
+        array.region.view_mut(array.dtype, elements.start, elements.len())
+    }
+
+    /// Read elements of `read`, write the same ones of `write`.
+    pub fn view_and_mut(
+        &mut self,
+        read: Class,
+        write: Class,
+        elements: Range<usize>,
+    ) -> (View<'_>, ViewMut<'_>) {
+        let (start, len) = (elements.start, elements.len());
+        let pair = self.regions.0.get_disjoint_mut([read as usize, write as usize]);
+        let Ok([Some(read), Some(write)]) = pair else { panic!("arrays {read} and {write} were added") };
+        (read.region.view(read.dtype, start, len), write.region.view_mut(write.dtype, start, len))
+    }
+
+    /// Windows on the same elements of every class.
+    pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
+        let [param, grad, master, m, v] = &mut self.regions.0;
+        let (Some(grad), start, len) = (grad, elements.start, elements.len()) else {
+            panic!("gradients were added")
+        };
+        let mut open = |array: &'_ mut Option<Array>| ();
+        open(param);
+        let _ = (master, m, v, grad, start, len);
+        unreachable!()
+    }
+
+    /// Runs of `elements` that lie in one chunk each.
+    pub fn pieces(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
+        let mut start = elements.start;
+        std::iter::from_fn(move || {
+            let end = (start / chunk + 1).saturating_mul(chunk).min(elements.end);
+            let piece = start..end;
+            start = end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
+    /// An op is about to run: make what it needs resident.
+    pub fn visit(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        let list = &mut self.scratch;
+        list.clear();
+        for need in needs.iter().filter(|need| !need.elements.is_empty()) {
+            let chunk = pager.chunk_elements();
+            for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
+                let id = pager.id(need.class, i);
+                match list.iter_mut().find(|(known, _)| *known == id) {
+                    Some((_, access)) => *access = access.then(need.access),
+                    None => list.push((id, need.access)),
+                }
+            }
+        }
+        pager.visit(&mut self.regions, about, list)
+    }
+}
