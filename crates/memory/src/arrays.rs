@@ -4,9 +4,9 @@
 //! Without a pager everything is here for good. With one, chunks come and go behind addresses that
 //! stay, and whoever opens a window has said so before with `visit`.
 
-use crate::pager::{About, Pager, PagerError, Setup};
-use crate::trace::Access;
-use crate::{CLASSES, Class};
+use crate::pager::{About, Pager, PagerError, Setup, TierReport};
+use crate::trace::{Access, ChunkId, Trace};
+use crate::{Class, STATES};
 use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
 use std::ops::Range;
 
@@ -15,9 +15,15 @@ struct Array {
     region: Region,
 }
 
+impl Array {
+    fn open(&mut self, elements: &Range<usize>) -> ViewMut<'_> {
+        self.region.view_mut(self.dtype, elements.start, elements.len())
+    }
+}
+
 /// The regions by class.
 #[derive(Default)]
-pub(crate) struct Regions([Option<Array>; CLASSES]);
+pub(crate) struct Regions([Option<Array>; STATES]);
 
 impl Regions {
     fn region(&mut self, class: usize) -> &mut Region {
@@ -76,7 +82,8 @@ pub struct Arrays {
     len: usize,
     regions: Regions,
     pager: Option<Pager>,
-    scratch: Vec<(crate::trace::ChunkId, Access)>,
+    /// The list of a visit, kept so that no visit allocates.
+    scratch: Vec<(ChunkId, Access)>,
 }
 
 impl Arrays {
@@ -85,28 +92,32 @@ impl Arrays {
         Arrays { device, len, regions: Regions::default(), pager: None, scratch: Vec::new() }
     }
 
-    /// The same over tiers.
-    pub fn paged(device: Device, len: usize, setup: Setup) -> Result<Arrays, PagerError> {
-        let pager = Some(Pager::new(setup, len)?);
-        Ok(Arrays { pager, ..Arrays::new(device, len) })
+    /// The same over tiers, with all its arrays.
+    pub fn paged(
+        device: Device,
+        len: usize,
+        setup: Setup,
+        classes: &[(Class, DType)],
+    ) -> Result<Arrays, PagerError> {
+        let mut arrays = Arrays::new(device, len);
+        let mut sizes = Vec::new();
+        for (class, dtype) in classes {
+            let size = dtype.size_bytes();
+            let region = Region::reserve(device, len * size, setup.chunk_elements * size)?;
+            sizes.push((*class, (0..region.granules()).map(|i| region.granule_bytes(i)).collect()));
+            arrays.regions.0[*class as usize] = Some(Array { dtype: *dtype, region });
+        }
+        arrays.pager = Some(Pager::new(setup, &sizes)?);
+        Ok(arrays)
     }
 
     /// Reserve an array of zeros; nothing happens when it is there.
-    pub fn add(&mut self, class: Class, dtype: DType) -> Result<(), AddError> {
-        if self.has(class) {
-            return Ok(());
+    pub fn add(&mut self, class: Class, dtype: DType) -> Result<(), OutOfMemory> {
+        if !self.has(class) {
+            assert!(self.pager.is_none(), "arrays over tiers have all classes from the beginning");
+            let region = Region::zeroed(self.device, self.len * dtype.size_bytes())?;
+            self.regions.0[class as usize] = Some(Array { dtype, region });
         }
-        let bytes = self.len * dtype.size_bytes();
-        let region = match &mut self.pager {
-            None => Region::zeroed(self.device, bytes)?,
-            Some(pager) => {
-                let granule = pager.chunk_elements() * dtype.size_bytes();
-                let region = Region::reserve(self.device, bytes, granule)?;
-                pager.add(class, |i| region.granule_bytes(i))?;
-                region
-            }
-        };
-        self.regions.0[class as usize] = Some(Array { dtype, region });
         Ok(())
     }
 
@@ -144,8 +155,7 @@ impl Arrays {
     /// Write elements of a class.
     pub fn view_mut(&mut self, class: Class, elements: Range<usize>) -> ViewMut<'_> {
         let array = self.regions.0[class as usize].as_mut();
-        let array = array.unwrap_or_else(|| panic!("an array of class {class} was never added"));
-        array.region.view_mut(array.dtype, elements.start, elements.len())
+        array.unwrap_or_else(|| panic!("an array of class {class} was never added")).open(&elements)
     }
 
     /// Read elements of `read`, write the same ones of `write`.
@@ -164,13 +174,16 @@ impl Arrays {
     /// Windows on the same elements of every class.
     pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
         let [param, grad, master, m, v] = &mut self.regions.0;
-        let (Some(grad), start, len) = (grad, elements.start, elements.len()) else {
-            panic!("gradients were added")
+        let (Some(param), Some(grad), Some(m), Some(v)) = (param, grad, m, v) else {
+            panic!("weights, gradients and moments were added")
         };
-        let mut open = |array: &'_ mut Option<Array>| ();
-        open(param);
-        let _ = (master, m, v, grad, start, len);
-        unreachable!()
+        Update {
+            param: param.open(&elements),
+            grad: grad.region.view(grad.dtype, elements.start, elements.len()),
+            master: master.as_mut().map(|master| master.open(&elements)),
+            m: m.open(&elements),
+            v: v.open(&elements),
+        }
     }
 
     /// Runs of `elements` that lie in one chunk each.
@@ -201,5 +214,47 @@ impl Arrays {
             }
         }
         pager.visit(&mut self.regions, about, list)
+    }
+
+    /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
+    /// forgotten; the others keep what they have.
+    pub fn discard(&mut self, class: Class, elements: Range<usize>) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        let chunk = pager.chunk_elements();
+        let last = if elements.end == self.len { self.len.div_ceil(chunk) } else { elements.end / chunk };
+        for i in elements.start.div_ceil(chunk)..last {
+            let id = pager.id(class, i);
+            pager.discard(&mut self.regions, id)?;
+        }
+        Ok(())
+    }
+
+    /// Whether chunks come and go.
+    pub fn is_paged(&self) -> bool {
+        self.pager.is_some()
+    }
+
+    /// A training step begins.
+    pub fn begin_step(&mut self) {
+        if let Some(pager) = &mut self.pager {
+            pager.begin_step();
+        }
+    }
+
+    /// A training step has ended.
+    pub fn end_step(&mut self) {
+        if let Some(pager) = &mut self.pager {
+            pager.end_step();
+        }
+    }
+
+    /// What was moved since the last report; none without a pager.
+    pub fn report(&mut self) -> Option<TierReport> {
+        self.pager.as_mut().map(Pager::report)
+    }
+
+    /// The training step as it was last recorded; none without a pager.
+    pub fn trace(&self) -> Option<Trace> {
+        self.pager.as_ref().map(Pager::trace)
     }
 }

@@ -8,19 +8,16 @@
 mod mover;
 mod report;
 mod script;
-mod slots;
 
 pub use report::{LinkCount, TierReport};
-pub use slots::SlotError;
 
 use crate::arrays::Regions;
 use crate::trace::{Access, ChunkId, Phase, Trace};
-use crate::{CLASSES, Class};
-use mover::{Bring, Mover, Take};
+use crate::disk::{Disk, DiskError, Options, Region};
+use crate::{Class, STATES};
+use mover::{Bring, Mover, Slot, Take};
 use script::{Script, Visit};
-use slots::{Slot, Slots};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Instant;
 
 /// Who leaves when there is no room.
@@ -93,7 +90,18 @@ pub enum PagerError {
     },
     /// The drive failed.
     #[error(transparent)]
-    Slot(#[from] SlotError),
+    Disk(#[from] DiskError),
+    /// The folder cannot be made.
+    #[error("cannot make {}: {what}; choose another memory.dir", dir.display())]
+    Folder {
+        /// Which folder.
+        dir: PathBuf,
+        /// Why.
+        what: String,
+    },
+    /// No memory for the arrays.
+    #[error(transparent)]
+    Memory(#[from] device::OutOfMemory),
     /// No thread for the copies.
     #[error("cannot start the threads that move chunks: {0}; free threads on this machine")]
     Threads(String),
@@ -133,7 +141,6 @@ struct Chunk {
 /// Places of all chunks of a model, and the threads that move them.
 pub struct Pager {
     setup: Setup,
-    slots: Arc<Slots>,
     mover: Mover,
     chunks: Vec<Chunk>,
     /// Chunks of a class.
@@ -145,8 +152,6 @@ pub struct Pager {
     other_bytes: u64,
     /// Visits so far, over all steps.
     clock: u64,
-    /// Clock of the present step's first visit.
-    step_begin: u64,
     in_step: bool,
     script: Script,
     computing_since: Option<Instant>,
@@ -155,23 +160,41 @@ pub struct Pager {
 }
 
 impl Pager {
-    /// Places for chunks of arrays of `elements` elements.
-    pub(crate) fn new(setup: Setup, elements: usize) -> Result<Pager, PagerError> {
-        let slots = Slots::create(&setup.dir)?;
-        let mover = Mover::start(slots.clone()).map_err(|error| PagerError::Threads(error.to_string()))?;
-        let per_class = elements.div_ceil(setup.chunk_elements);
-        let other_bytes = setup.other_bytes;
+    /// Places for the chunks of arrays: by class, bytes of each chunk; none for a class that is
+    /// not there. All begin as zeros.
+    pub(crate) fn new(setup: Setup, chunk_bytes: &[(Class, Vec<usize>)]) -> Result<Pager, PagerError> {
+        let per_class = chunk_bytes.first().map_or(0, |(_, chunks)| chunks.len());
+        let whole = |chunks: &[usize]| chunks.iter().map(|bytes| *bytes as u64).sum::<u64>();
+        let layout: Vec<(String, u64)> =
+            chunk_bytes.iter().map(|(class, chunks)| (class.to_string(), whole(chunks))).collect();
+        let needs_bytes = layout.iter().map(|(_, bytes)| bytes).sum();
+        let nvme_bytes = setup.nvme_bytes;
+        if needs_bytes > nvme_bytes {
+            return Err(PagerError::Drive { nvme_bytes, needs_bytes });
+        }
+        let mut chunks = vec![Chunk::default(); per_class * STATES];
+        for (region, (class, sizes)) in chunk_bytes.iter().enumerate() {
+            let mut offset = 0;
+            for (i, bytes) in sizes.iter().enumerate() {
+                let chunk = &mut chunks[*class as usize * per_class + i];
+                (chunk.bytes, chunk.slot) = (*bytes as u64, Some(Slot { region: Region(region), offset }));
+                offset += *bytes as u64;
+            }
+        }
+        let layout: Vec<(&str, u64)> = layout.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+        std::fs::create_dir_all(&setup.dir)
+            .map_err(|error| PagerError::Folder { dir: setup.dir.clone(), what: error.to_string() })?;
+        let disk = Disk::create(&setup.dir, &layout, Options::default())?;
+        let mover = Mover::start(disk).map_err(|error| PagerError::Threads(error.to_string()))?;
         let mut pager = Pager {
             setup,
-            slots,
             mover,
-            chunks: vec![Chunk::default(); per_class * CLASSES],
+            chunks,
             per_class,
             planned_bytes: 0,
             capacity_bytes: 0,
-            other_bytes,
+            other_bytes: 0,
             clock: 0,
-            step_begin: 0,
             in_step: false,
             script: Script::default(),
             computing_since: None,
@@ -179,25 +202,13 @@ impl Pager {
             reported: report::Snapshot::default(),
         };
         pager.measure_others();
+        pager.fix_static();
         Ok(pager)
     }
 
-    /// Give the chunks of a class their slots.
-    pub(crate) fn add(&mut self, class: Class, bytes: impl Fn(usize) -> usize) -> Result<(), PagerError> {
-        let first = class as usize * self.per_class;
-        for i in 0..self.per_class {
-            let bytes = bytes(i) as u64;
-            let slot = self.slots.add(bytes);
-            let chunk = &mut self.chunks[first + i];
-            (chunk.slot, chunk.bytes) = (Some(slot), bytes);
-        }
-        let needs_bytes = self.slots.reserve()?;
-        let nvme_bytes = self.setup.nvme_bytes;
-        if needs_bytes > nvme_bytes {
-            return Err(PagerError::Drive { nvme_bytes, needs_bytes });
-        }
-        self.fix_static();
-        Ok(())
+    /// Elements of a chunk.
+    pub(crate) fn chunk_elements(&self) -> usize {
+        self.setup.chunk_elements
     }
 
     /// Under the static policy: as many chunks stay as fit into three quarters, weights first.
@@ -222,7 +233,6 @@ impl Pager {
     pub(crate) fn begin_step(&mut self) {
         self.script.begin();
         self.in_step = true;
-        self.step_begin = self.clock;
         self.computing_since = None;
         if self.script.is_followed() {
             for (i, chunk) in self.chunks.iter_mut().enumerate() {
@@ -266,7 +276,7 @@ impl Pager {
             self.chunks[id.0 as usize].pinned = self.clock;
         }
         self.fetch_all(regions, needs, about)?;
-        for (n, (id, access)) in needs.iter().enumerate() {
+        for (n, (id, _)) in needs.iter().enumerate() {
             let until = self.script.here().filter(|_| self.in_step).map(|(_, until)| until[n]);
             let chunk = &mut self.chunks[id.0 as usize];
             chunk.last_use = self.clock;
@@ -363,7 +373,7 @@ impl Pager {
         match chunk.slot.filter(|_| chunk.dirty) {
             Some(slot) => {
                 chunk.on_drive = true;
-                self.mover.take(Take { loan: regions.lend(at), slot, stays: false });
+                self.mover.take(Take { loan: regions.lend(at), slot });
             }
             None => {
                 regions.send_away(at);

@@ -2,12 +2,19 @@
 //! both ways of the link are busy at once. They hold loans, never windows; they decide nothing but
 //! to wait for room.
 
-use super::slots::{Slot, SlotError, Slots};
+use crate::disk::{Block, Disk, DiskError, Failed, Region, Request, Ticket};
 use device::Loan;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// Where a chunk lies in the offload file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub region: Region,
+    pub offset: u64,
+}
 
 /// A chunk on its way to DRAM; without a slot it becomes zeros.
 pub(super) struct Bring {
@@ -15,11 +22,10 @@ pub(super) struct Bring {
     pub slot: Option<Slot>,
 }
 
-/// A chunk on its way to the drive; its memory is given back afterwards unless it `stays`.
+/// A chunk on its way to the drive; its memory is given back afterwards.
 pub(super) struct Take {
     pub loan: Loan,
     pub slot: Slot,
-    pub stays: bool,
 }
 
 /// What the link has carried, and DRAM held by chunks.
@@ -37,7 +43,7 @@ pub(super) struct Carried {
 struct State {
     carried: Carried,
     capacity_bytes: u64,
-    failed: Option<SlotError>,
+    failed: Option<DiskError>,
 }
 
 struct Shared {
@@ -82,14 +88,15 @@ pub(super) struct Mover {
 }
 
 impl Mover {
-    pub fn start(slots: Arc<Slots>) -> std::io::Result<Mover> {
+    pub fn start(disk: Disk) -> std::io::Result<Mover> {
+        let disk = Arc::new(disk);
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
         let (bring, to_bring) = channel();
         let (take, to_take) = channel();
-        let (ours, disk) = (shared.clone(), slots.clone());
+        let (ours, theirs) = (shared.clone(), disk.clone());
         let reader = std::thread::Builder::new().name("chunks in".into());
-        let reader = reader.spawn(move || bring_all(&to_bring, &ours, &disk))?;
-        let (ours, disk) = (shared.clone(), slots);
+        let reader = reader.spawn(move || bring_all(&to_bring, &ours, &theirs))?;
+        let ours = shared.clone();
         let writer = std::thread::Builder::new().name("chunks out".into());
         let writer = writer.spawn(move || take_all(&to_take, &ours, &disk))?;
         Ok(Mover { shared, bring: Some(bring), take: Some(take), threads: vec![reader, writer] })
@@ -131,7 +138,7 @@ impl Mover {
     }
 
     /// Wait until `done` holds or the link fails; seconds waited.
-    pub fn wait(&self, mut done: impl FnMut() -> bool) -> Result<f64, SlotError> {
+    pub fn wait(&self, mut done: impl FnMut() -> bool) -> Result<f64, DiskError> {
         if done() {
             return Ok(0.0);
         }
@@ -163,7 +170,7 @@ impl Mover {
         self.shared.update(|state| state.carried.peak_bytes = state.carried.committed_bytes);
     }
 
-    pub fn failure(&self) -> Option<SlotError> {
+    pub fn failure(&self) -> Option<DiskError> {
         self.shared.lock().failed.clone()
     }
 }
@@ -179,22 +186,32 @@ impl Drop for Mover {
     }
 }
 
-fn bring_all(jobs: &Receiver<Bring>, shared: &Shared, slots: &Slots) {
+/// Move a chunk whole; the loan comes back either way, unless the engine died with it.
+fn carry(loan: Loan, slot: Slot, submit: impl Fn(Request) -> Ticket) -> (Option<Loan>, Result<(), DiskError>) {
+    let range = 0..loan.len_bytes();
+    let block = Block::from_loan(loan);
+    let Slot { region, offset } = slot;
+    match submit(Request { region, offset, block, range, deadline: 0 }).wait() {
+        Ok(block) => (block.into_loan(), Ok(())),
+        Err(Failed { error, block }) => (block.and_then(Block::into_loan), Err(error)),
+    }
+}
+
+fn bring_all(jobs: &Receiver<Bring>, shared: &Shared, disk: &Disk) {
     for Bring { mut loan, slot } in jobs {
         let bytes = loan.len_bytes() as u64;
         let alive = shared.take_room(bytes);
         loan.bring();
         let started = Instant::now();
-        let read = match slot {
-            Some(slot) if alive => slots.read(slot, loan.bytes_mut()),
-            _ => Ok(()),
+        let (loan, read) = match slot {
+            Some(slot) if alive => carry(loan, slot, |request| disk.submit_read(request)),
+            _ => (Some(loan), Ok(())),
         };
         let seconds = started.elapsed().as_secs_f64();
-        if read.is_err() {
+        if let (Err(_), Some(mut loan)) = (&read, loan) {
             // What could not be read whole must never be seen.
             loan.send_away();
         }
-        drop(loan);
         shared.update(|state| match read {
             Ok(()) if slot.is_some() => {
                 state.carried.read_bytes += bytes;
@@ -206,28 +223,23 @@ fn bring_all(jobs: &Receiver<Bring>, shared: &Shared, slots: &Slots) {
     }
 }
 
-fn take_all(jobs: &Receiver<Take>, shared: &Shared, slots: &Slots) {
-    for Take { mut loan, slot, stays } in jobs {
+fn take_all(jobs: &Receiver<Take>, shared: &Shared, disk: &Disk) {
+    for Take { loan, slot } in jobs {
         let bytes = loan.len_bytes() as u64;
         let started = Instant::now();
-        let written = slots.write(slot, loan.bytes());
+        let (loan, written) = carry(loan, slot, |request| disk.submit_write(request));
         let seconds = started.elapsed().as_secs_f64();
-        let leaves = !stays && written.is_ok();
-        if leaves {
+        let leaves = written.is_ok();
+        if let (true, Some(mut loan)) = (leaves, loan) {
             loan.send_away();
         }
-        drop(loan);
-        shared.update(|state| {
-            if leaves {
+        shared.update(|state| match written {
+            Ok(()) => {
                 state.carried.committed_bytes -= bytes;
+                state.carried.written_bytes += bytes;
+                state.carried.written_s += seconds;
             }
-            match written {
-                Ok(()) => {
-                    state.carried.written_bytes += bytes;
-                    state.carried.written_s += seconds;
-                }
-                Err(error) => state.failed = Some(error),
-            }
+            Err(error) => state.failed = Some(error),
         });
     }
 }
