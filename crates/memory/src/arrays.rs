@@ -171,6 +171,23 @@ impl Arrays {
         (read.region.view(read.dtype, start, len), write.region.view_mut(write.dtype, start, len))
     }
 
+    /// Write the same elements of two classes.
+    pub fn views_mut(&mut self, classes: [Class; 2], elements: Range<usize>) -> [ViewMut<'_>; 2] {
+        let pair = self.regions.0.get_disjoint_mut(classes.map(|class| class as usize));
+        let Ok([Some(a), Some(b)]) = pair else { panic!("arrays {classes:?} were added") };
+        [a.open(&elements), b.open(&elements)]
+    }
+
+    /// Element type of a class.
+    pub fn dtype(&self, class: Class) -> DType {
+        self.array(class).dtype
+    }
+
+    /// Bytes of a class.
+    pub fn bytes(&self, class: Class) -> usize {
+        self.array(class).region.len_bytes()
+    }
+
     /// Windows on the same elements of every class.
     pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
         let [param, grad, master, m, v] = &mut self.regions.0;
@@ -196,6 +213,12 @@ impl Arrays {
             start = end;
             (!piece.is_empty()).then_some(piece)
         })
+    }
+
+    /// The pieces of everything that hold some of `elements`, by their count.
+    pub fn chunks_of(&self, elements: &Range<usize>) -> Range<usize> {
+        let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
+        if elements.is_empty() { 0..0 } else { elements.start / chunk..(elements.end - 1) / chunk + 1 }
     }
 
     /// An op is about to run: make what it needs resident.

@@ -31,6 +31,13 @@ pub enum Policy {
     Lru,
 }
 
+impl Policy {
+    /// Whether everything may simply stay where there is room for it.
+    pub fn is_free_to_keep_all(self) -> bool {
+        self == Policy::Dynamic
+    }
+}
+
 /// What a pager may use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Setup {
@@ -306,7 +313,7 @@ impl Pager {
     /// What is no chunk takes its share of the budget first.
     fn measure_others(&mut self) {
         self.other_bytes = self.other_bytes.max(others_now()).max(self.setup.other_bytes);
-        let capacity = self.setup.dram_bytes.saturating_sub(self.other_bytes + self.setup.dram_bytes / SLACK);
+        let capacity = free_for_chunks(self.setup.dram_bytes, self.other_bytes);
         if capacity != self.capacity_bytes {
             self.capacity_bytes = capacity;
             self.mover.set_capacity(capacity);
@@ -492,6 +499,22 @@ impl Pager {
         report
     }
 }
+
+/// What chunks may take of a budget beside `other_bytes`.
+pub fn free_for_chunks(dram_bytes: u64, other_bytes: u64) -> u64 {
+    dram_bytes.saturating_sub(other_bytes + dram_bytes / SLACK)
+}
+
+/// Elements of a chunk that suits a model of `params` and a budget: large enough for the drive,
+/// small enough that hundreds of chunks give the placement something to choose.
+pub fn chunk_elements(params: usize, dram_bytes: u64) -> usize {
+    let by_budget = usize::try_from(dram_bytes / 512).unwrap_or(usize::MAX);
+    let wanted = (params / 256).min(by_budget).clamp(PAGE_ELEMENTS, 4 << 20);
+    1 << wanted.ilog2()
+}
+
+/// Elements whose 2-byte form fills a page.
+const PAGE_ELEMENTS: usize = 2048;
 
 /// One part in this many of the budget stays free, for what grows between two moments.
 const SLACK: u64 = 64;
