@@ -208,6 +208,8 @@ impl Trainer {
             .collect();
         let lr = train.schedule.at(step);
         let plan = StepPlan { lr: lr as f32, clip: train.clip };
+        // What was moved between steps (validation, saves) is not the step's.
+        self.learner.store.arrays_mut().report();
         let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
         self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
@@ -230,6 +232,7 @@ impl Trainer {
             tokens_per_s: tokens as f64 / seconds,
             gflops,
             mfu: gflops / self.peak_gflops,
+            tiers: self.learner.store.arrays_mut().report(),
         };
         self.metrics.step(&metrics)?;
         if self.meta.skipped_in_row > train.max_skipped {

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::Place;
+use common::{Place, moved};
 use train::{Prepared, Progress, Start};
 
 /// Bytes of DRAM for a run: activations as predicted, and this part of the state.
@@ -60,6 +60,9 @@ fn every_budget_model_and_policy_gives_the_bits_of_a_run_without_limits() {
             let bytes = budget(&place, &sets[..sets.len() - 1], part);
             let held = run_within(&place, "tiers", &sets, bytes).unwrap();
             assert!(held as u64 <= bytes, "{variant:?} {policy} {part}: {held} of {bytes} bytes");
+            let (up, down) = moved(&place.path("tiers"));
+            println!("{variant:?} {policy} {part}: {held} of {bytes} bytes, {up} up, {down} down");
+            assert_eq!(up > 0, part < 1.0, "{variant:?} {policy} {part}: {up} bytes came from the drive");
             let tiers = place.result("tiers");
             assert_eq!(tiers.2, whole.2, "log of {variant:?} {policy} {part}");
             assert!(tiers.0 == whole.0, "weights of {variant:?} {policy} {part}");

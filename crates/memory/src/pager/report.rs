@@ -20,6 +20,16 @@ pub struct LinkCount {
     pub down_s: f64,
     /// Seconds in which the computation waited.
     pub stall_s: f64,
+    /// No placement of the recorded step moves fewer bytes; none until it is known.
+    pub bound_bytes: Option<u64>,
+}
+
+impl LinkCount {
+    /// Share by which the bytes moved exceed the bound.
+    pub fn gap(&self) -> Option<f64> {
+        let (moved, bound) = ((self.up_bytes + self.down_bytes) as f64, self.bound_bytes? as f64);
+        Some(if moved <= bound { 0.0 } else { (moved - bound) / bound.max(1.0) })
+    }
 }
 
 /// Traffic since the last report.
@@ -55,6 +65,7 @@ pub(super) fn between(
         up_s: now.carried.read_s - then.carried.read_s,
         down_s: now.carried.written_s - then.carried.written_s,
         stall_s: now.stall_s - then.stall_s,
+        bound_bytes: None,
     };
     TierReport { links: vec![nvme], peak_bytes: now.carried.peak_bytes, other_bytes, capacity_bytes }
 }
