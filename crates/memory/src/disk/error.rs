@@ -77,6 +77,12 @@ pub enum DiskError {
         /// What the system said.
         cause: String,
     },
+    /// No memory for the blocks of a measurement.
+    #[error("cannot measure the drive: {refused}")]
+    Memory {
+        /// What the system refused.
+        refused: device::OutOfMemory,
+    },
     /// A request that no layout allows: a bug of the caller, told instead of done.
     #[error("{place}: refused: {why}")]
     Refused {

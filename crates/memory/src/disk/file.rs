@@ -49,6 +49,14 @@ impl OffloadFile {
     }
 }
 
+impl Drop for OffloadFile {
+    fn drop(&mut self) {
+        // The kernel puts a ring, and with it the file, away some time after it was closed; who
+        // asks for space next must find it.
+        fs::ftruncate(&self.fd, 0).ok();
+    }
+}
+
 impl AsFd for OffloadFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()

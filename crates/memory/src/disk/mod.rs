@@ -10,10 +10,13 @@
 mod block;
 mod error;
 mod faults;
+mod figures;
 mod file;
 #[allow(unsafe_code)]
 mod piece;
 mod queue;
+#[allow(unsafe_code)]
+mod ring;
 #[allow(unsafe_code)]
 mod schedule;
 mod slots;
@@ -23,14 +26,16 @@ mod threads;
 pub use block::Block;
 pub use error::{DiskError, Place};
 pub use faults::{Fault, Faults, Point};
+pub use figures::{DriveFigures, Effort, Trial, measure};
 
 use device::OutOfMemory;
 use file::OffloadFile;
+use rustix::io::Errno;
 use schedule::{Job, Schedule};
 use slots::Slots;
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -70,13 +75,16 @@ pub struct Options {
     pub depth: usize,
     /// Bytes of one operation at most; rounded up to pages.
     pub block_bytes: usize,
+    /// Whether io_uring may be used; without it, or where the system forbids it, a pool of threads
+    /// does the same work.
+    pub ring: bool,
     /// Failures on demand, for tests.
     pub faults: Option<Arc<Faults>>,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { depth: 8, block_bytes: 1 << 20, faults: None }
+        Options { depth: 8, block_bytes: 1 << 20, ring: true, faults: None }
     }
 }
 
@@ -131,6 +139,27 @@ pub struct Counters {
     pub busy: Duration,
 }
 
+/// What serves the requests of a [`Disk`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// One thread with an io_uring.
+    Ring,
+    /// A pool of threads with `pread` and `pwrite`.
+    Threads {
+        /// Why not the ring.
+        why: String,
+    },
+}
+
+impl fmt::Display for Engine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Engine::Ring => f.write_str("io_uring"),
+            Engine::Threads { why } => write!(f, "pread and pwrite on {} threads ({why})", threads::THREADS),
+        }
+    }
+}
+
 /// A promise of a block.
 #[derive(Debug)]
 pub struct Ticket {
@@ -156,9 +185,12 @@ impl Ticket {
 /// What the engine's threads share with the handle.
 struct Shared {
     file: OffloadFile,
-    sums: Sums,
+    sums: Arc<Sums>,
     schedule: Mutex<Schedule>,
+    /// Wakes the pool.
     wake: Condvar,
+    /// Wakes the ring.
+    event: OwnedFd,
     faults: Option<Arc<Faults>>,
 }
 
@@ -169,6 +201,12 @@ impl Shared {
 
     fn wait<'a>(&self, schedule: MutexGuard<'a, Schedule>) -> MutexGuard<'a, Schedule> {
         self.wake.wait(schedule).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wake_all(&self) {
+        self.wake.notify_all();
+        // Fails only when the count is at its limit: then the ring is awake.
+        rustix::io::write(&self.event, &1u64.to_ne_bytes()).ok();
     }
 
     fn faults(&self) -> Option<&Faults> {
@@ -188,6 +226,7 @@ pub struct Disk {
     slots: Arc<Slots>,
     regions: Vec<Extent>,
     threads: Vec<JoinHandle<()>>,
+    engine: Engine,
 }
 
 impl Disk {
@@ -205,23 +244,66 @@ impl Disk {
         let total = total.max(PAGE_BYTES as u64);
         let file = OffloadFile::create(dir, total, options.faults.as_deref())?;
         let slots = Arc::new(Slots::default());
-        let schedule = Schedule::new(options.depth, options.block_bytes, slots.clone());
+        let event = ring::new_event().map_err(|cause| DiskError::Thread { cause: cause.to_string() })?;
+        let ready = match options.ring {
+            true => Faults::refuse(options.faults.as_deref(), Point::Ring).and_then(|()| ring::probe(&file)),
+            false => Err(Errno::CANCELED),
+        };
+        let max_depth = if ready.is_ok() { ring::MAX_DEPTH } else { threads::THREADS };
+        let sums = Arc::new(Sums::of_zeros(total));
         let shared = Arc::new(Shared {
             file,
-            sums: Sums::of_zeros(total),
-            schedule: Mutex::new(schedule),
+            schedule: Mutex::new(Schedule::new(max_depth, slots.clone(), sums.clone())),
+            sums,
             wake: Condvar::new(),
+            event,
             faults: options.faults,
         });
-        let threads = threads::start(&shared)?;
-        Ok(Disk { shared, slots, regions, threads })
+        shared.lock().tune(options.depth, options.block_bytes);
+        let (threads, engine) = match ready {
+            Ok(ready) => (vec![ring::start(&shared, slots.clone(), ready)?], Engine::Ring),
+            Err(cause) => {
+                let why = if options.ring { format!("io_uring: {cause}") } else { "as asked".into() };
+                (threads::start(&shared)?, Engine::Threads { why })
+            }
+        };
+        Ok(Disk { shared, slots, regions, threads, engine })
+    }
+
+    /// As `create`, with depth and size of operations from a measurement of at most about two
+    /// seconds made just before, instead of those in `options`.
+    pub fn calibrated(
+        dir: &Path,
+        layout: &[(&str, u64)],
+        options: Options,
+    ) -> Result<(Disk, DriveFigures), DiskError> {
+        let needed = layout.iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
+        let effort = Effort::default();
+        let scratch_bytes = effort.scratch_bytes.min(needed.max(1));
+        let figures = measure(dir, Effort { scratch_bytes, ..effort }, &options)?;
+        let Trial { block_bytes, depth, .. } = figures.best();
+        let disk = Disk::create(dir, layout, Options { block_bytes, depth, ..options })?;
+        Ok((disk, figures))
+    }
+
+    /// Changes how many operations are in flight at most and how large one is at most.
+    pub fn tune(&self, depth: usize, block_bytes: usize) {
+        self.shared.lock().tune(depth, block_bytes);
+        self.shared.wake_all();
+    }
+
+    /// What serves the requests.
+    pub fn engine(&self) -> &Engine {
+        &self.engine
     }
 
     /// Memory of at least `bytes` for transfers with this disk, registered with its ring where it
     /// has one.
     pub fn block(&self, bytes: usize) -> Result<Block, OutOfMemory> {
         let mut block = Block::new(bytes)?;
-        block.slot = self.slots.take();
+        if self.engine == Engine::Ring {
+            block.slot = self.slots.take();
+        }
         Ok(block)
     }
 
@@ -261,7 +343,7 @@ impl Disk {
         };
         let job = Job { op, place, file_offset: start + offset, block, range, deadline, reply: sender };
         let refused = self.shared.lock().submit(job);
-        self.shared.wake.notify_all();
+        self.shared.wake_all();
         if let Some(finished) = refused {
             finished.deliver();
         }
@@ -318,7 +400,7 @@ impl AsFd for Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let finished = self.shared.lock().close();
-        self.shared.wake.notify_all();
+        self.shared.wake_all();
         finished.into_iter().for_each(|finished| finished.deliver());
         for thread in self.threads.drain(..) {
             thread.join().ok();

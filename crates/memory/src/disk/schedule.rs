@@ -5,6 +5,7 @@ use super::error::{DiskError, Place};
 use super::piece::{Memory, Piece, Trouble};
 use super::queue::Queue;
 use super::slots::Slots;
+use super::sums::Sums;
 use super::{Counters, Failed, Op, PAGE_BYTES};
 use rustix::io::Errno;
 use std::collections::HashMap;
@@ -12,6 +13,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
+
+/// Largest operation: its length must fit the ring's 32 bits, and one operation must not hold up
+/// an urgent one for long.
+const MAX_BLOCK_BYTES: usize = 64 << 20;
 
 /// A request the engine has taken.
 pub(super) struct Job {
@@ -45,14 +50,17 @@ pub(super) struct Schedule {
     active: HashMap<u64, Active>,
     next: u64,
     in_flight: usize,
+    /// What the engine can have in flight.
+    max_depth: usize,
     /// Operations in flight at most.
-    pub(super) depth: usize,
+    depth: usize,
     /// Bytes of an operation at most, a multiple of the page.
-    pub(super) block_bytes: usize,
+    block_bytes: usize,
     pub(super) closed: bool,
     pub(super) counters: Counters,
     busy_since: Option<Instant>,
     slots: Arc<Slots>,
+    sums: Arc<Sums>,
 }
 
 /// A request that is through, to be told to whoever waits, outside the lock.
@@ -70,19 +78,27 @@ impl Finished {
 }
 
 impl Schedule {
-    pub(super) fn new(depth: usize, block_bytes: usize, slots: Arc<Slots>) -> Schedule {
+    pub(super) fn new(max_depth: usize, slots: Arc<Slots>, sums: Arc<Sums>) -> Schedule {
         Schedule {
             queue: Queue::default(),
             active: HashMap::new(),
             next: 0,
             in_flight: 0,
-            depth: depth.max(1),
-            block_bytes: block_bytes.next_multiple_of(PAGE_BYTES).max(PAGE_BYTES),
+            max_depth,
+            depth: max_depth,
+            block_bytes: MAX_BLOCK_BYTES,
             closed: false,
             counters: Counters::default(),
             busy_since: None,
             slots,
+            sums,
         }
+    }
+
+    /// Sets depth and size of operations, each within what an engine can do.
+    pub(super) fn tune(&mut self, depth: usize, block_bytes: usize) {
+        self.depth = depth.clamp(1, self.max_depth);
+        self.block_bytes = block_bytes.clamp(PAGE_BYTES, MAX_BLOCK_BYTES).next_multiple_of(PAGE_BYTES);
     }
 
     /// Takes a request; it is told at once when the engine is closed.
@@ -111,7 +127,7 @@ impl Schedule {
         // until every piece is back and nobody opens it before.
         let memory = unsafe { Memory::new(active.start.add(active.job.range.start + active.cut), len) };
         let offset = active.job.file_offset + active.cut as u64;
-        let slot = active.job.block.slot.as_ref().filter(|slot| slot.is_of(&self.slots));
+        let slot = active.job.block.slot.as_ref().filter(|slot| slot.known && slot.is_of(&self.slots));
         let piece = Piece::new(id, active.job.op, offset, memory, slot.map(|slot| slot.index));
         active.cut += len;
         if active.cut == active.job.range.len() {
@@ -158,10 +174,14 @@ impl Schedule {
         if self.active.get(&id)?.left > 0 {
             return None;
         }
-        self.queue.done(id);
         let Active { job, error, .. } = self.active.remove(&id)?;
         self.counters.requests += 1;
-        let Job { op, mut block, range, reply, .. } = job;
+        let Job { op, file_offset, mut block, range, reply, .. } = job;
+        if error.is_some() && op == Op::Write {
+            self.sums.spoil(file_offset, range.len());
+        }
+        // Only now may those that waited for these bytes go.
+        self.queue.done(id);
         let result = match error {
             None => Ok(block),
             Some(error) => {
@@ -187,13 +207,31 @@ impl Schedule {
         ids.into_iter().filter_map(|id| self.settle(id)).collect()
     }
 
-    /// The place and memory of a request's block that the ring does not know; from now on it does.
-    pub(super) fn introduce(&mut self, id: u64) -> Option<(u16, *mut u8, usize)> {
-        let active = self.active.get_mut(&id)?;
-        let len = active.job.block.len();
-        let slot = active.job.block.slot.as_mut().filter(|slot| slot.is_of(&self.slots) && !slot.known)?;
-        slot.known = true;
-        Some((slot.index, active.start, len))
+    /// Place and memory of a request's block, if it has a place that the ring does not know.
+    pub(super) fn unknown_slot(&self, id: u64) -> Option<(u16, *mut u8, usize)> {
+        let active = self.active.get(&id)?;
+        let slot = active.job.block.slot.as_ref().filter(|slot| slot.is_of(&self.slots) && !slot.known)?;
+        Some((slot.index, active.start, active.job.block.len()))
+    }
+
+    /// The ring knows the block's place now, or refused it: then the block goes without.
+    pub(super) fn introduced(&mut self, id: u64, known: bool) {
+        let Some(active) = self.active.get_mut(&id) else { return };
+        match active.job.block.slot.as_mut() {
+            Some(slot) if known => slot.known = true,
+            _ => active.job.block.slot = None,
+        }
+    }
+
+    /// The engine died: everyone who waits is told, and memory the kernel may still write into is
+    /// never used again. Nothing happens when nothing is under way.
+    pub(super) fn wreck(&mut self) {
+        self.closed = true;
+        for (_, active) in self.active.drain() {
+            std::mem::forget(active.job.block);
+            active.job.reply.send(Err(Failed { error: DiskError::Closed, block: None })).ok();
+        }
+        self.queue = Queue::default();
     }
 
     /// Whether nothing waits and nothing is in flight.

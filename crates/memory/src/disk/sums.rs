@@ -44,6 +44,15 @@ impl Sums {
         }
     }
 
+    /// Makes pages unreadable until they are written again: after a failed write nobody knows
+    /// which of its bytes are old and which are new.
+    pub(super) fn spoil(&self, file_offset: u64, len: usize) {
+        for sum in &self.pages(file_offset)[..len.div_ceil(PAGE_BYTES)] {
+            // The opposite of either candidate's sum matches neither.
+            sum.store(!sum.load(Ordering::Relaxed), Ordering::Relaxed);
+        }
+    }
+
     /// Compares what was read; the first page that differs.
     pub(super) fn check(&self, file_offset: u64, data: &[u8]) -> Result<(), Mismatch> {
         for (index, (page, sum)) in data.chunks(PAGE_BYTES).zip(self.pages(file_offset)).enumerate() {
@@ -68,6 +77,8 @@ mod tests {
         let mut data = vec![7; 2 * PAGE_BYTES];
         sums.record(PAGE_BYTES as u64, &data);
         assert_eq!(sums.check(PAGE_BYTES as u64, &data), Ok(()));
+        sums.spoil(3 * PAGE_BYTES as u64, PAGE_BYTES);
+        assert!(sums.check(3 * PAGE_BYTES as u64, &[0; PAGE_BYTES]).is_err());
         data[PAGE_BYTES + 9] ^= 1;
         assert_eq!(sums.check(PAGE_BYTES as u64, &data).unwrap_err().at, PAGE_BYTES);
     }

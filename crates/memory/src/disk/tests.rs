@@ -13,10 +13,21 @@ fn whole(region: Region, offset: u64, block: Block) -> Request {
     Request { region, offset, block, range, deadline: 0 }
 }
 
+fn engines() -> [Options; 2] {
+    [Options::default(), Options { ring: false, ..Options::default() }]
+}
+
 #[test]
 fn what_is_written_is_read_and_regions_begin_as_zeros() {
+    for options in engines() {
+        written_is_read(options);
+    }
+}
+
+fn written_is_read(options: Options) {
     let dir = tempfile::tempdir().unwrap();
-    let disk = Disk::create(dir.path(), &[("m", 5000), ("v", 3 << 20)], Options::default()).unwrap();
+    let disk = Disk::create(dir.path(), &[("m", 5000), ("v", 3 << 20)], options).unwrap();
+    println!("{}", disk.engine());
     let (m, v) = (disk.region("m").unwrap(), disk.region("v").unwrap());
     let wrote = disk.submit_write(whole(v, 0, filled(&disk, 3 << 20, 7)));
     let zeros = disk.submit_read(whole(m, 0, filled(&disk, 8192, 9))).wait().unwrap();

@@ -30,7 +30,20 @@ pub(super) fn start(shared: &Arc<Shared>) -> Result<Vec<JoinHandle<()>>, DiskErr
     Ok(threads)
 }
 
+/// Tells everyone who waits, should a worker panic.
+struct Sentry<'a>(&'a Shared);
+
+impl Drop for Sentry<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().wreck();
+            self.0.wake_all();
+        }
+    }
+}
+
 fn work(shared: &Shared) {
+    let _sentry = Sentry(shared);
     let mut schedule = shared.lock();
     loop {
         if let Some(piece) = schedule.next_piece() {
@@ -38,7 +51,7 @@ fn work(shared: &Shared) {
             let (piece, result) = run(piece, shared);
             schedule = shared.lock();
             let finished = schedule.finish(piece, result);
-            shared.wake.notify_all();
+            shared.wake_all();
             if let Some(finished) = finished {
                 drop(schedule);
                 finished.deliver();
