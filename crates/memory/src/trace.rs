@@ -73,14 +73,17 @@ pub enum Phase {
 }
 
 /// Which tier a moment computes in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Runs {
     /// The fastest tier of the machine.
     Fastest,
     /// The processor of the host, hence DRAM (the same thing where there is no HBM).
     Host,
     /// Where the plan finds it cheaper: an optimizer update runs where its state lives.
-    Either,
+    Either {
+        /// Seconds it takes on the host; `Moment::seconds` are those of the fastest tier.
+        host_s: f64,
+    },
 }
 
 /// One op of a step.

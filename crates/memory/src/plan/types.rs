@@ -1,6 +1,7 @@
 //! What goes into the planner beside a trace, and what comes out of it. Plain data.
 
-use crate::trace::{ChunkId, MomentId};
+use super::replay::Broken;
+use crate::trace::{BadTrace, ChunkId, Moment, MomentId, Runs};
 use crate::{Class, Tier};
 
 /// Bytes that may be used, by tier; a tier without a budget is not there.
@@ -199,4 +200,40 @@ pub struct DoesNotFit {
     pub least_bytes: u64,
     /// What else would do, as `, or ...`; may be empty.
     pub remedy: String,
+}
+
+/// Seconds a moment computes in the tier it runs in.
+pub(super) fn seconds(moment: &Moment, tier: Tier, fastest: Tier) -> f64 {
+    match moment.runs {
+        Runs::Either { host_s } if tier != fastest => host_s,
+        _ => moment.seconds,
+    }
+}
+
+/// No plan.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// The trace cannot run within the budgets.
+    #[error(transparent)]
+    DoesNotFit(Box<DoesNotFit>),
+    /// The trace means nothing.
+    #[error(transparent)]
+    BadTrace(#[from] BadTrace),
+    /// Budgets of tiers that cannot compute or do not join.
+    #[error("budgets for {tiers:?} are no machine: it computes in hbm or dram, and nvme stands behind dram")]
+    NoTier {
+        /// Tiers with a budget.
+        tiers: Vec<Tier>,
+    },
+    /// A speed that is none.
+    #[error("the link below {tier} is said to carry {per_s} bytes/s: measure it, it must be above 0")]
+    BadRate {
+        /// Faster end of the link.
+        tier: Tier,
+        /// What was said.
+        per_s: String,
+    },
+    /// The planner made a mistake and its own check found it.
+    #[error("the plan breaks its promise ({0}): this is a bug of the planner, please report it")]
+    Broken(#[from] Broken),
 }
