@@ -258,17 +258,13 @@ impl Arrays {
     }
 
     /// A training step begins.
-    pub fn begin_step(&mut self) {
-        if let Some(pager) = &mut self.pager {
-            pager.begin_step();
-        }
+    pub fn begin_step(&mut self) -> Result<(), PagerError> {
+        self.pager.as_mut().map_or(Ok(()), |pager| pager.begin_step(&mut self.regions))
     }
 
     /// A training step has ended.
-    pub fn end_step(&mut self) {
-        if let Some(pager) = &mut self.pager {
-            pager.end_step();
-        }
+    pub fn end_step(&mut self) -> Result<(), PagerError> {
+        self.pager.as_mut().map_or(Ok(()), |pager| pager.end_step(&mut self.regions))
     }
 
     /// What was moved since the last report; none without a pager.

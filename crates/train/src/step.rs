@@ -58,7 +58,7 @@ impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
         self.store.clear_grads()?;
-        self.store.arrays_mut().begin_step();
+        self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
@@ -81,7 +81,7 @@ impl Learner {
         if !done.applied {
             self.optimizer.steps -= 1;
         }
-        self.store.arrays_mut().end_step();
+        self.store.arrays_mut().end_step().map_err(Fault::outside)?;
         Ok(done)
     }
 

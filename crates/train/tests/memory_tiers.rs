@@ -53,15 +53,15 @@ fn every_budget_model_and_policy_gives_the_bits_of_a_run_without_limits() {
         place.run(&format!("whole{i}"), &sets, Start::New, None).unwrap();
         let whole = place.result(&format!("whole{i}"));
         for (policy, part) in
-            [("dynamic", 0.3), ("dynamic", 0.5), ("dynamic", 0.8), ("static", 0.4), ("lru", 0.35), ("lru", 2.0)]
+            [("dynamic", 0.3), ("belady", 0.3), ("dynamic", 0.6), ("belady", 0.6), ("static", 0.4), ("lru", 0.35)]
         {
             let policy_is = format!("memory.policy={policy}");
             let sets = [&sets[..], &[policy_is.as_str()]].concat();
             let bytes = budget(&place, &sets[..sets.len() - 1], part);
             let held = run_within(&place, "tiers", &sets, bytes).unwrap();
             assert!(held as u64 <= bytes, "{variant:?} {policy} {part}: {held} of {bytes} bytes");
-            let (up, down) = moved(&place.path("tiers"));
-            println!("{variant:?} {policy} {part}: {held} of {bytes} bytes, {up} up, {down} down");
+            let (up, down, bound) = moved(&place.path("tiers"));
+            println!("{variant:?} {policy} {part}: {held} of {bytes} bytes, {up} up, {down} down, bound {bound:?}");
             assert_eq!(up > 0, part < 1.0, "{variant:?} {policy} {part}: {up} bytes came from the drive");
             let tiers = place.result("tiers");
             assert_eq!(tiers.2, whole.2, "log of {variant:?} {policy} {part}");

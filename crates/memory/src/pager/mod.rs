@@ -5,6 +5,7 @@
 //! were done; the bytes are moved by the threads of `mover`. So a chunk leaves behind the back of
 //! the computation, and the computation waits for one thing only: a chunk it needs now.
 
+mod follow;
 mod mover;
 mod report;
 mod script;
@@ -12,9 +13,11 @@ mod script;
 pub use report::{LinkCount, TierReport};
 
 use crate::arrays::Regions;
+use crate::plan::{Budgets, LinkRate, Rates};
 use crate::trace::{Access, ChunkId, Phase, Trace};
 use crate::disk::{Disk, DiskError, Options, Region};
 use crate::{Class, STATES};
+use follow::{Action, Follow};
 use mover::{Bring, Mover, Slot, Take};
 use script::{Script, Visit};
 use std::path::PathBuf;
@@ -23,8 +26,10 @@ use std::time::Instant;
 /// Who leaves when there is no room.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Policy {
-    /// What the recorded step needs last; what it needs next is fetched ahead.
+    /// What a plan for the recorded step says.
     Dynamic,
+    /// The same without a plan for the whole step: only by when each chunk is needed next.
+    Belady,
     /// A fixed part stays for ever, the rest comes and goes.
     Static,
     /// What was used longest ago.
@@ -161,6 +166,10 @@ pub struct Pager {
     clock: u64,
     in_step: bool,
     script: Script,
+    /// The plan for the script, once it was made.
+    follow: Option<Follow>,
+    /// What the plan wanted begun and could not be yet.
+    late: Vec<Action>,
     computing_since: Option<Instant>,
     stall_s: f64,
     reported: report::Snapshot,
@@ -204,6 +213,8 @@ impl Pager {
             clock: 0,
             in_step: false,
             script: Script::default(),
+            follow: None,
+            late: Vec::new(),
             computing_since: None,
             stall_s: 0.0,
             reported: report::Snapshot::default(),
@@ -237,28 +248,116 @@ impl Pager {
     }
 
     /// A training step begins: its visits are compared with those of the one before.
-    pub(crate) fn begin_step(&mut self) {
+    pub(crate) fn begin_step(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
         self.script.begin();
         self.in_step = true;
         self.computing_since = None;
+        self.late.clear();
         if self.script.is_followed() {
             for (i, chunk) in self.chunks.iter_mut().enumerate() {
                 let first = self.script.first(ChunkId(i as u32));
                 chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
             }
+            self.lay_out(regions)?;
         }
+        Ok(())
+    }
+
+    /// Bring what the plan wants here when a step begins, and let go of the rest.
+    fn lay_out(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
+        if !self.has_plan() {
+            return Ok(());
+        }
+        let initial = self.follow.as_ref().map_or(Vec::new(), |follow| follow.initial.clone());
+        let ids = || (0..initial.len() as u32).map(ChunkId);
+        for id in ids().filter(|id| !initial[id.0 as usize]) {
+            self.act(regions, Action::Leave(id))?;
+        }
+        for id in ids().filter(|id| initial[id.0 as usize]) {
+            self.act(regions, Action::Bring(id))?;
+        }
+        Ok(())
     }
 
     /// The training step is done.
-    pub(crate) fn end_step(&mut self) {
+    pub(crate) fn end_step(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
         self.pause();
+        self.begin_what_is_due(regions)?;
         self.in_step = false;
-        if !self.script.end(self.chunks.len()) {
+        let changed = !self.script.end(self.chunks.len());
+        if changed {
             // What others held during a whole step is known now.
-            self.setup.other_bytes = 0;
-            self.other_bytes = 0;
+            (self.setup.other_bytes, self.other_bytes) = (0, 0);
             self.measure_others();
         }
+        let room = self.follow.as_ref().map(|follow| follow.capacity_bytes);
+        if changed || room.is_none_or(|room| room > self.capacity_bytes) {
+            self.follow = self.plan();
+        }
+        Ok(())
+    }
+
+    /// The plan for the recorded step; none where the planner refuses, which leaves the look ahead.
+    fn plan(&self) -> Option<Follow> {
+        let carried = self.mover.carried();
+        let rate = |bytes: u64, seconds: f64| if seconds > 0.0 { bytes as f64 / seconds } else { 1e9 };
+        let nvme = LinkRate {
+            up_per_s: rate(carried.read_bytes, carried.read_s),
+            down_per_s: rate(carried.written_bytes, carried.written_s),
+        };
+        let budgets = Budgets {
+            hbm: None,
+            dram: Some(self.capacity_bytes),
+            nvme: Some(self.setup.nvme_bytes.min(i64::MAX as u64)),
+        };
+        let mut trace = self.trace();
+        // The capacity is what others leave, at their highest: parked blocks do not come and go.
+        trace.moments.iter_mut().for_each(|moment| moment.other_bytes = 0);
+        let plan = crate::plan::plan(&trace, &budgets, &Rates { host: nvme, nvme }).ok()?;
+        Some(Follow::new(&trace, &plan, self.capacity_bytes))
+    }
+
+    fn has_plan(&self) -> bool {
+        self.setup.policy == Policy::Dynamic && self.in_step && self.script.is_followed()
+            && self.follow.is_some()
+    }
+
+    /// The visit entered last has ended: begin what the plan says for now.
+    fn begin_what_is_due(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
+        if !self.has_plan() {
+            return Ok(());
+        }
+        let Some((k, _)) = self.script.here() else { return Ok(()) };
+        let actions = self.follow.as_ref().map_or(Vec::new(), |follow| follow.after(k).to_vec());
+        for action in actions {
+            self.act(regions, action)?;
+        }
+        let late = std::mem::take(&mut self.late);
+        late.into_iter().try_for_each(|action| self.act(regions, action))
+    }
+
+    fn act(&mut self, regions: &mut Regions, action: Action) -> Result<(), PagerError> {
+        let (Action::Bring(id) | Action::Leave(id)) = action;
+        let at = self.granule(id);
+        self.late.retain(|late| *late != Action::Bring(id) && *late != Action::Leave(id));
+        let chunk = &mut self.chunks[id.0 as usize];
+        if chunk.place == Place::Coming && regions.is_here(at) {
+            chunk.place = Place::Here;
+        }
+        match (action, chunk.place) {
+            // Zeros need no drive: they are made when they are needed.
+            (Action::Bring(_), Place::Drive) => {
+                let room = self.planned_bytes + chunk.bytes <= self.capacity_bytes;
+                match room && !regions.is_lent(at) {
+                    true => self.fetch(regions, id)?,
+                    false => self.late.push(action),
+                }
+            }
+            (Action::Leave(_), Place::Here) => self.evict(regions, id),
+            (Action::Leave(_), Place::Coming) => self.late.push(action),
+            _ => {}
+        }
+        Ok(())
     }
 
     /// Make the chunks of one moment resident; `needs` in any order, each at most once.
@@ -272,6 +371,7 @@ impl Pager {
             return Err(error.into());
         }
         self.pause();
+        self.begin_what_is_due(regions)?;
         self.clock += 1;
         self.measure_others();
         if self.in_step {
@@ -413,7 +513,9 @@ impl Pager {
     }
 
     fn knows_future(&self) -> bool {
-        self.setup.policy == Policy::Dynamic && self.in_step && self.script.is_followed()
+        matches!(self.setup.policy, Policy::Dynamic | Policy::Belady)
+            && self.in_step
+            && self.script.is_followed()
     }
 
     /// Nobody can leave: something must be on its way that can once it is here.
@@ -430,7 +532,7 @@ impl Pager {
 
     /// Fetch what the coming visits need, as far as that sends nothing away that is needed sooner.
     fn look_ahead(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.knows_future() {
+        if !self.knows_future() || self.has_plan() {
             return Ok(());
         }
         let window = self.capacity_bytes / WINDOW;
@@ -493,7 +595,8 @@ impl Pager {
     /// What was moved since the last report.
     pub fn report(&mut self) -> TierReport {
         let now = report::Snapshot { carried: self.mover.carried(), stall_s: self.stall_s };
-        let report = report::between(&self.reported, &now, self.other_bytes, self.capacity_bytes);
+        let mut report = report::between(&self.reported, &now, self.other_bytes, self.capacity_bytes);
+        report.links[0].bound_bytes = self.follow.as_ref().map(|follow| follow.bound_bytes);
         self.mover.reset_peak();
         self.reported = now;
         report

@@ -259,10 +259,10 @@ pub const KEYS: &[Key] = &[
     key("memory.dir", Path, "", "", "Folder on a fast local drive for the offload file, which is gone when the run ends. Absent: run.dir."),
     key(
         "memory.policy",
-        Choice(&["dynamic", "static", "lru"]),
+        Choice(&["dynamic", "belady", "static", "lru"]),
         "\"dynamic\"",
         "",
-        "Who leaves memory: dynamic goes by what a step needs next, static keeps a fixed part, lru what was used last.",
+        "Who leaves memory: dynamic plans the whole step, belady goes by what is needed last, static keeps a fixed part, lru what was used last.",
     ),
     key("log.tensorboard", Flag, "true", "", "Write TensorBoard event files beside metrics.jsonl."),
 ];

@@ -262,6 +262,7 @@ fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, Re
         nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
         dir: dir.into(),
         policy: match get.text("memory.policy").as_deref() {
+            Some("belady") => Policy::Belady,
             Some("static") => Policy::Static,
             Some("lru") => Policy::Lru,
             _ => Policy::Dynamic,
