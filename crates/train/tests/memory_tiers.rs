@@ -30,7 +30,7 @@ const MODEL: [&str; 6] = [
     "model.width=64",
     "tokenizer.vocab=500",
     "train.steps=6",
-    "eval.every=3",
+    "eval.every=4",
     "checkpoint.every=4",
 ];
 

@@ -512,10 +512,10 @@ impl Pager {
         best.map(|(_, i)| ChunkId(i as u32))
     }
 
+    /// Whether it is known when each chunk is needed next: while a step repeats, and between steps.
     fn knows_future(&self) -> bool {
-        matches!(self.setup.policy, Policy::Dynamic | Policy::Belady)
-            && self.in_step
-            && self.script.is_followed()
+        let by_future = matches!(self.setup.policy, Policy::Dynamic | Policy::Belady);
+        by_future && if self.in_step { self.script.is_followed() } else { self.script.len() > 0 }
     }
 
     /// Nobody can leave: something must be on its way that can once it is here.
@@ -532,7 +532,7 @@ impl Pager {
 
     /// Fetch what the coming visits need, as far as that sends nothing away that is needed sooner.
     fn look_ahead(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.knows_future() || self.has_plan() {
+        if !self.knows_future() || !self.in_step || self.has_plan() {
             return Ok(());
         }
         let window = self.capacity_bytes / WINDOW;
