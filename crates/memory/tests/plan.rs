@@ -1,8 +1,8 @@
 //! Plans of whole steps, replayed: pictures, promises, and the figures the field is measured by.
 
 use memory::plan::{
-    Aim, Ask, Budgets, LinkRate, Plan, Rates, Refusal, Replay, Rule, StateLayout, Transformer, link_table, picture,
-    plan_with, replay,
+    Aim, Ask, Budgets, LinkRate, Plan, Rates, Refusal, Replay, Rule, StateLayout, Transformer, link_table,
+    picture, plan_with, replay,
 };
 use memory::trace::Trace;
 use memory::{Class, Tier};
@@ -60,7 +60,11 @@ fn two_tiers() {
     for rule in [Rule::Dynamic, Rule::Belady, Rule::Lru, Rule::Static, Rule::Gemini] {
         for aim in [Aim::Bytes, Aim::Time] {
             let (plan, replayed) = planned(&trace, &budgets, Ask { aim, ..by(rule) });
-            println!("{rule:?} {aim:?}\n{}{}", picture(&trace, &budgets, &plan, &replayed), link_table(&plan));
+            println!(
+                "{rule:?} {aim:?}\n{}{}",
+                picture(&trace, &budgets, &plan, &replayed),
+                link_table(&plan)
+            );
         }
     }
 }

@@ -5,8 +5,8 @@ use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
 use dist::Mesh;
-use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
 use memory::pager::{PagerError, Setup};
+use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
 use std::time::Instant;
 use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
 

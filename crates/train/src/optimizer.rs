@@ -80,12 +80,7 @@ impl AdamW {
 
     /// The same for a step that is counted already. From the first chunk on: those are the ones a
     /// backward pass leaves resident.
-    pub(crate) fn update_all(
-        &self,
-        store: &mut ParamStore,
-        lr: f32,
-        grad_scale: f32,
-    ) -> Result<(), Fault> {
+    pub(crate) fn update_all(&self, store: &mut ParamStore, lr: f32, grad_scale: f32) -> Result<(), Fault> {
         let mut pieces = store.arrays().pieces(0..store.flat_len());
         pieces.try_for_each(|piece| self.update(store, piece, lr, grad_scale))
     }
@@ -130,13 +125,7 @@ impl AdamW {
     }
 
     /// Copy bytes of one of `arrays` from byte `first` on.
-    pub fn read(
-        &self,
-        store: &mut ParamStore,
-        name: &str,
-        first: u64,
-        out: &mut [u8],
-    ) -> Result<(), Fault> {
+    pub fn read(&self, store: &mut ParamStore, name: &str, first: u64, out: &mut [u8]) -> Result<(), Fault> {
         let (class, start, size) = place(store, name, first);
         for piece in store.arrays().pieces(start..start + out.len() / size) {
             let need = Need { class, elements: piece.clone(), access: Access::Read };

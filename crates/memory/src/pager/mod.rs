@@ -13,9 +13,9 @@ mod script;
 pub use report::{LinkCount, TierReport};
 
 use crate::arrays::Regions;
+use crate::disk::{Disk, DiskError, Options, Region};
 use crate::plan::{Budgets, LinkRate, Rates};
 use crate::trace::{Access, ChunkId, Phase, Trace};
-use crate::disk::{Disk, DiskError, Options, Region};
 use crate::{Class, STATES};
 use follow::{Action, Follow};
 use mover::{Bring, Mover, Slot, Take};
@@ -93,7 +93,9 @@ pub enum PagerError {
         other_bytes: u64,
     },
     /// The drive has less room than the chunks need.
-    #[error("memory.nvme = {nvme_bytes} bytes, the state needs {needs_bytes} on the drive; raise memory.nvme")]
+    #[error(
+        "memory.nvme = {nvme_bytes} bytes, the state needs {needs_bytes} on the drive; raise memory.nvme"
+    )]
     Drive {
         /// The budget.
         nvme_bytes: u64,
@@ -254,13 +256,20 @@ impl Pager {
         self.computing_since = None;
         self.late.clear();
         if self.script.is_followed() {
-            for (i, chunk) in self.chunks.iter_mut().enumerate() {
-                let first = self.script.first(ChunkId(i as u32));
-                chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
-            }
+            self.expect_a_step();
             self.lay_out(regions)?;
+        } else {
+            device::reset_peak();
         }
         Ok(())
+    }
+
+    /// What is needed next is what a step needs first.
+    fn expect_a_step(&mut self) {
+        for (i, chunk) in self.chunks.iter_mut().enumerate() {
+            let first = self.script.first(ChunkId(i as u32));
+            chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
+        }
     }
 
     /// Bring what the plan wants here when a step begins, and let go of the rest.
@@ -290,6 +299,7 @@ impl Pager {
             (self.setup.other_bytes, self.other_bytes) = (0, 0);
             self.measure_others();
         }
+        self.expect_a_step();
         let room = self.follow.as_ref().map(|follow| follow.capacity_bytes);
         if changed || room.is_none_or(|room| room > self.capacity_bytes) {
             self.follow = self.plan();
@@ -318,7 +328,9 @@ impl Pager {
     }
 
     fn has_plan(&self) -> bool {
-        self.setup.policy == Policy::Dynamic && self.in_step && self.script.is_followed()
+        self.setup.policy == Policy::Dynamic
+            && self.in_step
+            && self.script.is_followed()
             && self.follow.is_some()
     }
 
@@ -406,15 +418,16 @@ impl Pager {
         if let Some(since) = self.computing_since.take()
             && self.in_step
         {
-            self.script.measured(since.elapsed().as_secs_f64(), others_now());
+            self.script.measured(since.elapsed().as_secs_f64(), others_peak());
         }
     }
 
     /// What is no chunk takes its share of the budget first.
     fn measure_others(&mut self) {
-        self.other_bytes = self.other_bytes.max(others_now()).max(self.setup.other_bytes);
+        self.other_bytes = self.other_bytes.max(others_peak()).max(self.setup.other_bytes);
         let capacity = free_for_chunks(self.setup.dram_bytes, self.other_bytes);
         if capacity != self.capacity_bytes {
+            device::limit_parked(Some(self.other_bytes as usize));
             self.capacity_bytes = capacity;
             self.mover.set_capacity(capacity);
         }
@@ -491,7 +504,7 @@ impl Pager {
         chunk.place = if chunk.on_drive { Place::Drive } else { Place::Void };
     }
 
-    /// Whoever may leave and is needed last, after visit `beyond` at the earliest.
+    /// Whoever may leave and is needed last; after visit `beyond` at the earliest, if that is not 0.
     fn victim(&mut self, regions: &Regions, beyond: u64) -> Option<ChunkId> {
         let (clock, by_future) = (self.clock, self.knows_future());
         let mut best: Option<((bool, u64, bool), usize)> = None;
@@ -500,7 +513,7 @@ impl Pager {
                 chunk.place = Place::Here;
             }
             let leaves = chunk.place == Place::Here && chunk.pinned != clock;
-            if !leaves || (by_future && chunk.next_use <= beyond) {
+            if !leaves || (beyond > 0 && chunk.next_use <= beyond) {
                 continue;
             }
             let rank = if by_future { chunk.next_use } else { u64::MAX - chunk.last_use };
@@ -619,14 +632,19 @@ pub fn chunk_elements(params: usize, dram_bytes: u64) -> usize {
 /// Elements whose 2-byte form fills a page.
 const PAGE_ELEMENTS: usize = 2048;
 
+impl Drop for Pager {
+    fn drop(&mut self) {
+        device::limit_parked(None);
+    }
+}
+
 /// One part in this many of the budget stays free, for what grows between two moments.
 const SLACK: u64 = 64;
 
 /// Chunks needed soon may take one part in this many of the capacity.
 const WINDOW: u64 = 3;
 
-/// Memory that is no chunk, parked blocks included.
-fn others_now() -> u64 {
-    let usage = device::memory_use();
-    (usage.live_bytes - usage.region_bytes + usage.cached_bytes) as u64
+/// Most that was held and is no chunk, parked blocks included.
+fn others_peak() -> u64 {
+    device::memory_use().peak_other_bytes as u64
 }

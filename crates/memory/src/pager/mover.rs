@@ -187,7 +187,11 @@ impl Drop for Mover {
 }
 
 /// Move a chunk whole; the loan comes back either way, unless the engine died with it.
-fn carry(loan: Loan, slot: Slot, submit: impl Fn(Request) -> Ticket) -> (Option<Loan>, Result<(), DiskError>) {
+fn carry(
+    loan: Loan,
+    slot: Slot,
+    submit: impl Fn(Request) -> Ticket,
+) -> (Option<Loan>, Result<(), DiskError>) {
     let range = 0..loan.len_bytes();
     let block = Block::from_loan(loan);
     let Slot { region, offset } = slot;

@@ -51,12 +51,7 @@ pub(super) struct Snapshot {
     pub stall_s: f64,
 }
 
-pub(super) fn between(
-    then: &Snapshot,
-    now: &Snapshot,
-    other_bytes: u64,
-    capacity_bytes: u64,
-) -> TierReport {
+pub(super) fn between(then: &Snapshot, now: &Snapshot, other_bytes: u64, capacity_bytes: u64) -> TierReport {
     let nvme = LinkCount {
         upper: Tier::Dram,
         lower: Tier::Nvme,

@@ -256,7 +256,13 @@ pub const KEYS: &[Key] = &[
         "Memory the run may take, activations included; what does not fit lies in memory.dir. auto takes what the system or its control group allows. Absent: everything stays in memory. Never changes a result.",
     ),
     key("memory.nvme", Bytes, "\"auto\"", "", "Space on the drive of memory.dir; auto takes what is free."),
-    key("memory.dir", Path, "", "", "Folder on a fast local drive for the offload file, which is gone when the run ends. Absent: run.dir."),
+    key(
+        "memory.dir",
+        Path,
+        "",
+        "",
+        "Folder on a fast local drive for the offload file, which is gone when the run ends. Absent: run.dir.",
+    ),
     key(
         "memory.policy",
         Choice(&["dynamic", "belady", "static", "lru"]),
