@@ -120,7 +120,8 @@ impl Trainer {
         let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
         let valid =
             prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
-        let saver = match recipe.checkpoint.background && !learner.store.arrays().is_paged() {
+        // Within a budget there is no room for a copy: a save streams from where things lie.
+        let saver = match recipe.checkpoint.background && recipe.memory.is_none() {
             true => Writer::Background(Saver::start(states)?),
             false => Writer::Inline(states),
         };

@@ -256,6 +256,7 @@ mod tests {
             ("[model]\nfrom = \"m\"\nwidth = 64", "model.from"),
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
+            ("[memory]\ndir = \"x\"", "memory.dram"),
         ] {
             let message = refused(&format!("{base}{more}"));
             assert!(message.contains(want), "{more}: {message}");
