@@ -10,6 +10,7 @@ mod plan;
 mod plan_memory;
 mod show;
 mod tokenizer;
+mod traffic;
 mod train;
 
 use clap::{Parser, Subcommand};

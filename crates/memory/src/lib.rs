@@ -6,12 +6,15 @@
 
 #![deny(unsafe_code)]
 
+mod arrays;
 pub mod disk;
-
-use std::fmt;
-
+pub mod pager;
 pub mod plan;
 pub mod trace;
+
+pub use arrays::{Arrays, Need, Update};
+
+use std::fmt;
 
 /// Where bytes live, fastest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -40,6 +43,14 @@ pub enum Class {
     /// Values kept from forward to backward.
     Activation,
 }
+
+impl Class {
+    /// Classes of the flat arrays of a model, in their order.
+    pub const STATE: [Class; STATES] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
+}
+
+/// How many classes have flat arrays.
+const STATES: usize = 5;
 
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

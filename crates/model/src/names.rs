@@ -55,11 +55,11 @@ fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
 pub fn fill<E>(
     stored: &[StoredWeight],
     mut read: impl FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
-    mut put: impl FnMut(ParamRef, usize, &[f32]),
+    mut put: impl FnMut(ParamRef, usize, &[f32]) -> Result<(), E>,
 ) -> Result<(), E> {
     for weight in stored {
         let values = weight.to_ours(read(&weight.name, &weight.shape)?);
-        put(weight.param, weight.first, &values);
+        put(weight.param, weight.first, &values)?;
     }
     Ok(())
 }

@@ -4,13 +4,18 @@
 
 use super::PAGE_BYTES;
 use super::slots::Slot;
-use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
+use device::{Buffer, DType, Device, Loan, OutOfMemory};
 
 /// A run of whole pages. Made by [`super::Disk::block`] it is registered with the drive's ring.
 pub struct Block {
-    buffer: Buffer,
+    memory: Memory,
     /// Place among the ring's registered buffers; given back when the block is dropped.
     pub(super) slot: Option<Slot>,
+}
+
+enum Memory {
+    Owned(Buffer),
+    Lent(Loan),
 }
 
 impl Block {
@@ -18,26 +23,37 @@ impl Block {
     pub fn new(bytes: usize) -> Result<Block, OutOfMemory> {
         let refused = OutOfMemory { bytes, device: Device::Cpu };
         let rounded = bytes.max(1).checked_next_multiple_of(PAGE_BYTES).ok_or(refused)?;
-        Ok(Block { buffer: Buffer::new(Device::Cpu, rounded)?, slot: None })
+        Ok(Block { memory: Memory::Owned(Buffer::new(Device::Cpu, rounded)?), slot: None })
     }
 
-    /// Takes a buffer as it is; gives it back when it is shared or not of whole pages.
-    pub fn from_buffer(mut buffer: Buffer) -> Result<Block, Buffer> {
-        let whole = buffer.len_bytes() > 0 && buffer.len_bytes().is_multiple_of(PAGE_BYTES);
-        match whole && buffer.is_unique() {
-            true => Ok(Block { buffer, slot: None }),
-            false => Err(buffer),
+    /// A granule of a region, which is here: it is moved without a copy in between.
+    pub fn from_loan(loan: Loan) -> Block {
+        Block { memory: Memory::Lent(loan), slot: None }
+    }
+
+    /// The granule of `from_loan`.
+    pub fn into_loan(self) -> Option<Loan> {
+        match self.memory {
+            Memory::Lent(loan) => Some(loan),
+            Memory::Owned(_) => None,
         }
     }
 
-    /// The memory as a plain buffer; its place in the ring is given back.
-    pub fn into_buffer(self) -> Buffer {
-        self.buffer
+    /// The memory of a block that is no granule, as a plain buffer; its place in the ring is given
+    /// back.
+    pub fn into_buffer(self) -> Option<Buffer> {
+        match self.memory {
+            Memory::Owned(buffer) => Some(buffer),
+            Memory::Lent(_) => None,
+        }
     }
 
     /// Size in bytes, a multiple of 4096.
     pub fn len(&self) -> usize {
-        self.buffer.len_bytes()
+        match &self.memory {
+            Memory::Owned(buffer) => buffer.len_bytes(),
+            Memory::Lent(loan) => loan.len_bytes(),
+        }
     }
 
     /// Never: a block has a page at least.
@@ -47,23 +63,18 @@ impl Block {
 
     /// Everything.
     pub fn bytes(&self) -> &[u8] {
-        self.view(DType::U16, 0, self.len() / 2).bytes()
+        match &self.memory {
+            Memory::Owned(buffer) => buffer.view(DType::U16, 0, buffer.len_bytes() / 2).bytes(),
+            Memory::Lent(loan) => loan.bytes(),
+        }
     }
 
     /// Everything, to be written.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
-        let len = self.len() / 2;
-        self.view_mut(DType::U16, 0, len).bytes()
-    }
-
-    /// `len` elements of `dtype` from element `start` on.
-    pub fn view(&self, dtype: DType, start: usize, len: usize) -> View<'_> {
-        self.buffer.view(dtype, start, len)
-    }
-
-    /// `len` elements of `dtype` from element `start` on, to be written.
-    pub fn view_mut(&mut self, dtype: DType, start: usize, len: usize) -> ViewMut<'_> {
-        self.buffer.view_mut(dtype, start, len)
+        match &mut self.memory {
+            Memory::Owned(buffer) => buffer.view_mut(DType::U16, 0, buffer.len_bytes() / 2).bytes(),
+            Memory::Lent(loan) => loan.bytes_mut(),
+        }
     }
 }
 

@@ -1,10 +1,12 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
+use super::keys::parse_bytes;
 use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
+use memory::pager::Policy;
 use model::Recompute;
 use serde_json::json;
 use std::path::PathBuf;
@@ -31,6 +33,8 @@ pub struct Recipe {
     pub checkpoint: CheckpointRecipe,
     /// `[cluster]`
     pub cluster: ClusterRecipe,
+    /// `[memory]`; none: everything stays in memory.
+    pub memory: Option<MemoryRecipe>,
     /// `log.tensorboard`
     pub tensorboard: bool,
 }
@@ -150,6 +154,19 @@ pub struct ClusterRecipe {
     pub cluster: Cluster,
 }
 
+/// `[memory]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryRecipe {
+    /// DRAM in bytes; none: what is available.
+    pub dram_bytes: Option<u64>,
+    /// Space on the drive in bytes; none: what is free.
+    pub nvme_bytes: Option<u64>,
+    /// Folder of the offload file.
+    pub dir: PathBuf,
+    /// Who leaves.
+    pub policy: Policy,
+}
+
 /// Typed look-ups; the settings were checked against the table, so types are as it says.
 struct Get<'a>(&'a Settings);
 
@@ -232,6 +249,7 @@ impl Recipe {
                 background: get.flag("checkpoint.background"),
             },
             cluster: cluster(&get)?,
+            memory: memory(settings, &get)?,
             tensorboard: get.flag("log.tensorboard"),
         })
     }
@@ -256,6 +274,33 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
         inter: link("cluster.inter_latency", "cluster.inter_rate")?,
     };
     Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
+}
+
+fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
+    let Some(dram) = get.text("memory.dram") else {
+        if settings.gives("memory.dir") {
+            return impossible(
+                "memory.dir is given but memory.dram is not".into(),
+                "memory.dram is what turns tiers on; set it to \"auto\" or a number of bytes",
+            );
+        }
+        return Ok(None);
+    };
+    let dir = match get.text("memory.dir") {
+        Some(dir) => dir,
+        None => need(get.text("run.dir"), "run.dir")?,
+    };
+    Ok(Some(MemoryRecipe {
+        dram_bytes: parse_bytes(&dram),
+        nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
+        dir: dir.into(),
+        policy: match get.text("memory.policy").as_deref() {
+            Some("belady") => Policy::Belady,
+            Some("static") => Policy::Static,
+            Some("lru") => Policy::Lru,
+            _ => Policy::Dynamic,
+        },
+    }))
 }
 
 fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
