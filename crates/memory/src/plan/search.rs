@@ -57,7 +57,7 @@ impl Default for Ask {
 const RESERVES: [f64; 7] = [0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5];
 
 /// Step times closer than this are the same: fewer bytes decide.
-const SAME_TIME: f64 = 0.01;
+const SAME_TIME: f64 = 0.02;
 
 /// The plan for a trace, with the defaults of `Ask`.
 ///
