@@ -72,8 +72,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
 /// would make it fit.
 pub fn print(recipe: &Recipe, machine: &Machine) -> Result<()> {
     let model = outlook(recipe, &machine.speeds(recipe)?)?;
-    print!("{}", needs(&model, recipe));
-    print!("{}", placed(&model, &machine.budgets()?, &machine.rates())?);
+    let budgets = machine.budgets()?;
+    print!("{}", needs(&model, recipe, machine, &budgets));
+    print!("{}", placed(&model, &budgets, &machine.rates())?);
     Ok(())
 }
 
@@ -87,7 +88,7 @@ fn placed(model: &Transformer, budgets: &Budgets, rates: &Rates) -> Result<Strin
     Ok(text)
 }
 
-fn needs(model: &Transformer, recipe: &Recipe) -> String {
+fn needs(model: &Transformer, recipe: &Recipe, machine: &Machine, budgets: &Budgets) -> String {
     let params = model.params();
     let classes = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
     let parts: Vec<String> = classes
@@ -97,7 +98,19 @@ fn needs(model: &Transformer, recipe: &Recipe) -> String {
         .collect();
     let state = params * model.state.per_param();
     let kept = u64::from(model.layers) * (model.kept_bytes + model.input_bytes);
-    let tokens = recipe.train.batch * recipe.train.context * recipe.train.accumulate;
+    let tokens = recipe.train.batch * recipe.train.context * model.accumulate as usize;
+    let microbatches = match (model.accumulate as usize, recipe.train.accumulate) {
+        (planned, all) if planned < all => {
+            format!(", in {planned} microbatches that stand for the recipe's {all}")
+        }
+        _ => String::new(),
+    };
+    let tiers: Vec<String> = budgets
+        .tiers()
+        .into_iter()
+        .map(|tier| format!("{tier} {}", show::bytes(budgets.of(tier).unwrap_or(0))))
+        .collect();
+    let whose = if machine.is_given() { "as given" } else { "this one" };
     show::facts(&[
         ("parameters", show::count(params as f64)),
         (
@@ -111,7 +124,8 @@ fn needs(model: &Transformer, recipe: &Recipe) -> String {
         ),
         ("activations", format!("{} for {} rows at a time", gigabytes(kept), recipe.train.batch)),
         ("together", gigabytes(state + kept)),
-        ("tokens a step", tokens.to_string()),
+        ("tokens a step", format!("{tokens}{microbatches}")),
+        ("machine", format!("{whose}: {}", tiers.join(", "))),
     ])
 }
 
@@ -121,6 +135,11 @@ fn gigabytes(bytes: u64) -> String {
 }
 
 impl Machine {
+    /// Whether memory was asked about at all.
+    pub fn is_given(&self) -> bool {
+        self.hbm.or(self.dram).or(self.nvme).is_some()
+    }
+
     fn budgets(&self) -> Result<Budgets> {
         let here = || device::available_bytes().map(|bytes| bytes as u64);
         let dram = self.dram.or_else(here).ok_or_else(|| anyhow!("how much memory is there? Give --dram"))?;

@@ -52,16 +52,17 @@ fn a_dry_run_says_what_would_happen_and_writes_nothing() {
 fn a_plan_needs_no_machine_that_could_hold_the_model() {
     let place = Place::new();
     let gpt3 = format!("{REPOSITORY}/recipes/gpt3-175b.toml");
-    let machine = ["plan", &gpt3, "--hbm", "80GB", "--dram", "2TB", "--tflops", "400"];
+    let five_rows =
+        ["--set", "train.batch=5", "--set", "train.accumulate=1", "--set", "train.recompute=always"];
+    let gpu = ["plan", &gpt3, "--hbm", "80GB", "--tflops", "400"];
+    let planned = |more: &[&str]| place.command(&gpu).args(five_rows).args(more).output().unwrap();
     // Everything it needs is said before it is refused, and the refusal says what would do.
-    let refused = place.run(&machine);
+    let refused = planned(&["--dram", "2TB"]);
     assert!(!refused.status.success());
     let (said, error) = (String::from_utf8_lossy(&refused.stdout), String::from_utf8_lossy(&refused.stderr));
     assert!(said.contains("3204.8 GB"), "{said}");
     assert!(error.contains("dram is ") && error.contains("or give nvme a budget"), "{error}");
-    let smaller = ["--nvme", "4TB", "--dram", "100GB", "--set", "model.layers=8"];
-    let mut command = place.command(&["plan", &gpt3, "--hbm", "80GB", "--tflops", "400"]);
-    let planned = command.args(smaller).output().unwrap();
+    let planned = planned(&["--nvme", "4TB", "--dram", "100GB", "--set", "model.layers=8"]);
     let planned = String::from_utf8(planned.stdout).unwrap();
     for part in ["go to nvme", "peak", "dram <-> nvme: moved", "bound", "limited by"] {
         assert!(planned.contains(part), "{part}: {planned}");
