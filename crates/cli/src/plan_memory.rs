@@ -44,28 +44,13 @@ pub struct Machine {
     dram_rate: u64,
 }
 
-impl Machine {
-    /// Whether some tier was described, so that a plan of one rank is meant.
-    pub fn is_given(&self) -> bool {
-        self.hbm.or(self.dram).or(self.nvme).is_some()
-    }
-}
-
-/// Microbatches of a step that are planned: the first and the last differ, those between repeat.
-const MICROBATCHES: u32 = 3;
-
 /// Print what a recipe needs, and where that lies on a machine. Errors: what does not fit, with what
 /// would make it fit.
 pub fn print(recipe: &Recipe, machine: &Machine) -> Result<()> {
-    let mut model = outlook(recipe, &machine.speeds(recipe)?)?;
-    print!("{}", needs(&model, recipe));
-    if model.accumulate > MICROBATCHES {
-        model.accumulate = MICROBATCHES;
-        println!(
-            "\nPlanned for a step of {MICROBATCHES} microbatches: every further one repeats the second."
-        );
-    }
-    print!("{}", placed(&model, &machine.budgets()?, &machine.rates())?);
+    let model = outlook(recipe, &machine.speeds(recipe)?)?;
+    let budgets = machine.budgets()?;
+    print!("{}", needs(&model, recipe, machine, &budgets));
+    print!("{}", placed(&model, &budgets, &machine.rates())?);
     Ok(())
 }
 
@@ -79,7 +64,7 @@ fn placed(model: &Transformer, budgets: &Budgets, rates: &Rates) -> Result<Strin
     Ok(text)
 }
 
-fn needs(model: &Transformer, recipe: &Recipe) -> String {
+fn needs(model: &Transformer, recipe: &Recipe, machine: &Machine, budgets: &Budgets) -> String {
     let params = model.params();
     let classes = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
     let parts: Vec<String> = classes
@@ -89,7 +74,19 @@ fn needs(model: &Transformer, recipe: &Recipe) -> String {
         .collect();
     let state = params * model.state.per_param();
     let kept = u64::from(model.layers) * (model.kept_bytes + model.input_bytes);
-    let tokens = recipe.train.batch * recipe.train.context * recipe.train.accumulate;
+    let tokens = recipe.train.batch * recipe.train.context * model.accumulate as usize;
+    let microbatches = match (model.accumulate as usize, recipe.train.accumulate) {
+        (planned, all) if planned < all => {
+            format!(", in {planned} microbatches that stand for the recipe's {all}")
+        }
+        _ => String::new(),
+    };
+    let tiers: Vec<String> = budgets
+        .tiers()
+        .into_iter()
+        .map(|tier| format!("{tier} {}", show::bytes(budgets.of(tier).unwrap_or(0))))
+        .collect();
+    let whose = if machine.is_given() { "as given" } else { "this one" };
     show::facts(&[
         ("parameters", show::count(params as f64)),
         (
@@ -103,7 +100,8 @@ fn needs(model: &Transformer, recipe: &Recipe) -> String {
         ),
         ("activations", format!("{} for {} rows at a time", gigabytes(kept), recipe.train.batch)),
         ("together", gigabytes(state + kept)),
-        ("tokens a step", tokens.to_string()),
+        ("tokens a step", format!("{tokens}{microbatches}")),
+        ("machine", format!("{whose}: {}", tiers.join(", "))),
     ])
 }
 
@@ -113,6 +111,11 @@ fn gigabytes(bytes: u64) -> String {
 }
 
 impl Machine {
+    /// Whether memory was asked about at all.
+    pub fn is_given(&self) -> bool {
+        self.hbm.or(self.dram).or(self.nvme).is_some()
+    }
+
     fn budgets(&self) -> Result<Budgets> {
         let here = || device::available_bytes().map(|bytes| bytes as u64);
         let dram = self.dram.or_else(here).ok_or_else(|| anyhow!("how much memory is there? Give --dram"))?;

@@ -155,6 +155,12 @@ pub enum BadTrace {
         /// Chunk named.
         chunk: u32,
     },
+    /// More bytes than a planner counts.
+    #[error("chunks and other bytes add up to {bytes} bytes: more than 2^60, some size is wrong")]
+    TooLarge {
+        /// The sum.
+        bytes: u128,
+    },
     /// A duration is negative, infinite or not a number.
     #[error("moment {moment} ({op}) takes {seconds} seconds: durations are finite and not negative")]
     BadSeconds {
@@ -210,6 +216,11 @@ impl Trace {
         if self.moments.is_empty() {
             return Err(BadTrace::Empty);
         }
+        let other = self.moments.iter().map(|moment| moment.other_bytes).max().unwrap_or(0);
+        let bytes = self.chunks.iter().map(|chunk| u128::from(chunk.bytes)).sum::<u128>() + u128::from(other);
+        if bytes > 1 << 60 {
+            return Err(BadTrace::TooLarge { bytes });
+        }
         let (moments, chunks) = (self.moments.len(), self.chunks.len());
         let mut last_use = vec![None; chunks];
         let mut previous = 0;
@@ -225,11 +236,60 @@ impl Trace {
             last_use[chunk as usize] = Some(moment);
         }
         for (index, moment) in self.moments.iter().enumerate() {
-            if !moment.seconds.is_finite() || moment.seconds < 0.0 {
-                let (op, seconds) = (moment.op.clone(), moment.seconds.to_string());
+            let host_s = match moment.runs {
+                Runs::Either { host_s } => host_s,
+                Runs::Fastest | Runs::Host => 0.0,
+            };
+            if let Some(seconds) = [moment.seconds, host_s].into_iter().find(|s| !s.is_finite() || *s < 0.0) {
+                let (op, seconds) = (moment.op.clone(), seconds.to_string());
                 return Err(BadTrace::BadSeconds { moment: index, op, seconds });
             }
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one() -> Trace {
+        let mut trace = Trace::default();
+        let chunk = trace.add_chunk(Class::Param, 8);
+        let (phase, op) = (Phase::Forward, "op".to_owned());
+        trace.add_moment(Moment { phase, op, layer: 0, seconds: 1.0, other_bytes: 0, runs: Runs::Fastest });
+        trace.add_use(chunk, Access::Read);
+        trace
+    }
+
+    #[test]
+    fn uses_in_one_moment_join() {
+        let mut trace = one();
+        assert_eq!(trace.check(), Ok(()));
+        trace.add_use(ChunkId(0), Access::Write);
+        assert_eq!((trace.uses.len(), trace.uses[0].access), (1, Access::ReadWrite));
+        assert_eq!(Access::Write.then(Access::Read), Access::Write, "what was written first needs no bytes");
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        let name = |change: fn(&mut Trace)| {
+            let mut trace = one();
+            change(&mut trace);
+            trace.check().expect_err("a mistake").to_string()
+        };
+        let twice = |trace: &mut Trace| trace.uses.push(trace.uses[0]);
+        let messages = [
+            (name(|trace| trace.moments.clear()), "no moments"),
+            (name(|trace| trace.uses[0].chunk = ChunkId(9)), "chunk 9, of 1 moments and 1 chunks"),
+            (name(|trace| trace.uses[0].moment = 1), "names moment 1"),
+            (name(twice), "stands twice"),
+            (name(|trace| trace.chunks[0].bytes = u64::MAX), "more than 2^60"),
+            (name(|trace| trace.moments[0].seconds = f64::NAN), "NaN seconds"),
+            (name(|trace| trace.moments[0].runs = Runs::Either { host_s: -1.0 }), "-1 seconds"),
+        ];
+        for (message, part) in messages {
+            assert!(message.contains(part), "{message}");
+        }
     }
 }

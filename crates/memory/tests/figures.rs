@@ -93,6 +93,41 @@ fn drive() {
     }
 }
 
+/// The table of docs/memory.md: 1.5 billion parameters in 8 GiB, by the time of the updates.
+#[test]
+fn time_of_updates() {
+    let rates = Rates { nvme: LinkRate { up_per_s: 1e9, down_per_s: 2e9 }, ..RATES };
+    let budgets = Budgets { hbm: None, dram: Some(8192 * MIB), nvme: Some(1 << 40) };
+    let mut steps = Vec::new();
+    for updates in [Updates::AfterBackward, Updates::InBackward, Updates::BeforeForward] {
+        let model = Transformer {
+            layers: 48,
+            layer_params: 30_000_000,
+            embed_params: 80_000_000,
+            head_params: 0,
+            state: StateLayout::SPLIT,
+            parts: 4,
+            updates,
+            accumulate: 1,
+            kept_bytes: 100 * MIB,
+            input_bytes: 6 * MIB,
+            recompute: true,
+            other_bytes: 300 * MIB,
+            layer_forward_s: 0.6,
+            update_s: 1e-9,
+            host_update_s: None,
+        };
+        let plan = plan_with(&model.trace(), &budgets, &rates, &Ask::default()).expect("fits");
+        let link = plan.links[0];
+        let (up_s, down_s) = (link.up_bytes as f64 / 1e9, link.down_bytes as f64 / 2e9);
+        let ratio = plan.step_s() / plan.compute_s.max(up_s).max(down_s);
+        println!("{updates:?}: step over the limit {ratio:.2}\n{}", link_table(&plan));
+        steps.push(ratio);
+    }
+    // What the aim of 1.15 asks of the order of the step.
+    assert!(steps[0] > 1.15 && steps[1] < 1.15 && steps[2] < 1.15, "{steps:?}");
+}
+
 /// Tens of thousands of uses plan at once, and near the bound.
 #[test]
 fn large_steps() {

@@ -18,6 +18,12 @@ const UPDATE_BYTES: f64 = 28.0;
 /// A part of a layer holds at most this many bytes of gradients, so that parts move one by one.
 const PART_BYTES: u64 = 256 << 20;
 
+/// Microbatches of a trace: those between the first and the last are all alike.
+const MOST_MICROBATCHES: u32 = 4;
+
+/// Moments of a trace, about: more would take minutes to plan.
+const MOST_MOMENTS: u64 = 20_000;
+
 /// Speeds of one rank's machine.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Speeds {
@@ -31,8 +37,8 @@ pub struct Speeds {
 
 /// Sizes of the step that `recipe` describes, and its predicted seconds at `speeds`.
 ///
-/// The vocabulary is the tokenizer's where the recipe names one, else `tokenizer.vocab`. Errors: files
-/// that cannot be read, sizes that make no model.
+/// The vocabulary is the tokenizer's where the recipe names one, else `tokenizer.vocab`. Of many
+/// microbatches four are taken. Errors: files that cannot be read, sizes that make no model.
 pub fn outlook(recipe: &Recipe, speeds: &Speeds) -> Result<Transformer, TrainError> {
     let config = config(recipe)?;
     let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
@@ -70,16 +76,19 @@ fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Spee
     let tokens = (recipe.batch * recipe.context) as f64;
     let flops = config.flops().per_token(recipe.context) * tokens;
     let update = |per_s: f64| UPDATE_BYTES / per_s;
+    let accumulate = (recipe.accumulate as u64).clamp(1, u64::from(MOST_MICROBATCHES));
+    // Forward and backward of each microbatch, and the update.
+    let most_parts = (MOST_MOMENTS / (layers * (2 * accumulate + 1))).clamp(1, 64);
     Transformer {
         layers: layers as u32,
         layer_params,
         embed_params,
         head_params,
         state,
-        parts: (layer_params * state.grad).div_ceil(PART_BYTES).clamp(1, 64) as u32,
+        parts: (layer_params * state.grad).div_ceil(PART_BYTES).clamp(1, most_parts) as u32,
         // Clipping waits for the norm of all gradients.
         updates: if recipe.clip.is_finite() { Updates::AfterBackward } else { Updates::InBackward },
-        accumulate: recipe.accumulate as u32,
+        accumulate: accumulate as u32,
         kept_bytes: activations.kept_bytes,
         input_bytes: activations.input_bytes,
         recompute: recipe.recompute != Recompute::Never,

@@ -57,7 +57,7 @@ impl Default for Ask {
 const RESERVES: [f64; 7] = [0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5];
 
 /// Step times closer than this are the same: fewer bytes decide.
-const SAME_TIME: f64 = 0.01;
+const SAME_TIME: f64 = 0.02;
 
 /// The plan for a trace, with the defaults of `Ask`.
 ///
@@ -181,7 +181,7 @@ impl Search<'_> {
                 let course = Course { recompute, reserve: 0.05, ..self.course(Inner::Densest, *on_fastest) };
                 match self.frugal(course) {
                     Ok(next) => found.push(next),
-                    Err(error) => refusal = refusal.or(Some(error)),
+                    Err(error) => refusal = Some(milder(refusal, error)),
                 }
             }
             if !found.is_empty() {
@@ -194,11 +194,18 @@ impl Search<'_> {
         }
     }
 
-    /// A course, or one that takes less room below; the refusal is that of the most modest.
+    /// A course, or one that takes less room below; the refusal is the mildest.
     fn frugal(&self, course: Course) -> Result<Found, Refusal> {
         let plain = Course { overlap: false, reserve: 0.0, ..course.clone() };
         let prefix = Course { rule: Inner::Prefix, ..plain.clone() };
-        self.try_course(course).or_else(|_| self.try_course(prefix)).or_else(|_| self.try_course(plain))
+        let mut refusal = None;
+        for course in [course, prefix, plain] {
+            match self.try_course(course) {
+                Ok(found) => return Ok(found),
+                Err(error) => refusal = Some(milder(refusal, error)),
+            }
+        }
+        Err(refusal.expect("courses were tried"))
     }
 
     fn best_of(&self, found: Vec<Found>) -> Found {
@@ -242,6 +249,17 @@ impl Search<'_> {
             link.bound_bytes = value.bytes;
         }
         Ok(plan)
+    }
+}
+
+/// Of two refusals the one that asks for less.
+fn milder(first: Option<Refusal>, second: Refusal) -> Refusal {
+    match (first, second) {
+        (Some(Refusal::DoesNotFit(a)), Refusal::DoesNotFit(b)) if b.missing_bytes < a.missing_bytes => {
+            Refusal::DoesNotFit(b)
+        }
+        (Some(first), _) => first,
+        (None, second) => second,
     }
 }
 

@@ -198,7 +198,8 @@ pub struct DoesNotFit {
     pub class: Class,
     /// What is missing there.
     pub missing_bytes: u64,
-    /// The least budget of this tier that works, the others as they are.
+    /// The budget of this tier with which the most modest plan that was tried fits, the others as they
+    /// are.
     pub least_bytes: u64,
     /// What else would do, as `, or ...`; may be empty.
     pub remedy: String,
