@@ -248,7 +248,7 @@ impl Office {
             // that before it hears the other would take us for the cause.
             self.tell(first);
         }
-        self.post.close(self);
+        self.post.close(ended.is_err());
         ended
     }
 

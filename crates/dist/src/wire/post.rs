@@ -15,6 +15,9 @@ use std::time::Duration;
 pub(super) enum Post {
     /// Processes of one machine.
     Sockets(Sockets),
+    /// Processes that an MPI launcher started, on any number of machines.
+    #[cfg(feature = "mpi")]
+    Mpi(super::mpi::Mpi),
 }
 
 impl Post {
@@ -22,19 +25,28 @@ impl Post {
     pub(super) fn send(&self, to: usize, header: &Header, bytes: &[u8], limit: Duration) -> io::Result<()> {
         match self {
             Post::Sockets(sockets) => sockets.send(to, header, bytes, limit),
+            #[cfg(feature = "mpi")]
+            Post::Mpi(mpi) => mpi.send(to, header, bytes, limit),
         }
     }
 
     pub(super) fn name(&self) -> &'static str {
         match self {
             Post::Sockets(_) => "sockets",
+            #[cfg(feature = "mpi")]
+            Post::Mpi(_) => "mpi",
         }
     }
 
-    /// Everything was sent.
-    pub(super) fn close(&self, _office: &Office) {
+    /// Everything was sent, whether or not the run has failed.
+    pub(super) fn close(&self, failed: bool) {
         match self {
-            Post::Sockets(sockets) => sockets.close(),
+            Post::Sockets(sockets) => {
+                let _ = failed;
+                sockets.close();
+            }
+            #[cfg(feature = "mpi")]
+            Post::Mpi(mpi) => mpi.close(failed),
         }
     }
 }
@@ -52,6 +64,12 @@ impl Process {
     pub fn join(folder: &Path, rank: usize, ranks: usize, deadline: Duration) -> Result<Process, CommError> {
         let office = super::sockets::join(folder, (rank, ranks), deadline)?;
         Ok(Process { office })
+    }
+
+    /// The rank that the MPI launcher made this process; at most once in a process.
+    #[cfg(feature = "mpi")]
+    pub fn over_mpi(deadline: Duration) -> Result<Process, CommError> {
+        Ok(Process { office: super::mpi::join(deadline)? })
     }
 
     /// The same rank with another deadline of its calls.
