@@ -3,6 +3,8 @@
 //! a run, `seat` the collectives of one member.
 
 mod frame;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod office;
 mod post;
 mod seat;
