@@ -16,7 +16,9 @@ mod testkit;
 
 pub mod adamw;
 pub mod attention;
+pub mod block;
 pub mod cross_entropy;
+pub mod cut_norm;
 pub mod elementwise;
 pub mod embedding;
 pub mod gelu;
