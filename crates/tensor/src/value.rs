@@ -106,6 +106,20 @@ impl Tensor {
         }
     }
 
+    /// The same bytes as elements of another type; the last dimension counts accordingly.
+    pub fn as_type(&self, dtype: DType) -> Tensor {
+        let (old, new) = (self.dtype.size_bytes(), dtype.size_bytes());
+        let scaled = |count: usize| {
+            assert!((count * old).is_multiple_of(new), "{count} elements of {} as {dtype}", self.dtype);
+            count * old / new
+        };
+        let mut shape = self.shape.clone();
+        if let Some(last) = shape.last_mut() {
+            *last = scaled(*last);
+        }
+        Tensor { buffer: self.buffer.clone(), dtype, start: scaled(self.start), shape }
+    }
+
     /// A private copy on the same device.
     pub fn duplicate(&self) -> Result<Tensor, OutOfMemory> {
         let mut copy = Tensor::new(self.device(), self.dtype, &self.shape)?;
