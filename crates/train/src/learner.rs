@@ -43,7 +43,7 @@ impl Learner {
         adamw: AdamWConfig,
         recompute: Recompute,
     ) -> Result<Learner, LearnerError> {
-        let Built { model, params, stored } = Model::build(config, context, &Mesh::solo())?;
+        let Built { model, params, stored, .. } = Model::build(config, context, &Mesh::solo())?;
         let mut store = ParamStore::new(Device::Cpu, dtype, &params)?;
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &store)?;

@@ -116,8 +116,9 @@ impl Prepared {
             learner.initialise(recipe.run.seed);
             return Ok(());
         };
-        let Learner { optimizer, store, stored, .. } = learner;
+        let Learner { optimizer, store, stored, params, .. } = learner;
         model::fill(
+            params,
             stored,
             |name, shape| files.read(name, shape),
             |param, first, values| optimizer.set_weights(store, param, first, values),
