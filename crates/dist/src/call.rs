@@ -64,6 +64,8 @@ pub struct Call {
     pub bytes: u64,
     /// Element type, where there are elements.
     pub dtype: Option<DType>,
+    /// Whether it runs beside computation; such calls are numbered apart.
+    pub beside: bool,
     /// Among whom.
     pub group: Arc<Members>,
     /// World rank that gives or takes, where one alone does.
@@ -87,6 +89,9 @@ impl std::fmt::Display for Call {
         write!(f, "{} #{} on `{}` ({} bytes", self.op.name(), self.number, self.group.axes, self.bytes)?;
         if let Some(dtype) = self.dtype {
             write!(f, " of {dtype}")?;
+        }
+        if self.beside {
+            write!(f, ", beside computation")?;
         }
         if let Some(root) = self.root {
             let role = match self.op {

@@ -8,6 +8,8 @@ use crate::error::{CommError, LastSeen};
 pub(crate) struct Seen {
     /// In a call, or computing.
     pub(crate) last: LastSeen,
+    /// The same for its calls beside computation.
+    pub(crate) beside: LastSeen,
     /// Why it ended, if it has.
     pub(crate) ended: Option<String>,
 }
@@ -30,10 +32,12 @@ pub(crate) fn diagnose(ranks: &[Seen], waiting: usize, call: &Call, waited_s: f6
         if let Some(reason) = &seen.ended {
             return CommError::Dead { rank, reason: reason.clone(), last };
         }
-        let LastSeen::In(theirs) = &seen.last else {
+        // Whose lane is idle has not started the call: what the rank itself does is the reason.
+        let lane = if awaited.beside { &seen.beside } else { &seen.last };
+        let ((LastSeen::In(theirs), _) | (_, LastSeen::In(theirs))) = (lane, &seen.last) else {
             return CommError::Late { rank, waiting: waiter, waited_s, call: Box::new(awaited), last };
         };
-        let same_place = theirs.group == awaited.group;
+        let same_place = (theirs.beside, &theirs.group) == (awaited.beside, &awaited.group);
         if same_place && !is_pair(theirs, &awaited) || passed.contains(&rank) {
             return CommError::OutOfStep {
                 rank,
@@ -54,9 +58,9 @@ fn is_pair(a: &Call, b: &Call) -> bool {
 
 /// The first rank that `waiter` waits for in `call` and that is not there.
 pub(crate) fn absent(ranks: &[Seen], waiter: usize, call: &Call) -> Option<usize> {
-    let here = |rank: usize| match &ranks[rank].last {
-        LastSeen::In(theirs) => theirs.group == call.group && theirs.matches(call),
-        LastSeen::Computing { .. } => false,
+    let here = |rank: usize| {
+        let lane = if call.beside { &ranks[rank].beside } else { &ranks[rank].last };
+        matches!(lane, LastSeen::In(theirs) if theirs.group == call.group && theirs.matches(call))
     };
     match call.op {
         Op::Send | Op::Receive => call.root,
@@ -72,15 +76,26 @@ mod tests {
 
     fn call(op: Op, number: u64, axes: &str, ranks: &[usize]) -> Call {
         let group = Arc::new(Members { axes: axes.to_string(), ranks: ranks.to_vec() });
-        Call { op, number, bytes: 64, dtype: None, group, root: None, layer: Some(5), step: 120 }
+        Call {
+            op,
+            number,
+            bytes: 64,
+            dtype: None,
+            beside: false,
+            group,
+            root: None,
+            layer: Some(5),
+            step: 120,
+        }
     }
 
     fn inside(call: &Call) -> Seen {
-        Seen { last: LastSeen::In(call.clone()), ended: None }
+        Seen { last: LastSeen::In(call.clone()), ..computing() }
     }
 
     fn computing() -> Seen {
-        Seen { last: LastSeen::Computing { step: 120, layer: Some(4), after: None }, ended: None }
+        let idle = LastSeen::Computing { step: 120, layer: Some(4), after: None };
+        Seen { last: idle.clone(), beside: idle, ended: None }
     }
 
     #[test]
@@ -103,6 +118,15 @@ mod tests {
         let dead = Seen { ended: Some("it ran out of memory".to_string()), ..computing() };
         let error = diagnose(&[inside(&row), dead], 0, &row, 2.0).to_string();
         assert!(error.starts_with("rank 1 is dead: it ran out of memory; it was last seen"), "{error}");
+    }
+
+    #[test]
+    fn a_call_beside_waits_for_what_holds_its_rank_up() {
+        let bucket = Call { beside: true, ..call(Op::AllReduce, 2, "dp", &[0, 1]) };
+        let row = call(Op::AllGather, 7, "y", &[1, 2]);
+        let first = Seen { beside: LastSeen::In(bucket.clone()), ..computing() };
+        let error = diagnose(&[first, inside(&row), computing()], 0, &bucket, 2.0);
+        assert!(matches!(error, CommError::Late { rank: 2, waiting: 1, .. }), "{error}");
     }
 
     #[test]

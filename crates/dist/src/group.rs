@@ -5,6 +5,7 @@
 //! has the same bits on every communicator and run after run.
 
 use crate::Communicator;
+use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
 use crate::threads::Seat;
@@ -20,28 +21,62 @@ pub struct Group {
     members: Arc<Members>,
     index: usize,
     carrier: Carrier,
+    /// The same for calls beside computation.
+    carrier_beside: Carrier,
+    lane: Arc<Lane>,
     tally: Arc<Tally>,
 }
 
 #[derive(Clone)]
-enum Carrier {
+pub(crate) enum Carrier {
     /// Moves nothing; also what a group of one needs.
     Null,
     Threads(Seat),
 }
 
+impl Carrier {
+    fn is_beside(&self) -> bool {
+        match self {
+            Carrier::Null => true,
+            Carrier::Threads(seat) => seat.is_beside(),
+        }
+    }
+
+    pub(crate) fn post_handles(&self, data: &Array) -> Result<(), CommError> {
+        match self {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.post_handles(data),
+        }
+    }
+
+    pub(crate) fn take_handle(&self, what: (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
+        match self {
+            Carrier::Null => Array::new(what.0, what.1),
+            Carrier::Threads(seat) => seat.take_handle(what, from),
+        }
+    }
+
+    pub(crate) fn ask(&self, from: usize) -> u64 {
+        match self {
+            Carrier::Null => 0,
+            Carrier::Threads(seat) => seat.ask(from),
+        }
+    }
+}
+
 impl Group {
-    pub(crate) fn new(to: &Communicator, axes: &str, ranks: Vec<usize>) -> Group {
+    pub(crate) fn new(to: &Communicator, axes: &str, ranks: Vec<usize>, lane: Arc<Lane>) -> Group {
         let own = to.rank();
         let index = ranks.iter().position(|rank| *rank == own).expect("we are a member of our group");
         let members = Arc::new(Members { axes: axes.to_string(), ranks });
-        let carrier = match to {
+        let carrier = |beside| match to {
             Communicator::Threads(rank) if members.ranks.len() > 1 => {
-                Carrier::Threads(rank.seat(members.clone(), index))
+                Carrier::Threads(rank.seat(members.clone(), index, beside))
             }
             _ => Carrier::Null,
         };
-        Group { members, index, carrier, tally: Arc::new(Tally::new()) }
+        let (carrier, carrier_beside) = (carrier(false), carrier(true));
+        Group { members, index, carrier, carrier_beside, lane, tally: Arc::new(Tally::new()) }
     }
 
     /// Members.
@@ -188,7 +223,35 @@ impl Group {
         })
     }
 
-    fn counted(
+    /// This group as the lane sees it.
+    pub(crate) fn beside(&self) -> Group {
+        Group { carrier: self.carrier_beside.clone(), ..self.clone() }
+    }
+
+    /// Whether a call can wait for anybody.
+    pub(crate) fn waits(&self) -> bool {
+        !matches!(self.carrier, Carrier::Null)
+    }
+
+    /// Whether members can hand each other buffers.
+    pub(crate) fn shares_memory(&self) -> bool {
+        matches!(self.carrier, Carrier::Threads(_))
+    }
+
+    pub(crate) fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
+    pub(crate) fn tally(&self) -> &Arc<Tally> {
+        &self.tally
+    }
+
+    pub(crate) fn carrier(&self) -> &Carrier {
+        &self.carrier
+    }
+
+    /// Makes a call and counts it; the time of a call beside computation is exposed in `finish`.
+    pub(crate) fn counted(
         &self,
         traffic: Traffic,
         body: impl FnOnce(&Carrier) -> Result<(), CommError>,
@@ -196,10 +259,29 @@ impl Group {
         let start = Instant::now();
         body(&self.carrier)?;
         self.tally.add(traffic, self.size(), self.index);
-        if !matches!(self.carrier, Carrier::Null) {
+        if !self.carrier.is_beside() {
             self.tally.expose(start.elapsed());
         }
         Ok(())
+    }
+
+    /// What a broadcast beside computation starts from: data at the root, nothing elsewhere.
+    pub(crate) fn expect_root_data(
+        &self,
+        data: Option<Array>,
+        (dtype, len): (DType, usize),
+        root: usize,
+    ) -> Result<Option<Array>, CommError> {
+        self.expect_member(Op::Broadcast, root)?;
+        match &data {
+            Some(data) if self.index == root && (data.dtype, data.len) == (dtype, len) => {}
+            None if self.index != root => {}
+            _ => {
+                let problem = format!("member {root} alone gives {len} {dtype}, the others give nothing");
+                return Err(self.refuse(Op::Broadcast, problem));
+            }
+        }
+        Ok(data)
     }
 
     fn refuse(&self, op: Op, problem: String) -> CommError {

@@ -4,6 +4,7 @@
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+mod beside;
 mod call;
 mod communicator;
 mod diagnosis;
@@ -23,6 +24,7 @@ mod table;
 mod threads;
 mod traffic;
 
+pub use beside::{Array, Pending};
 pub use call::{Call, Members, Op};
 pub use communicator::{Communicator, NullRank};
 pub use dim::{Dim, Held, crossing};

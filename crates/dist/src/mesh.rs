@@ -1,5 +1,6 @@
 //! The mesh as one rank sees it: its place, its groups, and who carries their messages.
 
+use crate::beside::Lane;
 use crate::call::Place;
 use crate::traffic::Counts;
 use crate::{Axis, Communicator, Coords, Group, MeshError, MeshShape};
@@ -17,6 +18,7 @@ struct Own {
     rank: usize,
     communicator: Communicator,
     place: Arc<Place>,
+    lane: Arc<Lane>,
     /// By name.
     groups: Mutex<BTreeMap<String, Group>>,
 }
@@ -34,7 +36,7 @@ impl Mesh {
         let place = communicator.place();
         let rank = communicator.rank();
         let groups = Mutex::new(BTreeMap::new());
-        Ok(Mesh { own: Arc::new(Own { shape, rank, communicator, place, groups }) })
+        Ok(Mesh { own: Arc::new(Own { shape, rank, communicator, place, lane: Arc::default(), groups }) })
     }
 
     /// Sizes of the axes.
@@ -100,7 +102,7 @@ impl Mesh {
         if let Some(group) = groups.get(name) {
             return group.clone();
         }
-        let group = Group::new(&self.own.communicator, name, ranks());
+        let group = Group::new(&self.own.communicator, name, ranks(), self.own.lane.clone());
         groups.insert(name.to_string(), group.clone());
         group
     }

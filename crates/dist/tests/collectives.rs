@@ -1,7 +1,7 @@
 //! Every collective on 1 to 8 ranks, odd sizes and all types, against serial references.
 
-use device::{View, ViewMut};
-use dist::{Axis, CommError, Group, Mesh, MeshShape, Options, launch};
+use device::{DType, View, ViewMut};
+use dist::{Array, Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Options, launch};
 use half::bf16;
 
 const LENS: [usize; 6] = [0, 1, 3, 64, 1001, 5000];
@@ -194,4 +194,98 @@ fn wrong_arguments_are_refused_before_anybody_waits() {
         }
         group.barrier()
     });
+}
+
+fn array(data: &[f32]) -> Array {
+    let mut array = Array::new(DType::F32, data.len()).unwrap();
+    array.view_mut().f32().copy_from_slice(data);
+    array
+}
+
+#[test]
+fn calls_beside_computation_give_the_same_as_calls_in_the_foreground() {
+    for ranks in 1..=6 {
+        on_ranks(ranks, |mesh, group| {
+            let me = mesh.rank();
+            let len = 240;
+            let reduced = group.start_all_reduce_sum(array(&data(me, len)))?;
+            let gathered = group.start_all_gather(array(&data(me, 7)))?;
+            let scattered = group.start_reduce_scatter_sum(array(&data(me, ranks * 5)))?;
+            // In the foreground meanwhile, over the same group.
+            let mut other = data(me + 1, 33);
+            group.all_reduce_sum(ViewMut::of_f32(&mut other))?;
+            // Finished in another order than started.
+            assert_eq!(scattered.finish()?.view().f32(), &sum(ranks, ranks * 5)[me * 5..me * 5 + 5]);
+            let all: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, 7)).collect();
+            assert_eq!(gathered.finish()?.view().f32(), all);
+            assert_eq!(reduced.finish()?.view().f32(), sum(ranks, len));
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn panels_broadcast_beside_computation_arrive_by_number() {
+    for ranks in 1..=6 {
+        on_ranks(ranks, |mesh, group| {
+            let panel = |root: usize, k: usize| data(root * 10 + k, 50);
+            let start = |root: usize, k: usize| {
+                let mine = (mesh.rank() == root).then(|| array(&panel(root, k)));
+                group.start_broadcast(mine, (DType::F32, 50), root)
+            };
+            for root in 0..ranks {
+                let (first, second) = (start(root, 0)?, start(root, 1)?);
+                assert_eq!(second.finish()?.view().f32(), panel(root, 1));
+                assert_eq!(first.finish()?.view().f32(), panel(root, 0));
+            }
+            Ok(())
+        });
+    }
+}
+
+#[test]
+fn a_rank_that_only_counts_counts_what_a_rank_that_moves_does() {
+    let shape: MeshShape = "dp=2,x=3".parse().unwrap();
+    let calls = |mesh: &Mesh| -> Result<Vec<Counts>, CommError> {
+        let (row, column) = (mesh.group(Axis::X), mesh.group(Axis::Dp));
+        let mut x = vec![1f32; 100];
+        row.all_reduce_sum(ViewMut::of_f32(&mut x))?;
+        row.broadcast(ViewMut::of_f32(&mut x), 1)?;
+        row.reduce_sum(ViewMut::of_f32(&mut x), 2)?;
+        column.all_gather(View::of_f32(&x), ViewMut::of_f32(&mut [0.0; 200]))?;
+        column.reduce_scatter_sum(View::of_f32(&x), ViewMut::of_f32(&mut [0.0; 50]))?;
+        let runs = [[1, 2, 3], [4, 5, 6], [7, 8, 9]];
+        let receive = runs.map(|run| run[row.index()]);
+        let send = runs[row.index()];
+        let (sent, mut received) = (vec![1f32; send.iter().sum()], vec![0f32; receive.iter().sum()]);
+        row.all_to_all((View::of_f32(&sent), &send), (ViewMut::of_f32(&mut received), &receive))?;
+        column.send(View::of_f32(&x), 1 - column.index())?;
+        column.receive(ViewMut::of_f32(&mut x), 1 - column.index())?;
+        let mine = (row.index() == 0).then(|| array(&[1.0; 9]));
+        row.start_broadcast(mine, (DType::F32, 9), 0)?.finish()?;
+        row.start_all_reduce_sum(array(&[1.0; 6]))?.finish()?;
+        mesh.group_over(&Axis::ALL).barrier()?;
+        Ok(mesh.counts().into_iter().map(|counts| Counts { exposed_s: 0.0, ..counts }).collect())
+    };
+    let moved = launch(&shape, &Options::default(), calls).unwrap();
+    for (rank, moved) in moved.into_iter().enumerate() {
+        let null = Mesh::new(shape, Communicator::null(rank, 6)).unwrap();
+        let counted = calls(&null).unwrap();
+        assert_eq!(counted, moved, "rank {rank}");
+    }
+}
+
+#[test]
+fn ten_thousand_ranks_fit_on_a_laptop_when_nothing_moves() {
+    let shape: MeshShape = "x=100,y=100".parse().unwrap();
+    let mut x = vec![0f32; 1000];
+    for rank in [0, 4321, 9999] {
+        let mesh = Mesh::new(shape, Communicator::null(rank, 10_000)).unwrap();
+        for axis in [Axis::X, Axis::Y] {
+            mesh.group(axis).all_reduce_sum(ViewMut::of_f32(&mut x)).unwrap();
+        }
+        let counts = mesh.counts();
+        assert_eq!(counts.iter().map(|c| c.peers.len()).collect::<Vec<_>>(), [99, 99]);
+        assert!(counts.iter().all(|c| c.bytes_received == 2 * 99 * 40 && c.calls == 1));
+    }
 }

@@ -2,8 +2,9 @@
 
 use super::bell::Bell;
 use super::world::lock;
+use crate::beside::Array;
 use crate::call::Call;
-use device::{Buffer, DType, Loan};
+use device::Loan;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
@@ -35,13 +36,12 @@ pub(super) struct Member {
 pub(super) struct Letters {
     pub(super) waiting: VecDeque<Letter>,
     pub(super) sent: u64,
-    pub(super) received: u64,
+    /// Letters asked for; each is taken by its number, in any order.
+    pub(super) asked: u64,
 }
 
 pub(super) struct Letter {
-    pub(super) buffer: Buffer,
-    pub(super) dtype: DType,
-    pub(super) len: usize,
+    pub(super) array: Array,
     pub(super) call: Call,
 }
 

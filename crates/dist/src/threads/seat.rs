@@ -6,10 +6,11 @@
 
 use super::room::{LETTERS, Letter, Room};
 use super::world::{World, lock};
+use crate::beside::Array;
 use crate::call::{Call, Members, Op};
 use crate::error::CommError;
 use crate::traffic::piece;
-use device::{Borrowed, Buffer, DType, Device, Exclusive, View, ViewMut};
+use device::{Borrowed, DType, Exclusive, View, ViewMut};
 use kernels::rank_sum::{Part, rank_sum};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -17,15 +18,17 @@ use std::sync::atomic::Ordering::SeqCst;
 /// One member's place in the room of its group.
 #[derive(Clone)]
 pub(crate) struct Seat {
-    world: Arc<World>,
-    room: Arc<Room>,
-    members: Arc<Members>,
-    index: usize,
+    pub(super) world: Arc<World>,
+    pub(super) room: Arc<Room>,
+    pub(super) members: Arc<Members>,
+    pub(super) index: usize,
+    /// Whether its calls run beside computation.
+    pub(super) beside: bool,
 }
 
 impl Seat {
-    pub(super) fn new(world: Arc<World>, room: Arc<Room>, members: Arc<Members>, index: usize) -> Seat {
-        Seat { world, room, members, index }
+    pub(crate) fn is_beside(&self) -> bool {
+        self.beside
     }
 
     /// In place and in one pass: member i sums piece i of everybody and writes it to everybody.
@@ -158,46 +161,77 @@ impl Seat {
 
     /// Copies into a letter, so that neither side waits for the other.
     pub(crate) fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
-        let bytes = data.bytes().len();
-        let mut buffer = Buffer::new(Device::Cpu, bytes)?;
-        buffer.view_mut(data.dtype(), 0, data.len()).bytes().copy_from_slice(data.bytes());
+        let mut array = Array::new(data.dtype(), data.len())?;
+        array.view_mut().bytes().copy_from_slice(data.bytes());
+        self.post(Op::Send, array, to)
+    }
+
+    pub(crate) fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
+        let number = self.ask(from);
+        let array = self.take(Op::Receive, (data.dtype(), data.len()), (from, number))?;
+        data.bytes().copy_from_slice(array.view().bytes());
+        Ok(())
+    }
+
+    /// Gives every other member a handle of `data`; no byte moves.
+    pub(crate) fn post_handles(&self, data: &Array) -> Result<(), CommError> {
+        let others = (0..self.members.ranks.len()).filter(|member| *member != self.index);
+        others.into_iter().try_for_each(|to| self.post(Op::Broadcast, data.clone(), to))
+    }
+
+    /// The number of the next letter from a member, which is ours to take from now on.
+    pub(crate) fn ask(&self, from: usize) -> u64 {
+        let mut letters = lock(&self.room.members[self.index].letters[from]);
+        letters.asked += 1;
+        letters.asked - 1
+    }
+
+    /// The handle that we asked a member for.
+    pub(crate) fn take_handle(&self, what: (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
+        self.take(Op::Broadcast, what, from)
+    }
+
+    fn post(&self, op: Op, array: Array, to: usize) -> Result<(), CommError> {
         let letters = &self.room.members[to].letters[self.index];
         let number = lock(letters).sent;
-        let call = Call { number, ..self.call(Op::Send, (data.dtype(), data.len()), Some(to)) };
+        let call = Call { number, ..self.call(Op::Send, (array.dtype, array.len), Some(to)) };
         self.during(call, |call| {
             self.wait(call, || lock(letters).waiting.len() < LETTERS)?;
             let mut letters = lock(letters);
             letters.sent += 1;
-            let call = call.clone();
-            letters.waiting.push_back(Letter { buffer, dtype: data.dtype(), len: data.len(), call });
+            letters.waiting.push_back(Letter { array, call: Call { op, ..call.clone() } });
             Ok(())
         })?;
         self.room.ring();
         Ok(())
     }
 
-    pub(crate) fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
+    fn take(
+        &self,
+        op: Op,
+        (dtype, len): (DType, usize),
+        (from, number): (usize, u64),
+    ) -> Result<Array, CommError> {
         let letters = &self.room.members[self.index].letters[from];
-        let number = lock(letters).received;
-        let call = Call { number, ..self.call(Op::Receive, (data.dtype(), data.len()), Some(from)) };
+        let at = || lock(letters).waiting.iter().position(|letter| letter.call.number == number);
+        let call = Call { number, ..self.call(Op::Receive, (dtype, len), Some(from)) };
         let letter = self.during(call, |call| {
-            self.wait(call, || !lock(letters).waiting.is_empty())?;
-            let mut letters = lock(letters);
-            letters.received += 1;
-            let letter = letters.waiting.pop_front().expect("waited for it");
-            if (letter.dtype, letter.len) == (data.dtype(), data.len()) {
+            self.wait(call, || at().is_some())?;
+            let at = at().expect("waited for it, and nobody else takes it");
+            let letter = lock(letters).waiting.remove(at).expect("found above");
+            let is_broadcast = [op, letter.call.op].map(|op| op == Op::Broadcast);
+            if (letter.array.dtype, letter.array.len) == (dtype, len) && is_broadcast[0] == is_broadcast[1] {
                 return Ok(letter);
             }
             Err(self.world.fail(CommError::OutOfStep {
                 rank: self.members.ranks[self.index],
-                call: Box::new(call.clone()),
+                call: Box::new(Call { op, ..call.clone() }),
                 other: self.members.ranks[from],
                 other_call: Box::new(letter.call),
             }))
         })?;
         self.room.ring();
-        data.bytes().copy_from_slice(letter.buffer.view(letter.dtype, 0, letter.len).bytes());
-        Ok(())
+        Ok(letter.array)
     }
 
     fn call(&self, op: Op, (dtype, len): (DType, usize), root: Option<usize>) -> Call {
@@ -207,6 +241,7 @@ impl Seat {
             number: self.room.members[self.index].number.load(SeqCst),
             bytes: (len * dtype.size_bytes()) as u64,
             dtype: Some(dtype),
+            beside: self.beside,
             group: self.members.clone(),
             root: root.map(|root| self.members.ranks[root]),
             layer: place.layer(),
@@ -226,7 +261,7 @@ impl Seat {
         let result = body(&call);
         // A rank that failed stays where it was: that is what its last words should say.
         if result.is_ok() {
-            self.world.leave(rank);
+            self.world.leave(rank, self.beside);
         }
         result
     }

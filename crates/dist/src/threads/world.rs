@@ -16,9 +16,12 @@ use super::bell::Bell;
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 pub(crate) struct World {
-    stations: Vec<Mutex<Station>>,
+    /// Of every rank: in the foreground, and beside its computation.
+    stations: Vec<[Mutex<Station>; 2]>,
+    ended: Vec<Mutex<Option<String>>>,
     places: Vec<Arc<Place>>,
-    rooms: Mutex<HashMap<Arc<Members>, Arc<Room>>>,
+    /// By group, those for calls beside computation apart.
+    rooms: [Mutex<HashMap<Arc<Members>, Arc<Room>>>; 2],
     failed: AtomicBool,
     failure: OnceLock<CommError>,
     deadline: Duration,
@@ -31,7 +34,6 @@ pub(crate) struct World {
 struct Station {
     now: Option<Call>,
     last: Option<Call>,
-    ended: Option<String>,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -41,9 +43,10 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl World {
     pub(crate) fn new(ranks: usize, deadline: Duration) -> Arc<World> {
         Arc::new(World {
-            stations: (0..ranks).map(|_| Mutex::default()).collect(),
+            stations: (0..ranks).map(|_| Default::default()).collect(),
+            ended: (0..ranks).map(|_| Mutex::default()).collect(),
             places: (0..ranks).map(|_| Arc::default()).collect(),
-            rooms: Mutex::default(),
+            rooms: Default::default(),
             failed: AtomicBool::new(false),
             failure: OnceLock::new(),
             deadline,
@@ -63,8 +66,9 @@ impl World {
     pub(crate) fn fail(&self, error: CommError) -> CommError {
         let first = self.failure.get_or_init(|| error).clone();
         self.failed.store(true, SeqCst);
-        let rooms: Vec<Arc<Room>> = lock(&self.rooms).values().cloned().collect();
-        rooms.iter().for_each(|room| room.ring());
+        for rooms in &self.rooms {
+            lock(rooms).values().for_each(|room| room.ring());
+        }
         first
     }
 
@@ -73,31 +77,39 @@ impl World {
     pub(crate) fn end(&self, rank: usize, failure: Option<String>) {
         let reason =
             failure.clone().unwrap_or_else(|| "its work ended while others still waited".to_string());
-        lock(&self.stations[rank]).ended = Some(reason.clone());
+        *lock(&self.ended[rank]) = Some(reason.clone());
         if failure.is_some() && !self.failed.load(SeqCst) {
             self.fail(CommError::Dead { rank, reason, last: Box::new(self.seen(rank).last) });
         }
     }
 
     pub(super) fn enter(&self, rank: usize, call: Call) {
-        lock(&self.stations[rank]).now = Some(call);
+        let mut station = lock(self.station(rank, call.beside));
+        station.now = Some(call);
     }
 
-    pub(super) fn leave(&self, rank: usize) {
-        let mut station = lock(&self.stations[rank]);
+    pub(super) fn leave(&self, rank: usize, beside: bool) {
+        let mut station = lock(self.station(rank, beside));
         station.last = station.now.take();
     }
 
+    fn station(&self, rank: usize, beside: bool) -> &Mutex<Station> {
+        &self.stations[rank][usize::from(beside)]
+    }
+
     fn seen(&self, rank: usize) -> Seen {
-        let station = lock(&self.stations[rank]);
         let place = &self.places[rank];
-        let last = match &station.now {
-            Some(call) => LastSeen::In(call.clone()),
-            None => {
-                LastSeen::Computing { step: place.step(), layer: place.layer(), after: station.last.clone() }
+        let last = |beside| {
+            let station = lock(self.station(rank, beside));
+            match &station.now {
+                Some(call) => LastSeen::In(call.clone()),
+                None => {
+                    let (step, layer) = (place.step(), place.layer());
+                    LastSeen::Computing { step, layer, after: station.last.clone() }
+                }
             }
         };
-        Seen { last, ended: station.ended.clone() }
+        Seen { last: last(false), beside: last(true), ended: lock(&self.ended[rank]).clone() }
     }
 
     fn all_seen(&self) -> Vec<Seen> {
@@ -135,9 +147,10 @@ impl World {
         &self.places[rank]
     }
 
-    fn room(&self, members: Arc<Members>) -> Arc<Room> {
+    fn room(&self, members: Arc<Members>, beside: bool) -> Arc<Room> {
         let size = members.ranks.len();
-        lock(&self.rooms).entry(members).or_insert_with(|| Arc::new(Room::new(size))).clone()
+        let mut rooms = lock(&self.rooms[usize::from(beside)]);
+        rooms.entry(members).or_insert_with(|| Arc::new(Room::new(size))).clone()
     }
 }
 
@@ -165,8 +178,8 @@ impl Rank {
         self.world.places[self.rank].clone()
     }
 
-    pub(crate) fn seat(&self, members: Arc<Members>, index: usize) -> Seat {
-        let room = self.world.room(members.clone());
-        Seat::new(self.world.clone(), room, members, index)
+    pub(crate) fn seat(&self, members: Arc<Members>, index: usize, beside: bool) -> Seat {
+        let room = self.world.room(members.clone(), beside);
+        Seat { world: self.world.clone(), room, members, index, beside }
     }
 }
