@@ -43,6 +43,13 @@ impl Tensor {
         }
     }
 
+    /// The elements at the start of a buffer that came from elsewhere.
+    pub fn from_buffer(buffer: Buffer, dtype: DType, shape: &[usize]) -> Tensor {
+        let bytes = shape.iter().product::<usize>() * dtype.size_bytes();
+        assert!(bytes <= buffer.len_bytes(), "{shape:?} of {dtype} in {} bytes", buffer.len_bytes());
+        Tensor { buffer, dtype, start: 0, shape: shape.to_vec() }
+    }
+
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape

@@ -13,7 +13,7 @@
 //! tokens of their own layer: their gradients are added up at the end of a step (2.5D).
 
 use super::{Weights, finish, local};
-use crate::{Axis, Mesh, Product};
+use crate::{Array, Axis, Mesh, Pending, Product};
 use device::{View, ViewMut};
 use kernels::block;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
@@ -30,10 +30,28 @@ struct Side<'a> {
     piece: usize,
 }
 
+/// A panel on its way: the product before it runs meanwhile.
+enum Coming<'a> {
+    Here(Mat<'a>),
+    Under(Pending, usize, usize),
+}
+
 /// A panel where it lies, or as it came.
 enum Panel<'a> {
     Here(Mat<'a>),
     Came(Tensor),
+}
+
+impl<'a> Coming<'a> {
+    fn finish(self) -> Result<Panel<'a>, Fault> {
+        match self {
+            Coming::Here(mat) => Ok(Panel::Here(mat)),
+            Coming::Under(pending, rows, cols) => {
+                let Array { buffer, dtype, .. } = pending.finish()?;
+                Ok(Panel::Came(Tensor::from_buffer(buffer, dtype, &[rows, cols])))
+            }
+        }
+    }
 }
 
 impl Panel<'_> {
@@ -55,18 +73,38 @@ impl Side<'_> {
         self.axis.is_none_or(|axis| self.mesh.coord(axis) == owner)
     }
 
-    /// The panel of the operand whose own piece is `own`, from its owner.
-    fn fetch<'a>(&self, own: View<'a>, panel: &Range<usize>) -> Result<Panel<'a>, Fault> {
+    /// Ask for the panel of the operand whose own piece is `own`, or give it, being its owner.
+    fn start<'a>(&self, own: View<'a>, panel: &Range<usize>) -> Result<Coming<'a>, Fault> {
         let (owner, col) = self.find(panel);
         let mine = |own: View<'a>| Mat::new(own.narrow(col, own.len() - col), self.piece);
-        let Some(axis) = self.axis else { return Ok(Panel::Here(mine(own))) };
-        let width = panel.len();
-        let mut data = Tensor::new(own.device(), own.dtype(), &[self.rows, width])?;
+        let Some(axis) = self.axis else { return Ok(Coming::Here(mine(own))) };
+        let (width, dtype) = (panel.len(), own.dtype());
+        let mut data = None;
         if self.is_ours(owner) {
-            block::copy(self.rows, width, mine(own), MatMut { data: data.view_mut(), ld: width });
+            let mut panel = Array::new(dtype, self.rows * width)?;
+            let to = MatMut { data: panel.view_mut(), ld: width };
+            block::copy(self.rows, width, mine(own), to);
+            data = Some(panel);
         }
-        self.mesh.group(axis).broadcast(data.view_mut(), owner)?;
-        Ok(Panel::Came(data))
+        let pending = self.mesh.group(axis).start_broadcast(data, (dtype, self.rows * width), owner)?;
+        Ok(Coming::Under(pending, self.rows, width))
+    }
+
+    /// `body(which panel, panel)` for all of `panels`, each asked for while the one before is used.
+    fn walk<'a>(
+        &self,
+        own: View<'a>,
+        panels: &[Range<usize>],
+        mut body: impl FnMut(&Range<usize>, Panel<'a>) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        let mut next = Some(self.start(own, &panels[0])?);
+        for (i, panel) in panels.iter().enumerate() {
+            let Some(coming) = next.take() else { unreachable!("a panel is asked for before it is used") };
+            let here = coming.finish()?;
+            next = panels.get(i + 1).map(|panel| self.start(own, panel)).transpose()?;
+            body(panel, here)?;
+        }
+        Ok(())
     }
 
     /// The sum over ranks of `part`, added to the owner's piece `own`.
@@ -129,11 +167,19 @@ pub(super) fn forward(
     let walk = Walk::new(product, x, w.len());
     let (m, n) = (walk.x.rows, walk.w.rows);
     let mut sum = Tensor::new(x.device(), DType::F32, &[m, n])?;
-    for (i, panel) in walk.panels.iter().enumerate() {
-        let (a, b) = (walk.x.fetch(x.view(), panel)?, walk.w.fetch(w, panel)?);
+    // The panel of w that goes with the first panel of x is asked for before x is waited for.
+    let panels = &walk.panels;
+    let mut next = Some(walk.w.start(w, &panels[0])?);
+    let mut done = 0;
+    walk.x.walk(x.view(), panels, |panel, a| {
+        let Some(coming) = next.take() else { unreachable!("a panel is asked for before it is used") };
+        let b = coming.finish()?;
+        next = panels.get(done + 1).map(|panel| walk.w.start(w, panel)).transpose()?;
         let out = MatMut { data: sum.view_mut(), ld: n };
-        gemm(m, n, panel.len(), a.mat(), b.mat().t(), out, i > 0, Epilogue::default());
-    }
+        gemm(m, n, panel.len(), a.mat(), b.mat().t(), out, done > 0, Epilogue::default());
+        done += 1;
+        Ok(())
+    })?;
     finish(tape, sum, bias, residual, x.dtype())
 }
 
@@ -148,17 +194,15 @@ pub(super) fn backward(
     let (m, n) = (walk.x.rows, walk.w.rows);
     let mut dx = Tensor::zeros(x.device(), x.dtype(), x.shape())?;
     let w = tape.params.weight(weight);
-    for panel in &walk.panels {
-        let b = walk.w.fetch(w, panel)?;
+    walk.w.walk(w, &walk.panels, |panel, b| {
         let part = local((m, panel.len(), n), Mat::new(dy.view(), n), b.mat(), x.dtype())?;
-        walk.x.deliver(part, dx.view_mut(), panel)?;
-    }
+        walk.x.deliver(part, dx.view_mut(), panel)
+    })?;
     let (_, mut dw) = tape.params.weight_and_added_grad(weight);
-    for panel in &walk.panels {
-        let b = walk.x.fetch(x.view(), panel)?;
+    walk.x.walk(x.view(), &walk.panels, |panel, b| {
         let part = local((n, panel.len(), m), Mat::new(dy.view(), n).t(), b.mat(), DType::F32)?;
-        walk.w.deliver(part, dw.reborrow(), panel)?;
-    }
+        walk.w.deliver(part, dw.reborrow(), panel)
+    })?;
     Ok(dx)
 }
 
