@@ -9,7 +9,7 @@ use model::{Config, Recompute};
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Instant;
-use train::{AdamWConfig, Learner};
+use train::{AdamWConfig, Learner, LearnerOptions};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -64,15 +64,16 @@ fn steps(args: &Args) -> Result<()> {
     }))?;
     let adamw = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let dtype: DType = args.mode.dtype();
-    let mut learner = Learner::new(&config, t, dtype, adamw, Recompute::Never)?;
-    learner.initialise(1);
+    let options = LearnerOptions { context: t, dtype, adamw, recompute: Recompute::Never, tiers: None };
+    let mut learner = Learner::new(&config, options)?;
+    learner.initialise(1)?;
     let batch = random_batch(v, b, t);
     let flops = config.flops().per_token_unmasked(t) * (b * t) as f64;
     for step in 0..args.steps {
         let started = Instant::now();
-        learner.clear_grads();
+        learner.clear_grads()?;
         let loss = learner.accumulate(&batch, 1.0 / (b * t) as f32)? / (b * t) as f64;
-        learner.apply_settled(3e-4);
+        learner.apply_settled(3e-4)?;
         let seconds = started.elapsed().as_secs_f64();
         let memory = device::memory_use();
         println!(

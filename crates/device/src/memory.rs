@@ -11,13 +11,15 @@ use std::sync::{LazyLock, Mutex};
 /// Every block starts on a page: O_DIRECT and SIMD both like it.
 pub(crate) const ALIGN_BYTES: usize = 4096;
 
-/// Bytes in use by live buffers, the peak since `reset_peak`, and bytes parked for reuse.
+/// Bytes in use by live buffers and regions, the peak since `reset_peak`, and bytes parked for reuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Held by live buffers.
+    /// Held by live buffers and regions.
     pub live_bytes: usize,
     /// Highest `live_bytes` since start or `reset_peak`.
     pub peak_bytes: usize,
+    /// Part of `live_bytes` that stands behind granules of regions.
+    pub region_bytes: usize,
     /// Freed and kept for reuse.
     pub cached_bytes: usize,
     /// Times the system allocator was asked; constant over a warmed-up step.
@@ -50,7 +52,7 @@ fn size_class(bytes: usize) -> Option<usize> {
 
 /// From this size on a block is made of huge pages where the system has them: panels of a product
 /// touch more small pages than the TLB holds.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 fn layout_of(class: usize) -> Option<Layout> {
     let align = if class >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { ALIGN_BYTES };
@@ -102,6 +104,21 @@ pub(crate) fn give(ptr: NonNull<u8>, bytes: usize) {
     cache.usage.live_bytes -= class;
     cache.usage.cached_bytes += class;
     cache.parked.entry(class).or_default().push(Block(ptr));
+}
+
+/// Granules of a region have come.
+pub(crate) fn count_committed(bytes: usize) {
+    let usage = &mut cache().usage;
+    usage.region_bytes += bytes;
+    usage.live_bytes += bytes;
+    usage.peak_bytes = usage.peak_bytes.max(usage.live_bytes);
+}
+
+/// Granules of a region have gone.
+pub(crate) fn count_returned(bytes: usize) {
+    let usage = &mut cache().usage;
+    usage.region_bytes -= bytes;
+    usage.live_bytes -= bytes;
 }
 
 /// Where memory stands now.

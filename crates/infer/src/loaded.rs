@@ -76,8 +76,11 @@ impl LoadedModel {
         model::fill(
             &built.params,
             &built.stored,
-            |name, shape| files.read(name, shape),
-            |param, first, values| store.set_weights(param, first, View::of_f32(values)),
+            |name, shape| files.read(name, shape).map_err(LoadError::from),
+            |param, first, values| {
+                store.set_weights(param, first, View::of_f32(values));
+                Ok(())
+            },
         )?;
         Ok(LoadedModel { config, model: built.model, store, tokenizer, context })
     }

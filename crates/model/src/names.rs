@@ -57,7 +57,7 @@ pub fn fill<E>(
     params: &ParamList,
     stored: &[StoredWeight],
     mut read: impl FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
-    mut put: impl FnMut(ParamRef, usize, &[f32]),
+    mut put: impl FnMut(ParamRef, usize, &[f32]) -> Result<(), E>,
 ) -> Result<(), E> {
     for tensors in stored.chunk_by(|a, b| a.param == b.param) {
         let param = tensors[0].param;
@@ -65,7 +65,7 @@ pub fn fill<E>(
         for weight in tensors {
             let values = weight.to_ours(read(&weight.name, &weight.shape)?);
             match &mut whole {
-                None => put(param, weight.first, &values),
+                None => put(param, weight.first, &values)?,
                 Some(whole) => whole[weight.first..weight.first + values.len()].copy_from_slice(&values),
             }
         }
@@ -73,7 +73,7 @@ pub fn fill<E>(
             let shape = &params.specs()[param.index()].shape;
             let mut here = vec![0f32; shape.iter().product()];
             piece.take(&whole, &mut here, shape.get(1).copied().unwrap_or(1));
-            put(param, 0, &here);
+            put(param, 0, &here)?;
         }
     }
     Ok(())

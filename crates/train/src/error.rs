@@ -36,6 +36,9 @@ pub enum TrainError {
     /// The system has no memory left.
     #[error(transparent)]
     Memory(#[from] device::OutOfMemory),
+    /// The tiers of the state cannot be set up.
+    #[error(transparent)]
+    Tiers(#[from] memory::pager::PagerError),
     /// A step could not be run.
     #[error(transparent)]
     Fault(#[from] tensor::Fault),
@@ -46,6 +49,14 @@ pub enum TrainError {
         needs: String,
         /// Free now.
         available: String,
+        /// What would do.
+        remedy: String,
+    },
+    /// Budgets of `[memory]` no plan can work within.
+    #[error("{what}; {remedy}")]
+    Budget {
+        /// Which budget, and what is needed.
+        what: String,
         /// What would do.
         remedy: String,
     },

@@ -6,8 +6,12 @@ use crate::prepare::Prepared;
 use crate::recipe::{ModelRecipe, Recipe};
 use crate::run_folder::RunFolder;
 use checkpoint::{OutTensor, save_folder};
-use device::DType;
+use device::{DType, View};
 use half::bf16;
+use memory::pager::About;
+use memory::trace::{Access, Phase};
+use memory::{Class, Need};
+use model::StoredWeight;
 use serde_json::json;
 use std::io::{self, Write};
 
@@ -20,7 +24,7 @@ pub fn write(
     folder: &RunFolder,
     recipe: &Recipe,
     prepared: &Prepared,
-    learner: &Learner,
+    learner: &mut Learner,
     step: u64,
 ) -> Result<(), TrainError> {
     let aside = folder.path().join(".export");
@@ -58,18 +62,38 @@ fn pretty(json: &serde_json::Value) -> Vec<u8> {
     format!("{json:#}\n").into_bytes()
 }
 
-fn write_tensor(learner: &Learner, index: usize, out: &mut dyn Write) -> io::Result<()> {
+fn write_tensor(learner: &mut Learner, index: usize, out: &mut dyn Write) -> io::Result<()> {
     let weight = &learner.stored[index];
-    let view = learner.store.weight(weight.param);
-    if !weight.transposed {
-        return out.write_all(view.narrow(weight.first, weight.len()).bytes());
+    let store = &mut learner.store;
+    let start = store.range(weight.param).start + weight.first;
+    let elements = start..start + weight.len();
+    // What lies as in the file goes piece by piece; what must be turned is brought whole.
+    let pieces: Vec<_> = match weight.transposed {
+        false => store.arrays().pieces(elements).collect(),
+        true => vec![store.range(weight.param)],
+    };
+    for piece in pieces {
+        let need = Need { class: Class::Param, elements: piece.clone(), access: Access::Read };
+        store.bring(EXPORT, &[need]).map_err(io::Error::other)?;
+        let view = store.arrays().view(Class::Param, piece);
+        if weight.transposed {
+            write_turned(weight, view, out)?;
+        } else {
+            out.write_all(view.bytes())?;
+        }
     }
-    let widened: Vec<f32> = match view.floats() {
+    Ok(())
+}
+
+const EXPORT: About = About { phase: Phase::Optimizer, op: "export", layer: 0 };
+
+fn write_turned(weight: &StoredWeight, param: View<'_>, out: &mut dyn Write) -> io::Result<()> {
+    let widened: Vec<f32> = match param.floats() {
         device::Slice::F32(values) => values.to_vec(),
         device::Slice::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
     };
     for x in weight.to_stored(&widened) {
-        match learner.store.dtype() {
+        match param.dtype() {
             DType::F32 => out.write_all(&x.to_le_bytes())?,
             _ => out.write_all(&bf16::from_f32(x).to_le_bytes())?,
         }

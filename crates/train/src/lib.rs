@@ -14,17 +14,20 @@ mod prepare;
 pub mod recipe;
 mod run_folder;
 mod schedule;
+mod step;
 mod tensorboard;
+mod tiers;
 mod trainer;
 
 pub use error::TrainError;
 pub use estimate::Estimate;
-pub use learner::{Learner, LearnerError, loss_of};
+pub use learner::{Learner, LearnerError, LearnerOptions, loss_of};
 pub use metrics::{MetricsError, StepMetrics};
 pub use optimizer::{AdamW, AdamWConfig};
 pub use prepare::{Prepared, Report, Stage};
 pub use recipe::{Recipe, RecipeError, Settings};
 pub use schedule::{Decay, Schedule};
+pub use step::{HalfApplied, StepDone, StepPlan};
 pub use trainer::{Progress, Start, Trainer};
 
 /// A number of bytes for people: "3.1 GiB".

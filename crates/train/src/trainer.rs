@@ -6,8 +6,9 @@ use crate::metrics::{Metrics, StepMetrics};
 use crate::prepare::Prepared;
 use crate::recipe::Recipe;
 use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
+use crate::step::{StepDone, StepPlan};
 use crate::{TrainError, export};
-use checkpoint::{Saver, StateDir};
+use checkpoint::{Saver, StateDir, StateError};
 use data::{Batch, Loader, Samples};
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -119,7 +120,7 @@ impl Trainer {
         let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
         let valid =
             prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
-        let saver = match recipe.checkpoint.background {
+        let saver = match recipe.checkpoint.background && !learner.store.arrays().is_paged() {
             true => Writer::Background(Saver::start(states)?),
             false => Writer::Inline(states),
         };
@@ -205,24 +206,12 @@ impl Trainer {
         let batches: Vec<Batch> = (0..train.accumulate)
             .map(|i| self.loader.batch(self.meta.samples + (i * train.batch) as u64, train.batch, 0, 1))
             .collect();
-        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
-        let scale = 1.0 / learned.max(1) as f32;
-        self.learner.clear_grads();
-        let mut loss = 0.0;
-        for batch in &batches {
-            loss += self.learner.accumulate(batch, scale)?;
-        }
-        let loss = loss / learned.max(1) as f64;
-        let grad_norm = self.learner.grad_norm();
         let lr = train.schedule.at(step);
-        let applied = loss.is_finite() && grad_norm.is_finite();
-        if applied {
-            let clip = if grad_norm > train.clip { train.clip / grad_norm } else { 1.0 };
-            self.learner.apply(lr as f32, clip as f32);
-            self.meta.skipped_in_row = 0;
-        } else {
-            self.meta.skipped_in_row += 1;
-        }
+        let plan = StepPlan { lr: lr as f32, clip: train.clip };
+        // What was moved between steps (validation, saves) is not the step's.
+        self.learner.store.arrays_mut().report();
+        let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
+        self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
         let rows = (train.batch * train.accumulate) as u64;
         let tokens = rows * train.context as u64;
@@ -243,6 +232,7 @@ impl Trainer {
             tokens_per_s: tokens as f64 / seconds,
             gflops,
             mfu: gflops / self.peak_gflops,
+            tiers: self.learner.store.arrays_mut().report(),
         };
         self.metrics.step(&metrics)?;
         if self.meta.skipped_in_row > train.max_skipped {
@@ -300,25 +290,25 @@ impl Trainer {
         self.meta.identity = self.identity.clone();
         let step = self.step;
         let meta = serde_json::json!(self.meta);
-        let Learner { optimizer, store, .. } = &self.learner;
+        let Learner { optimizer, store, .. } = &mut self.learner;
         let arrays = optimizer.arrays(store);
         match &mut self.saver {
             Writer::Inline(states) => {
-                let arrays: Vec<_> = arrays
-                    .iter()
-                    .map(|array| checkpoint::Array::new(array.name, array.data.bytes()))
-                    .collect();
-                states.save(step, &meta, &arrays)?;
+                let read = |array: usize, first: u64, out: &mut [u8]| {
+                    let read = optimizer.read(store, arrays[array].0, first, out);
+                    read.map_err(|error| StateError::Source { what: error.to_string() })
+                };
+                states.save_from(step, &meta, &arrays, read)?;
             }
             Writer::Background(saver) => {
                 // The former save's failure must not wait for the next one.
                 saver.poll()?;
                 let mut buffers = saver.take_buffers();
                 buffers.resize_with(arrays.len(), Default::default);
-                for ((name, bytes), array) in buffers.iter_mut().zip(&arrays) {
-                    *name = array.name.to_string();
-                    bytes.clear();
-                    bytes.extend_from_slice(array.data.bytes());
+                for ((name, bytes), (array, length)) in buffers.iter_mut().zip(&arrays) {
+                    *name = array.to_string();
+                    bytes.resize(*length as usize, 0);
+                    optimizer.read(store, array, 0, bytes)?;
                 }
                 saver.save(step, meta, buffers)?;
             }
@@ -332,7 +322,7 @@ impl Trainer {
             saver.take_buffers();
             saver.poll()?;
         }
-        export::write(&self.folder, &self.recipe, &self.prepared, &self.learner, self.step)?;
+        export::write(&self.folder, &self.recipe, &self.prepared, &mut self.learner, self.step)?;
         self.ended = true;
         let complete = self.step >= self.recipe.train.steps;
         Ok(Progress::Ended { step: self.step, complete })
@@ -372,7 +362,12 @@ fn begin(
     let step = match &newest.checkpoint {
         Some(state) => {
             let Learner { optimizer, store, .. } = &mut learner;
-            optimizer.restore(store, |name, bytes| state.read(name, bytes))?;
+            for (name, bytes) in optimizer.arrays(store) {
+                state.check_size(name, bytes)?;
+                state.for_each_block(name, |first, bytes| {
+                    optimizer.write(store, name, first, bytes).map_err(TrainError::from)
+                })?;
+            }
             optimizer.steps = meta.as_ref().map_or(0, |meta| meta.applied);
             state.step
         }

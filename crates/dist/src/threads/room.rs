@@ -4,7 +4,7 @@ use super::bell::Bell;
 use super::world::lock;
 use crate::beside::Array;
 use crate::call::Call;
-use device::Loan;
+use device::WindowLoan as Loan;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};

@@ -154,13 +154,13 @@ impl Golden {
     pub fn train(&mut self, tokens: &Tokens, recompute: Recompute) -> f32 {
         let targets = self.targets();
         let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
-        self.store.clear_grads();
+        self.store.clear_grads().unwrap();
         let mut tape = Tape::recording(&mut self.store);
         let hidden = self.built.model.hidden(&mut tape, tokens, recompute).unwrap();
         let targets = Targets { ids: &targets, scale };
         let losses = tape.head_loss(&hidden, self.built.model.head(), targets).unwrap();
         tape.backward().unwrap();
-        self.store.settle_grads();
+        self.store.settle_grads().unwrap();
         losses.to_f32().iter().sum::<f32>() * scale
     }
 

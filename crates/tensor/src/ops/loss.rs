@@ -31,7 +31,7 @@ impl Tape<'_> {
     /// Losses of every position in nats, 0 where ignored. x [M, D], head [V, D] -> [M] f32.
     /// On a recording tape this is also where the backward pass will begin.
     pub fn head_loss(&mut self, x: &Var, head: ParamRef, targets: Targets<'_>) -> Result<Tensor, Fault> {
-        self.moment("head_loss", &[head])?;
+        self.moment_with_grads("head_loss", &[head], self.is_recording())?;
         let (m, d) = (x.value.rows(), x.value.cols());
         let v = self.params.spec(head).shape[0];
         let (device, dtype) = (x.value.device(), x.value.dtype());

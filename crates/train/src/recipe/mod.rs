@@ -4,8 +4,8 @@ pub mod keys;
 mod values;
 
 pub use values::{
-    CheckpointRecipe, DataRecipe, EvalRecipe, ModelRecipe, Recipe, RunRecipe, SampleRecipe, TokenizerRecipe,
-    TrainRecipe,
+    CheckpointRecipe, DataRecipe, EvalRecipe, MemoryRecipe, ModelRecipe, Recipe, RunRecipe, SampleRecipe,
+    TokenizerRecipe, TrainRecipe,
 };
 
 use keys::{KEYS, Key, Kind};
@@ -112,7 +112,7 @@ impl Settings {
         let parsed = format!("x = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("x"));
         let text_wanted = matches!(
             keys::find(key).map(|key| key.kind),
-            Some(Kind::Text | Kind::Path | Kind::Paths | Kind::Choice(_))
+            Some(Kind::Text | Kind::Path | Kind::Paths | Kind::Choice(_) | Kind::Bytes)
         );
         let value = match parsed {
             Some(parsed) if !text_wanted || parsed.is_str() || parsed.is_array() => parsed,

@@ -1,9 +1,11 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
+use super::keys::parse_bytes;
 use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
+use memory::pager::Policy;
 use model::Recompute;
 use serde_json::json;
 use std::path::PathBuf;
@@ -28,6 +30,8 @@ pub struct Recipe {
     pub sample: SampleRecipe,
     /// `[checkpoint]`
     pub checkpoint: CheckpointRecipe,
+    /// `[memory]`; none: everything stays in memory.
+    pub memory: Option<MemoryRecipe>,
     /// `log.tensorboard`
     pub tensorboard: bool,
 }
@@ -138,6 +142,19 @@ pub struct CheckpointRecipe {
     pub background: bool,
 }
 
+/// `[memory]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryRecipe {
+    /// DRAM in bytes; none: what is available.
+    pub dram_bytes: Option<u64>,
+    /// Space on the drive in bytes; none: what is free.
+    pub nvme_bytes: Option<u64>,
+    /// Folder of the offload file.
+    pub dir: PathBuf,
+    /// Who leaves.
+    pub policy: Policy,
+}
+
 /// Typed look-ups; the settings were checked against the table, so types are as it says.
 struct Get<'a>(&'a Settings);
 
@@ -219,9 +236,38 @@ impl Recipe {
                 keep_last: int("checkpoint.keep_last")? as usize,
                 background: get.flag("checkpoint.background"),
             },
+            memory: memory(settings, &get)?,
             tensorboard: get.flag("log.tensorboard"),
         })
     }
+}
+
+fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
+    let Some(dram) = get.text("memory.dram") else {
+        let others = ["memory.nvme", "memory.dir", "memory.policy"];
+        return match others.iter().find(|key| settings.gives(key)) {
+            None => Ok(None),
+            Some(key) => impossible(
+                format!("{key} is given but memory.dram is not"),
+                "memory.dram is what turns tiers on; set it to \"auto\" or a number of bytes",
+            ),
+        };
+    };
+    let dir = match get.text("memory.dir") {
+        Some(dir) => dir,
+        None => need(get.text("run.dir"), "run.dir")?,
+    };
+    Ok(Some(MemoryRecipe {
+        dram_bytes: parse_bytes(&dram),
+        nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
+        dir: dir.into(),
+        policy: match get.text("memory.policy").as_deref() {
+            Some("belady") => Policy::Belady,
+            Some("static") => Policy::Static,
+            Some("lru") => Policy::Lru,
+            _ => Policy::Dynamic,
+        },
+    }))
 }
 
 fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
