@@ -88,6 +88,12 @@ pub struct Flow {
 }
 
 impl Flow {
+    /// Of one rank.
+    pub fn solo() -> Flow {
+        let (mesh, scheme, keep) = (Mesh::solo(), Scheme::OneD, Keep::default());
+        Flow { mesh, scheme, outer: Layout::REPLICATED, inner: Layout::REPLICATED, keep }
+    }
+
     /// Refuses axes that the scheme would leave idle.
     pub fn new(mesh: &Mesh, scheme: Scheme) -> Result<Flow, FlowError> {
         use Axis::{X, Y, Z};

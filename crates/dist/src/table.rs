@@ -169,7 +169,7 @@ pub fn head_loss(
     if table.is_local() {
         return tape.head_loss(x, head, targets);
     }
-    tape.moment("head_loss_cut", &[head])?;
+    tape.moment_with_grads("head_loss_cut", &[head], tape.is_recording())?;
     let rows = table.enter(&x.value)?;
     let w = table.gathered(tape, head)?;
     let mut slice = HeadSlice::new(table, rows, w, tape.is_recording())?;

@@ -81,6 +81,16 @@ impl ParamList {
         self.pieces.get(&param)
     }
 
+    /// Where a store of this list begins each parameter in its flat arrays, and how long they are.
+    pub fn layout(&self) -> (Vec<usize>, usize) {
+        lay_out(&self.specs)
+    }
+
+    /// Handles in order.
+    pub fn refs(&self) -> impl Iterator<Item = ParamRef> + use<> {
+        (0..self.specs.len() as u32).map(ParamRef)
+    }
+
     /// What was added, in order.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
