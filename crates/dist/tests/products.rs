@@ -6,7 +6,7 @@ mod common;
 
 use common::{Outcome, Pair, Whole, matrix, peers, received, run, tensor_axes};
 use device::DType;
-use dist::Scheme;
+use dist::{Algorithm, Axis, Communicator, Cut, Dim, Held, Keep, Layout, Leave, Mesh, Product, Scheme};
 
 /// An even grid and an uneven one for every scheme.
 const MESHES: &[(Scheme, &[&str])] = &[
@@ -204,4 +204,27 @@ fn every_rank_receives_what_the_formula_says_from_its_row_and_column_only() {
             }
         }
     }
+}
+
+#[test]
+fn layouts_that_do_not_meet_are_refused_with_both_named() {
+    let shape = common::shape("x=2,y=2");
+    let mesh = Mesh::new(shape, Communicator::null(0, 4)).unwrap();
+    let cut = |axes: &[Axis]| Cut::over(&mesh, axes);
+    let held = |axes: &[Axis]| Held::plainly(Dim::plain(8), cut(axes));
+    let gather = Algorithm::Gather { enter: None, leave: Leave::Whole, keep: Keep::Gathered };
+    let (x, y) = (&[Axis::X][..], &[Axis::Y][..]);
+    for (algorithm, tokens, widths, rows, cols, why) in [
+        (gather, x, y, y, x, "the summed dim is cut differently"),
+        (gather, x, y, x, y, "an axis cuts the tokens and w at once"),
+        (Algorithm::Panels, x, y, x, y, "the outputs of w cut over the same axis"),
+        (Algorithm::Panels, y, x, x, x, "an axis that cuts the tokens of x"),
+    ] {
+        let lies = Layout::new(cut(tokens), cut(widths));
+        let refused = Product::new(&mesh, algorithm, lies, (&held(rows), &held(cols))).unwrap_err();
+        let (text, w) = (refused.to_string(), Layout::new(cut(rows), cut(cols)).to_string());
+        assert!(text.contains(why) && text.contains(&lies.to_string()) && text.contains(&w), "{text}");
+    }
+    let lies = Layout::new(cut(x), cut(y)).to_string();
+    assert_eq!(lies, "[rows over x; columns over y]");
 }

@@ -148,6 +148,50 @@ fn the_same_run_twice_has_the_same_bits() {
     }
 }
 
+/// Every copy of every parameter, and of what the optimizer keeps of it, is the same after a step:
+/// those of 2.5D along z above all, whose gradients come from other tokens.
+#[test]
+fn copies_stay_equal_after_steps() {
+    let place = Place::new();
+    for mesh in [MESHES[5], MESHES[4], MESHES[2], &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"]] {
+        let sets: Vec<&str> = ["train.batch=4"].iter().chain(mesh).copied().collect();
+        let begin = begin(&place, "copies", &sets, Start::New);
+        let recipe = &begin.recipe;
+        let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
+        let loader = data::Loader::new(samples, 1, true);
+        let ranks = launch(&recipe.mesh.shape, &Options::default(), |mesh| {
+            let flow = recipe.mesh.flow(mesh).unwrap();
+            let mut learner = begin.prepared.learner(recipe, &flow)?;
+            learner.initialise(1)?;
+            let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
+            for step in 0..2 {
+                let batch = loader.batch(4 * step, 4 / replicas, replica, replicas);
+                learner.step(&[batch], train::StepPlan { lr: 1e-2, clip: 1.0 })?;
+            }
+            let mut pieces = Vec::new();
+            for (param, spread) in learner.store.refs().zip(&learner.spreads) {
+                // Ranks that agree on these coordinates hold one piece.
+                let place: Vec<usize> = spread.cut.iter().map(|axis| mesh.coord(*axis)).collect();
+                pieces.push((place, learner.store.weight(param).bytes().to_vec()));
+            }
+            Ok::<_, train::TrainError>(pieces)
+        })
+        .unwrap();
+        let mut copies = 0;
+        let mut seen = std::collections::BTreeMap::new();
+        for pieces in ranks {
+            for (param, (place, bytes)) in pieces.into_iter().enumerate() {
+                if let Some(first) = seen.get(&(param, place.clone())) {
+                    copies += 1;
+                    assert!(*first == bytes, "copies of parameter {param} differ on {mesh:?}");
+                }
+                seen.entry((param, place)).or_insert(bytes);
+            }
+        }
+        assert!(copies > 0, "{mesh:?} has no copies");
+    }
+}
+
 /// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
