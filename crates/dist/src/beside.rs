@@ -7,6 +7,7 @@
 
 use crate::Group;
 use crate::error::CommError;
+use crate::threads::Seat;
 use crate::traffic::{Tally, Traffic};
 use device::{Buffer, DType, Device};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -81,7 +82,7 @@ enum State {
     Lane(Receiver<Result<Array, CommError>>),
     /// A broadcast whose handle is on its way to us.
     Handle {
-        group: Group,
+        seat: Seat,
         dtype: DType,
         len: usize,
         /// The root and the number of its letter.
@@ -96,7 +97,7 @@ impl Pending {
         let done = match self.state {
             State::Ready(array) => return Ok(array),
             State::Lane(result) => result.recv().map_err(|_| gone())?,
-            State::Handle { group, dtype, len, from } => group.take_handle((dtype, len), from),
+            State::Handle { seat, dtype, len, from } => seat.take_handle((dtype, len), from),
         };
         self.tally.expose(start.elapsed());
         done
@@ -141,16 +142,18 @@ impl Group {
         root: usize,
     ) -> Result<Pending, CommError> {
         let data = self.expect_root_data(data, (dtype, len), root)?;
-        if self.shares_memory() && self.size() > 1 {
+        if let Some(seat) = self.sharing_seat() {
+            let bytes = len * dtype.size_bytes();
+            let traffic = Traffic::broadcast(self.size(), self.index(), bytes, root);
+            self.tally().add(traffic, self.size(), self.index());
             return match data {
                 Some(data) => {
-                    self.beside().post_handles(&data)?;
+                    seat.post_handles(&data)?;
                     Ok(self.pending(State::Ready(data)))
                 }
                 None => {
-                    let group = self.beside();
-                    let from = (root, group.carrier().ask(root));
-                    Ok(self.pending(State::Handle { group, dtype, len, from }))
+                    let (seat, from) = (seat.clone(), (root, seat.ask(root)));
+                    Ok(self.pending(State::Handle { seat, dtype, len, from }))
                 }
             };
         }
@@ -185,18 +188,5 @@ impl Group {
 
     fn pending(&self, state: State) -> Pending {
         Pending { state, tally: self.tally().clone() }
-    }
-
-    fn post_handles(&self, data: &Array) -> Result<(), CommError> {
-        let bytes = data.len * data.dtype.size_bytes();
-        let traffic = Traffic::broadcast(self.size(), self.index(), bytes, self.index());
-        self.counted(traffic, |carrier| carrier.post_handles(data))
-    }
-
-    fn take_handle(&self, (dtype, len): (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
-        let bytes = len * dtype.size_bytes();
-        let traffic = Traffic::broadcast(self.size(), self.index(), bytes, from.0);
-        self.tally().add(traffic, self.size(), self.index());
-        self.carrier().take_handle((dtype, len), from)
     }
 }

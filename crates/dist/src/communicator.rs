@@ -2,6 +2,7 @@
 
 use crate::call::Place;
 use crate::threads::Rank;
+use crate::wire::Process;
 use std::sync::Arc;
 
 /// Who carries messages between the ranks of a mesh, and which of them we are.
@@ -11,6 +12,8 @@ pub enum Communicator {
     Solo,
     /// Ranks are threads of one process and read each other's memory; [`crate::launch`] makes it.
     Threads(Rank),
+    /// Ranks are processes that send each other messages.
+    Processes(Process),
     /// Nobody: calls are checked and counted, no byte moves and buffers stay as they were.
     /// Thousands of ranks fit into one process, one after the other.
     Null(NullRank),
@@ -36,6 +39,7 @@ impl Communicator {
         match self {
             Communicator::Solo => 0,
             Communicator::Threads(rank) => rank.rank(),
+            Communicator::Processes(process) => process.rank(),
             Communicator::Null(null) => null.rank,
         }
     }
@@ -45,6 +49,7 @@ impl Communicator {
         match self {
             Communicator::Solo => 1,
             Communicator::Threads(rank) => rank.world_size(),
+            Communicator::Processes(process) => process.world_size(),
             Communicator::Null(null) => null.world_size,
         }
     }
@@ -54,6 +59,7 @@ impl Communicator {
         match self {
             Communicator::Solo => "solo",
             Communicator::Threads(_) => "threads",
+            Communicator::Processes(process) => process.carrier(),
             Communicator::Null(_) => "null",
         }
     }
@@ -62,6 +68,7 @@ impl Communicator {
         match self {
             Communicator::Solo => Arc::default(),
             Communicator::Threads(rank) => rank.place(),
+            Communicator::Processes(process) => process.place(),
             Communicator::Null(null) => null.place.clone(),
         }
     }

@@ -64,6 +64,9 @@ pub enum CommError {
     /// A buffer could not be made.
     #[error(transparent)]
     Memory(#[from] device::OutOfMemory),
+    /// What another process said ended the run, in its words.
+    #[error("{0}")]
+    Reported(String),
     /// The transport between processes failed.
     #[error("{0}")]
     Transport(String),

@@ -4,12 +4,11 @@
 //! Sums are taken in the order of members, in f32 (bf16 is rounded once at the end), so a result
 //! has the same bits on every communicator and run after run.
 
-use crate::Communicator;
 use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
-use crate::threads::Seat;
 use crate::traffic::{Counts, Peers, Tally, Traffic};
+use crate::{Communicator, threads, wire};
 use device::{DType, View, ViewMut};
 use std::sync::Arc;
 use std::time::Instant;
@@ -28,10 +27,11 @@ pub struct Group {
 }
 
 #[derive(Clone)]
-pub(crate) enum Carrier {
+enum Carrier {
     /// Moves nothing; also what a group of one needs.
     Null,
-    Threads(Seat),
+    Threads(threads::Seat),
+    Processes(wire::Seat),
 }
 
 impl Carrier {
@@ -39,27 +39,7 @@ impl Carrier {
         match self {
             Carrier::Null => true,
             Carrier::Threads(seat) => seat.is_beside(),
-        }
-    }
-
-    pub(crate) fn post_handles(&self, data: &Array) -> Result<(), CommError> {
-        match self {
-            Carrier::Null => Ok(()),
-            Carrier::Threads(seat) => seat.post_handles(data),
-        }
-    }
-
-    pub(crate) fn take_handle(&self, what: (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
-        match self {
-            Carrier::Null => Array::new(what.0, what.1),
-            Carrier::Threads(seat) => seat.take_handle(what, from),
-        }
-    }
-
-    pub(crate) fn ask(&self, from: usize) -> u64 {
-        match self {
-            Carrier::Null => 0,
-            Carrier::Threads(seat) => seat.ask(from),
+            Carrier::Processes(seat) => seat.is_beside(),
         }
     }
 }
@@ -72,6 +52,9 @@ impl Group {
         let carrier = |beside| match to {
             Communicator::Threads(rank) if members.ranks.len() > 1 => {
                 Carrier::Threads(rank.seat(members.clone(), index, beside))
+            }
+            Communicator::Processes(process) if members.ranks.len() > 1 => {
+                Carrier::Processes(process.seat(members.clone(), index, beside))
             }
             _ => Carrier::Null,
         };
@@ -114,6 +97,7 @@ impl Group {
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_reduce_sum(data),
+            Carrier::Processes(seat) => seat.all_reduce_sum(data),
         })
     }
 
@@ -127,6 +111,7 @@ impl Group {
         self.counted(Traffic::pieces(self.size(), mine.bytes().len()), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_gather(mine, out),
+            Carrier::Processes(seat) => seat.all_gather(mine, out),
         })
     }
 
@@ -142,6 +127,7 @@ impl Group {
         self.counted(Traffic::pieces(self.size(), piece_bytes), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum(mine, out),
+            Carrier::Processes(seat) => seat.reduce_scatter_sum(mine, out),
         })
     }
 
@@ -155,6 +141,7 @@ impl Group {
         self.counted(Traffic::broadcast(self.size(), self.index, bytes, root), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.broadcast(data, root),
+            Carrier::Processes(seat) => seat.broadcast(data, root),
         })
     }
 
@@ -169,6 +156,7 @@ impl Group {
         self.counted(Traffic::reduce(self.size(), self.index, bytes, root), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_sum(data, root),
+            Carrier::Processes(seat) => seat.reduce_sum(data, root),
         })
     }
 
@@ -188,6 +176,7 @@ impl Group {
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_to_all((mine, send), (out, receive)),
+            Carrier::Processes(seat) => seat.all_to_all((mine, send), (out, receive)),
         })
     }
 
@@ -199,6 +188,7 @@ impl Group {
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.send(data, to),
+            Carrier::Processes(seat) => seat.send_to(data, to),
         })
     }
 
@@ -209,6 +199,7 @@ impl Group {
         self.counted(Traffic { sent: 0, received, peers: Peers::One(from) }, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.receive(data, from),
+            Carrier::Processes(seat) => seat.receive(data, from),
         })
     }
 
@@ -220,6 +211,7 @@ impl Group {
         self.counted(Traffic::pieces(self.size(), 0), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.barrier(),
+            Carrier::Processes(seat) => seat.barrier(),
         })
     }
 
@@ -233,9 +225,12 @@ impl Group {
         !matches!(self.carrier, Carrier::Null)
     }
 
-    /// Whether members can hand each other buffers.
-    pub(crate) fn shares_memory(&self) -> bool {
-        matches!(self.carrier, Carrier::Threads(_))
+    /// Our seat for calls beside computation, where members can hand each other buffers.
+    pub(crate) fn sharing_seat(&self) -> Option<&threads::Seat> {
+        match &self.carrier_beside {
+            Carrier::Threads(seat) => Some(seat),
+            Carrier::Null | Carrier::Processes(_) => None,
+        }
     }
 
     pub(crate) fn lane(&self) -> &Lane {
@@ -246,12 +241,8 @@ impl Group {
         &self.tally
     }
 
-    pub(crate) fn carrier(&self) -> &Carrier {
-        &self.carrier
-    }
-
     /// Makes a call and counts it; the time of a call beside computation is exposed in `finish`.
-    pub(crate) fn counted(
+    fn counted(
         &self,
         traffic: Traffic,
         body: impl FnOnce(&Carrier) -> Result<(), CommError>,

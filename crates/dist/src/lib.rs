@@ -4,6 +4,7 @@
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+mod bell;
 mod beside;
 mod call;
 mod communicator;
@@ -23,6 +24,7 @@ mod shape;
 mod table;
 mod threads;
 mod traffic;
+mod wire;
 
 pub use beside::{Array, Pending};
 pub use call::{Call, Members, Op};
@@ -41,3 +43,4 @@ pub use shape::{Axis, Coords, MeshError, MeshShape};
 pub use table::{Table, embed, head_loss};
 pub use threads::Rank;
 pub use traffic::{Counts, Peers, Traffic, piece};
+pub use wire::Process;

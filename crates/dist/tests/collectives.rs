@@ -1,150 +1,60 @@
-//! Every collective on 1 to 8 ranks, odd sizes and all types, against serial references.
+//! Every collective on 1 to 8 ranks, odd sizes and all types, against serial references; on threads
+//! and on processes' sockets.
 
+mod bodies;
+
+use bodies::{BODIES, array};
 use device::{DType, View, ViewMut};
-use dist::{Array, Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Options, launch};
-use half::bf16;
-
-const LENS: [usize; 6] = [0, 1, 3, 64, 1001, 5000];
+use dist::{Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Options, Process, launch};
+use std::time::Duration;
 
 fn on_ranks<R: Send>(ranks: usize, body: impl Fn(&Mesh, &Group) -> Result<R, CommError> + Sync) -> Vec<R> {
     let shape = MeshShape::new(&[(Axis::X, ranks)]).unwrap();
     launch(&shape, &Options::default(), |mesh| body(mesh, &mesh.group(Axis::X))).unwrap()
 }
 
-fn value(rank: usize, i: usize) -> f32 {
-    ((rank * 7919 + i * 104_729) % 1000) as f32 * 0.37 - 180.0
-}
-
-fn data(rank: usize, len: usize) -> Vec<f32> {
-    (0..len).map(|i| value(rank, i)).collect()
-}
-
-fn narrow(x: &[f32]) -> Vec<bf16> {
-    x.iter().map(|x| bf16::from_f32(*x)).collect()
-}
-
-/// In the order of ranks, in f32.
-fn sum(ranks: usize, len: usize) -> Vec<f32> {
-    (0..len).map(|i| (1..ranks).fold(value(0, i), |sum, rank| sum + value(rank, i))).collect()
-}
-
-fn sum_bf16(ranks: usize, len: usize) -> Vec<bf16> {
-    let wide = |rank, i| bf16::from_f32(value(rank, i)).to_f32();
-    (0..len).map(|i| bf16::from_f32((1..ranks).fold(wide(0, i), |sum, rank| sum + wide(rank, i)))).collect()
+/// Ranks that talk over sockets, as processes do, though they are threads of this test.
+fn on_sockets<R: Send>(
+    shape: MeshShape,
+    body: impl Fn(&Mesh) -> Result<R, CommError> + Sync,
+) -> Result<Vec<R>, CommError> {
+    let folder = tempfile::tempdir().unwrap();
+    let ranks = shape.world_size();
+    let rank = |rank: usize| {
+        let process = Process::join(folder.path(), rank, ranks, Duration::from_secs(30))?;
+        let mesh = Mesh::new(shape, Communicator::Processes(process.clone())).unwrap();
+        let result = body(&mesh);
+        process.end(result.as_ref().err().map(CommError::to_string));
+        result
+    };
+    std::thread::scope(|scope| {
+        let running: Vec<_> = (0..ranks).map(|i| scope.spawn(move || rank(i))).collect();
+        running.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
 }
 
 #[test]
-fn all_reduce_is_the_sum_in_the_order_of_ranks() {
+fn on_threads() {
     for ranks in 1..=8 {
-        on_ranks(ranks, |mesh, group| {
-            for len in LENS {
-                let mut wide = data(mesh.rank(), len);
-                let mut short = narrow(&wide);
-                group.all_reduce_sum(ViewMut::of_f32(&mut wide))?;
-                group.all_reduce_sum(ViewMut::of_bf16(&mut short))?;
-                assert_eq!(wide, sum(ranks, len), "{ranks} ranks, {len}");
-                assert_eq!(short, sum_bf16(ranks, len), "{ranks} ranks, {len}");
-            }
-            Ok(())
-        });
+        for (name, body) in BODIES {
+            on_ranks(ranks, |mesh, group| {
+                body(mesh, group).inspect_err(|error| eprintln!("{name} on {ranks} ranks: {error}"))
+            });
+        }
     }
 }
 
 #[test]
-fn all_gather_puts_pieces_in_order() {
-    for ranks in 1..=8 {
-        on_ranks(ranks, |mesh, group| {
-            for len in LENS {
-                let mine = data(mesh.rank(), len);
-                let want: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, len)).collect();
-                let mut all = vec![0f32; ranks * len];
-                group.all_gather(View::of_f32(&mine), ViewMut::of_f32(&mut all))?;
-                assert_eq!(all, want);
-                let mut all = vec![bf16::ZERO; ranks * len];
-                group.all_gather(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut all))?;
-                assert_eq!(all, narrow(&want));
+fn on_processes() {
+    for ranks in 1..=6 {
+        let shape = MeshShape::new(&[(Axis::X, ranks)]).unwrap();
+        on_sockets(shape, |mesh| {
+            for (name, body) in BODIES {
+                body(mesh, &mesh.group(Axis::X)).inspect_err(|error| eprintln!("{name}: {error}"))?;
             }
             Ok(())
-        });
-    }
-}
-
-#[test]
-fn reduce_scatter_gives_each_its_piece_of_the_sum() {
-    for ranks in 1..=8 {
-        on_ranks(ranks, |mesh, group| {
-            for len in LENS {
-                let own = mesh.rank() * len..(mesh.rank() + 1) * len;
-                let mine = data(mesh.rank(), ranks * len);
-                let mut out = vec![0f32; len];
-                group.reduce_scatter_sum(View::of_f32(&mine), ViewMut::of_f32(&mut out))?;
-                assert_eq!(out, sum(ranks, ranks * len)[own.clone()]);
-                let mut out = vec![bf16::ZERO; len];
-                group.reduce_scatter_sum(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut out))?;
-                assert_eq!(out, sum_bf16(ranks, ranks * len)[own]);
-            }
-            Ok(())
-        });
-    }
-}
-
-#[test]
-fn broadcast_and_reduce_from_and_to_every_root() {
-    for ranks in 1..=8 {
-        on_ranks(ranks, |mesh, group| {
-            for (root, len) in (0..ranks).flat_map(|root| LENS.map(|len| (root, len))) {
-                let mut copy = data(mesh.rank(), len);
-                group.broadcast(ViewMut::of_f32(&mut copy), root)?;
-                assert_eq!(copy, data(root, len));
-                let mut total = data(mesh.rank(), len);
-                group.reduce_sum(ViewMut::of_f32(&mut total), root)?;
-                let want = if mesh.rank() == root { sum(ranks, len) } else { data(mesh.rank(), len) };
-                assert_eq!(total, want);
-                let mut total = narrow(&data(mesh.rank(), len));
-                group.reduce_sum(ViewMut::of_bf16(&mut total), root)?;
-                if mesh.rank() == root {
-                    assert_eq!(total, sum_bf16(ranks, len));
-                }
-            }
-            Ok(())
-        });
-    }
-}
-
-#[test]
-fn all_to_all_moves_runs_of_any_length() {
-    for ranks in 1..=8 {
-        on_ranks(ranks, |mesh, group| {
-            let run = |from: usize, to: usize| (from * 31 + to * 17) % 40;
-            let content = |from: usize, to: usize| data(from * 100 + to, run(from, to));
-            let me = mesh.rank();
-            let send: Vec<usize> = (0..ranks).map(|to| run(me, to)).collect();
-            let receive: Vec<usize> = (0..ranks).map(|from| run(from, me)).collect();
-            let mine: Vec<f32> = (0..ranks).flat_map(|to| content(me, to)).collect();
-            let mut out = vec![0f32; receive.iter().sum()];
-            group.all_to_all((View::of_f32(&mine), &send), (ViewMut::of_f32(&mut out), &receive))?;
-            assert_eq!(out, (0..ranks).flat_map(|from| content(from, me)).collect::<Vec<_>>());
-            Ok(())
-        });
-    }
-}
-
-#[test]
-fn letters_travel_around_a_ring_in_order() {
-    for ranks in 2..=8 {
-        on_ranks(ranks, |mesh, group| {
-            let (next, before) = ((mesh.rank() + 1) % ranks, (mesh.rank() + ranks - 1) % ranks);
-            for len in LENS {
-                group.send(View::of_f32(&data(mesh.rank(), len)), next)?;
-            }
-            group.barrier()?;
-            for len in LENS {
-                let mut got = vec![0f32; len];
-                group.receive(ViewMut::of_f32(&mut got), before)?;
-                assert_eq!(got, data(before, len));
-            }
-            Ok(())
-        });
+        })
+        .unwrap();
     }
 }
 
@@ -196,53 +106,6 @@ fn wrong_arguments_are_refused_before_anybody_waits() {
     });
 }
 
-fn array(data: &[f32]) -> Array {
-    let mut array = Array::new(DType::F32, data.len()).unwrap();
-    array.view_mut().f32().copy_from_slice(data);
-    array
-}
-
-#[test]
-fn calls_beside_computation_give_the_same_as_calls_in_the_foreground() {
-    for ranks in 1..=6 {
-        on_ranks(ranks, |mesh, group| {
-            let me = mesh.rank();
-            let len = 240;
-            let reduced = group.start_all_reduce_sum(array(&data(me, len)))?;
-            let gathered = group.start_all_gather(array(&data(me, 7)))?;
-            let scattered = group.start_reduce_scatter_sum(array(&data(me, ranks * 5)))?;
-            // In the foreground meanwhile, over the same group.
-            let mut other = data(me + 1, 33);
-            group.all_reduce_sum(ViewMut::of_f32(&mut other))?;
-            // Finished in another order than started.
-            assert_eq!(scattered.finish()?.view().f32(), &sum(ranks, ranks * 5)[me * 5..me * 5 + 5]);
-            let all: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, 7)).collect();
-            assert_eq!(gathered.finish()?.view().f32(), all);
-            assert_eq!(reduced.finish()?.view().f32(), sum(ranks, len));
-            Ok(())
-        });
-    }
-}
-
-#[test]
-fn panels_broadcast_beside_computation_arrive_by_number() {
-    for ranks in 1..=6 {
-        on_ranks(ranks, |mesh, group| {
-            let panel = |root: usize, k: usize| data(root * 10 + k, 50);
-            let start = |root: usize, k: usize| {
-                let mine = (mesh.rank() == root).then(|| array(&panel(root, k)));
-                group.start_broadcast(mine, (DType::F32, 50), root)
-            };
-            for root in 0..ranks {
-                let (first, second) = (start(root, 0)?, start(root, 1)?);
-                assert_eq!(second.finish()?.view().f32(), panel(root, 1));
-                assert_eq!(first.finish()?.view().f32(), panel(root, 0));
-            }
-            Ok(())
-        });
-    }
-}
-
 #[test]
 fn a_rank_that_only_counts_counts_what_a_rank_that_moves_does() {
     let shape: MeshShape = "dp=2,x=3".parse().unwrap();
@@ -267,11 +130,20 @@ fn a_rank_that_only_counts_counts_what_a_rank_that_moves_does() {
         mesh.group_over(&Axis::ALL).barrier()?;
         Ok(mesh.counts().into_iter().map(|counts| Counts { exposed_s: 0.0, ..counts }).collect())
     };
-    let moved = launch(&shape, &Options::default(), calls).unwrap();
-    for (rank, moved) in moved.into_iter().enumerate() {
+    let threads = launch(&shape, &Options::default(), calls).unwrap();
+    let processes = on_sockets(shape, |mesh| {
+        let counts = calls(mesh)?;
+        // What the formulas say is what crossed the sockets.
+        let Communicator::Processes(process) = mesh.communicator() else { unreachable!() };
+        let (sent, received) = process.payload_bytes();
+        assert_eq!(sent, counts.iter().map(|counts| counts.bytes_sent).sum::<u64>());
+        assert_eq!(received, counts.iter().map(|counts| counts.bytes_received).sum::<u64>());
+        Ok(counts)
+    });
+    assert_eq!(processes.unwrap(), threads);
+    for (rank, moved) in threads.into_iter().enumerate() {
         let null = Mesh::new(shape, Communicator::null(rank, 6)).unwrap();
-        let counted = calls(&null).unwrap();
-        assert_eq!(counted, moved, "rank {rank}");
+        assert_eq!(calls(&null).unwrap(), moved, "rank {rank}");
     }
 }
 

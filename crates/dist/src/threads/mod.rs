@@ -2,7 +2,6 @@
 //! place. `world` is who there is and what each does, `room` where a group meets, `seat` the
 //! collectives of one member.
 
-mod bell;
 mod room;
 mod seat;
 mod world;

@@ -1,7 +1,7 @@
 //! Where the members of one group meet: what each lends, which call each is in, letters between two.
 
-use super::bell::Bell;
 use super::world::lock;
+use crate::bell::Bell;
 use crate::beside::Array;
 use crate::call::Call;
 use device::WindowLoan as Loan;

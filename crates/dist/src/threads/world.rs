@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::bell::Bell;
+use crate::bell::Bell;
 
 /// A sleeping rank looks this often whether another has ended: a safety net, bells wake it.
 const LOOK_EVERY: Duration = Duration::from_millis(20);
