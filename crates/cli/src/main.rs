@@ -8,6 +8,7 @@ mod eval;
 mod inspect;
 mod show;
 mod tokenizer;
+mod traffic;
 mod train;
 
 use clap::{Parser, Subcommand};

@@ -1,5 +1,6 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
+use crate::traffic::Traffic;
 use crate::{EXIT_AGAIN, show};
 use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
 use anyhow::{Context, Result, anyhow};
@@ -158,7 +159,8 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
     let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
-    let mut screen = Screen { bar, steps, started: Instant::now(), first: trainer.step(), said: None };
+    let (started, first) = (Instant::now(), trainer.step());
+    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default() };
     while let Some(progress) = trainer.advance()? {
         match progress {
             Progress::Step(metrics) => screen.step(&metrics),
@@ -171,6 +173,7 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
+                eprint!("{}", screen.traffic);
                 let dir = trainer.folder().display();
                 let took = show::duration(screen.started.elapsed().as_secs_f64());
                 eprintln!("{step} steps in {took}; model, state and metrics are in {dir}");
@@ -194,10 +197,12 @@ struct Screen {
     started: Instant,
     first: u64,
     said: Option<Instant>,
+    traffic: Traffic,
 }
 
 impl Screen {
     fn step(&mut self, m: &StepMetrics) {
+        self.traffic.add(m);
         let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
         let message = format!(
             "loss {:.4}  {} tok/s  MFU {:.0} %  {memory} ",
@@ -299,7 +304,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> 
         ),
         ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
         ("mesh", mesh_line(&recipe.mesh)),
-        ("memory", format!("{} predicted", show::bytes(estimate.total_bytes()))),
+        ("memory", memory(recipe, prepared)),
     ]) + "\n"
 }
 
@@ -311,6 +316,18 @@ fn mesh_line(mesh: &::train::recipe::MeshRecipe) -> String {
     }
     let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
     format!("{}: {ranks} ranks as threads, products {scheme}", mesh.shape)
+}
+
+fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
+    let predicted = show::bytes(prepared.estimate(recipe).total_bytes());
+    match prepared.tiers(recipe) {
+        None => format!("{predicted} predicted"),
+        Some(tiers) => format!(
+            "{predicted} predicted, within {} of DRAM; the rest in {}",
+            show::bytes(tiers.dram_bytes),
+            tiers.dir.display()
+        ),
+    }
 }
 
 /// The answer to --dry-run.

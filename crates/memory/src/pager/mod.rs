@@ -256,13 +256,20 @@ impl Pager {
         self.computing_since = None;
         self.late.clear();
         if self.script.is_followed() {
-            for (i, chunk) in self.chunks.iter_mut().enumerate() {
-                let first = self.script.first(ChunkId(i as u32));
-                chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
-            }
+            self.expect_a_step();
             self.lay_out(regions)?;
+        } else {
+            device::reset_peak();
         }
         Ok(())
+    }
+
+    /// What is needed next is what a step needs first.
+    fn expect_a_step(&mut self) {
+        for (i, chunk) in self.chunks.iter_mut().enumerate() {
+            let first = self.script.first(ChunkId(i as u32));
+            chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
+        }
     }
 
     /// Bring what the plan wants here when a step begins, and let go of the rest.
@@ -292,6 +299,7 @@ impl Pager {
             (self.setup.other_bytes, self.other_bytes) = (0, 0);
             self.measure_others();
         }
+        self.expect_a_step();
         let room = self.follow.as_ref().map(|follow| follow.capacity_bytes);
         if changed || room.is_none_or(|room| room > self.capacity_bytes) {
             self.follow = self.plan();
@@ -410,15 +418,16 @@ impl Pager {
         if let Some(since) = self.computing_since.take()
             && self.in_step
         {
-            self.script.measured(since.elapsed().as_secs_f64(), others_now());
+            self.script.measured(since.elapsed().as_secs_f64(), others_peak());
         }
     }
 
     /// What is no chunk takes its share of the budget first.
     fn measure_others(&mut self) {
-        self.other_bytes = self.other_bytes.max(others_now()).max(self.setup.other_bytes);
+        self.other_bytes = self.other_bytes.max(others_peak()).max(self.setup.other_bytes);
         let capacity = free_for_chunks(self.setup.dram_bytes, self.other_bytes);
         if capacity != self.capacity_bytes {
+            device::limit_parked(Some(self.other_bytes as usize));
             self.capacity_bytes = capacity;
             self.mover.set_capacity(capacity);
         }
@@ -495,7 +504,7 @@ impl Pager {
         chunk.place = if chunk.on_drive { Place::Drive } else { Place::Void };
     }
 
-    /// Whoever may leave and is needed last, after visit `beyond` at the earliest.
+    /// Whoever may leave and is needed last; after visit `beyond` at the earliest, if that is not 0.
     fn victim(&mut self, regions: &Regions, beyond: u64) -> Option<ChunkId> {
         let (clock, by_future) = (self.clock, self.knows_future());
         let mut best: Option<((bool, u64, bool), usize)> = None;
@@ -504,7 +513,7 @@ impl Pager {
                 chunk.place = Place::Here;
             }
             let leaves = chunk.place == Place::Here && chunk.pinned != clock;
-            if !leaves || (by_future && chunk.next_use <= beyond) {
+            if !leaves || (beyond > 0 && chunk.next_use <= beyond) {
                 continue;
             }
             let rank = if by_future { chunk.next_use } else { u64::MAX - chunk.last_use };
@@ -516,10 +525,10 @@ impl Pager {
         best.map(|(_, i)| ChunkId(i as u32))
     }
 
+    /// Whether it is known when each chunk is needed next: while a step repeats, and between steps.
     fn knows_future(&self) -> bool {
-        matches!(self.setup.policy, Policy::Dynamic | Policy::Belady)
-            && self.in_step
-            && self.script.is_followed()
+        let by_future = matches!(self.setup.policy, Policy::Dynamic | Policy::Belady);
+        by_future && if self.in_step { self.script.is_followed() } else { self.script.len() > 0 }
     }
 
     /// Nobody can leave: something must be on its way that can once it is here.
@@ -536,7 +545,7 @@ impl Pager {
 
     /// Fetch what the coming visits need, as far as that sends nothing away that is needed sooner.
     fn look_ahead(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.knows_future() || self.has_plan() {
+        if !self.knows_future() || !self.in_step || self.has_plan() {
             return Ok(());
         }
         let window = self.capacity_bytes / WINDOW;
@@ -623,14 +632,19 @@ pub fn chunk_elements(params: usize, dram_bytes: u64) -> usize {
 /// Elements whose 2-byte form fills a page.
 const PAGE_ELEMENTS: usize = 2048;
 
+impl Drop for Pager {
+    fn drop(&mut self) {
+        device::limit_parked(None);
+    }
+}
+
 /// One part in this many of the budget stays free, for what grows between two moments.
 const SLACK: u64 = 64;
 
 /// Chunks needed soon may take one part in this many of the capacity.
 const WINDOW: u64 = 3;
 
-/// Memory that is no chunk, parked blocks included.
-fn others_now() -> u64 {
-    let usage = device::memory_use();
-    (usage.live_bytes - usage.region_bytes + usage.cached_bytes) as u64
+/// Most that was held and is no chunk, parked blocks included.
+fn others_peak() -> u64 {
+    device::memory_use().peak_other_bytes as u64
 }

@@ -14,9 +14,11 @@ use super::level::{Level, PauseKind};
 use microlp::{ComparisonOp, LinearExpr, OptimizationDirection, Problem, Variable};
 use std::collections::BTreeMap;
 
-/// Rows and variables that solve in about a second, unoptimised.
-const MOST_ROWS: usize = 256;
-const MOST_VARIABLES: usize = 3000;
+/// Most moments that become rows, and variables for each: the bound is asked for once, what should
+/// rest for every course that is tried.
+const BOUND_ROWS: usize = 768;
+const WANTS_ROWS: usize = 256;
+const VARIABLES_PER_ROW: usize = 10;
 
 /// Value of the program.
 pub(super) struct Bound {
@@ -32,7 +34,10 @@ type Cover = (u32, u32);
 /// Pauses that share a copy down (or single clean ones), alike in everything but their bytes.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Kind {
+    /// Leaving costs one copy down, too.
     dirty: bool,
+    /// Thousandths of a byte that leaving costs by byte and pause.
+    worth: u64,
     covers: Vec<Cover>,
 }
 
@@ -45,29 +50,42 @@ struct Group {
 
 /// Solve the program of a level; `room` is free bytes by moment.
 pub(super) fn bound(level: &Level, room: &[i64]) -> Bound {
+    program(level, room, None, BOUND_ROWS)
+}
+
+/// What should rest; chunks that can be made again are weighed by the bytes the link carries meanwhile.
+pub(super) fn wants(level: &Level, room: &[i64], up_per_s: f64) -> Vec<f64> {
+    program(level, room, Some(up_per_s), WANTS_ROWS).wants
+}
+
+/// With a speed, chunks that can be made again cost what the link carries meanwhile; without, nothing.
+fn program(level: &Level, room: &[i64], again: Option<f64>, most_rows: usize) -> Bound {
     let (up, down) = level.forced_bytes();
     let mut wants = vec![1.0; level.pauses.len()];
-    let rows = binding_rows(level, room);
-    let mut count = rows.len().min(MOST_ROWS);
+    let rows = binding_rows(level, room, again.is_some());
+    let mut count = rows.len().min(most_rows);
     let (rows, groups) = loop {
         let rows = tightest(&rows, count);
-        let groups = group(level, &rows, room.len());
-        if groups.keys().map(|kind| kind.covers.len()).sum::<usize>() <= MOST_VARIABLES || count < 8 {
+        let groups = group(level, &rows, room.len(), again);
+        if groups.keys().map(|kind| kind.covers.len()).sum::<usize>() <= VARIABLES_PER_ROW * most_rows
+            || count < 8
+        {
             break (rows, groups);
         }
         count /= 2;
     };
     // What leaving everything would move, less what the solution saves.
-    let all: u64 = groups.iter().map(|(kind, group)| worth(kind) * group.bytes).sum();
+    let all: f64 = groups.iter().map(|(kind, group)| worth(kind) * group.bytes as f64).sum();
     let saved = if groups.is_empty() { Some(0.0) } else { solve(&rows, &groups, &mut wants) };
     // Without a solution (the solver may give up on hard numbers) the forced bytes are still a bound.
-    let open = saved.map_or(0.0, |saved| (all as f64 * (1.0 - 1e-9) - saved).max(0.0));
-    Bound { bytes: up + down + open as u64, wants }
+    let open = saved.map_or(0.0, |saved| (all * (1.0 - 1e-9) - saved).max(0.0));
+    // Plans move whole bytes.
+    Bound { bytes: up + down + open.ceil() as u64, wants }
 }
 
 /// Bytes moved per byte of a group that leaves in all its pauses.
-fn worth(kind: &Kind) -> u64 {
-    kind.covers.len() as u64 + u64::from(kind.dirty)
+fn worth(kind: &Kind) -> f64 {
+    kind.covers.len() as f64 * kind.worth as f64 / 1000.0 + f64::from(u8::from(kind.dirty))
 }
 
 struct Row {
@@ -78,11 +96,11 @@ struct Row {
 }
 
 /// The tightest moment of every stretch in which no pause begins or ends, where not everything fits.
-fn binding_rows(level: &Level, room: &[i64]) -> Vec<Row> {
+fn binding_rows(level: &Level, room: &[i64], again: bool) -> Vec<Row> {
     let moments = room.len();
     let mut change = vec![0i64; moments + 1];
     let mut breaks = vec![false; moments];
-    for pause in open(level) {
+    for pause in open(level).filter(|pause| again || !level.recomputes(*pause)) {
         let (bytes, pause) = (level.bytes(pause) as i64, &level.pauses[pause]);
         let (first, end) = (pause.first as usize, (pause.first + pause.len) as usize);
         change[first] += bytes;
@@ -122,12 +140,12 @@ fn tightest(rows: &[Row], count: usize) -> Vec<&Row> {
 fn open(level: &Level) -> impl Iterator<Item = usize> {
     let open = |index: &usize| {
         let pause = &level.pauses[*index];
-        pause.kind == PauseKind::Free && pause.len > 0 && !level.recomputes(*index)
+        pause.kind == PauseKind::Free && pause.len > 0
     };
     (0..level.pauses.len()).filter(open)
 }
 
-fn group(level: &Level, rows: &[&Row], moments: usize) -> BTreeMap<Kind, Group> {
+fn group(level: &Level, rows: &[&Row], moments: usize, again: Option<f64>) -> BTreeMap<Kind, Group> {
     let mut before = vec![0u32; moments + 1];
     for row in rows {
         before[row.moment as usize + 1] += 1;
@@ -143,23 +161,31 @@ fn group(level: &Level, rows: &[&Row], moments: usize) -> BTreeMap<Kind, Group> 
         (count > 0).then(|| (before[first] % rows.len() as u32, count))
     };
     let mut groups: BTreeMap<Kind, Group> = BTreeMap::new();
-    let mut join = |dirty: bool, pauses: &mut dyn Iterator<Item = usize>| {
+    let mut join = |dirty: bool, worth: u64, pauses: &mut dyn Iterator<Item = usize>| {
         let covered: Vec<(usize, Cover)> = pauses.filter_map(|p| cover(p).map(|cover| (p, cover))).collect();
         if let Some((pause, _)) = covered.first() {
-            let kind = Kind { dirty, covers: covered.iter().map(|(_, cover)| *cover).collect() };
+            let kind = Kind { dirty, worth, covers: covered.iter().map(|(_, cover)| *cover).collect() };
             let group = groups.entry(kind).or_default();
             group.bytes += level.bytes(*pause);
             group.pauses.extend(covered.iter().map(|(pause, _)| *pause));
         }
     };
-    for pause in open(level).filter(|pause| level.pauses[*pause].run.is_none()) {
-        join(false, &mut std::iter::once(pause));
+    for pause in open(level) {
+        let item = &level.items[level.pauses[pause].item as usize];
+        match (item.recompute_s, again) {
+            (Some(seconds), Some(per_s)) => {
+                let worth = seconds * per_s * 1000.0 / item.bytes.max(1) as f64;
+                join(false, worth as u64, &mut std::iter::once(pause));
+            }
+            (None, _) if level.pauses[pause].run.is_none() => join(false, 1000, &mut std::iter::once(pause)),
+            _ => {}
+        }
     }
     for (index, run) in level.runs.iter().enumerate().filter(|(_, run)| run.due.is_none()) {
         let of_run = |pause: &usize| level.pauses[*pause].run == Some(index as u32);
         let pauses = run.pauses.iter().map(|p| *p as usize).filter(of_run);
         let mut pauses = pauses.filter(|p| level.pauses[*p].len > 0 && !level.recomputes(*p));
-        join(true, &mut pauses);
+        join(true, 1000, &mut pauses);
     }
     groups
 }
@@ -176,7 +202,7 @@ fn solve(rows: &[&Row], groups: &BTreeMap<Kind, Group>, wants: &mut [f64]) -> Op
     for (kind, group) in groups {
         let size = group.bytes as f64 / unit;
         let alone = kind.covers.len() == 1;
-        let gain = if alone { worth(kind) as f64 } else { 1.0 };
+        let gain = if alone { worth(kind) } else { kind.worth as f64 / 1000.0 };
         let own: Vec<Variable> = kind.covers.iter().map(|_| problem.add_var(gain, (0.0, size))).collect();
         if kind.dirty && !alone {
             let uncopied = problem.add_var(1.0, (0.0, size));
@@ -219,4 +245,85 @@ fn solve(rows: &[&Row], groups: &BTreeMap<Kind, Group>, wants: &mut [f64]) -> Op
         }
     }
     Some(solution.objective() * unit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::choose::Choice;
+    use super::super::level::{Event, Item};
+    use super::*;
+    use crate::trace::{Access, ChunkId};
+    use proptest::prelude::*;
+
+    /// Bytes of a chunk, and moment and access of each of its events.
+    type Drawn = (u64, Vec<(u32, u8)>);
+
+    fn level(moments: u32, room: i64, chunks: &[Drawn]) -> Level {
+        let item = |(index, (bytes, uses)): (usize, &Drawn)| {
+            let mut events: Vec<Event> = Vec::new();
+            for (start, access) in uses {
+                let access = [Access::Read, Access::ReadWrite, Access::Write][*access as usize % 3];
+                events.push(Event { start: start % moments, len: 1, access, top: true });
+            }
+            events.sort_by_key(|event| event.start);
+            events.dedup_by_key(|event| event.start);
+            Item { chunk: ChunkId(index as u32), bytes: *bytes, recompute_s: None, events }
+        };
+        Level::new(chunks.iter().enumerate().map(item).collect(), &vec![room; moments as usize])
+    }
+
+    fn fits(level: &Level, choice: &Choice) -> bool {
+        choice.left(level, &level.room).by_moment().iter().all(|left| *left >= 0)
+    }
+
+    /// Fewest bytes of whole chunks, by trying everything.
+    fn exact(level: &Level) -> u64 {
+        let free: Vec<usize> = open(level).collect();
+        let choices = (0..1u32 << free.len()).map(|bits| {
+            let mut choice = Choice::none(level);
+            free.iter().enumerate().for_each(|(nth, pause)| choice.rests[*pause] = bits >> nth & 1 == 1);
+            choice
+        });
+        let bytes = |choice: Choice| choice.bytes(level).0 + choice.bytes(level).1;
+        choices.filter(|choice| fits(level, choice)).map(bytes).min().expect("nothing at rest always fits")
+    }
+
+    fn chunks() -> impl Strategy<Value = Vec<Drawn>> {
+        prop::collection::vec((1u64..20, prop::collection::vec((0u32..12, 0u8..3), 1..4)), 1..5)
+    }
+
+    proptest! {
+        #[test]
+        fn below_every_plan_of_whole_chunks(chunks in chunks(), moments in 1u32..12, more in 0i64..40) {
+            let tight = level(moments, 0, &chunks);
+            // At least the events fit.
+            let least = -tight.room.iter().min().copied().unwrap_or(0);
+            let level = level(moments, least + more, &chunks);
+            let (bound, exact) = (bound(&level, &level.room).bytes, exact(&level));
+            prop_assert!(bound <= exact, "bound {bound}, exact {exact}");
+            let wants = wants(&level, &level.room, 1.0);
+            let rounded = Choice::rounded(&level, &level.room, &wants, 1.0);
+            prop_assert!(fits(&level, &rounded));
+            let (up, down) = rounded.bytes(&level);
+            prop_assert!(up + down >= exact);
+        }
+    }
+
+    /// A scan over 48 equal chunks forward and back, and one in a circle: what theory says.
+    #[test]
+    fn known_scans() {
+        let there_and_back: Vec<(u64, Vec<(u32, u8)>)> =
+            (0..48).map(|c| (1, vec![(c, 0), (95 - c, 0)])).collect();
+        let circle: Vec<Drawn> = (0..48).map(|c| (1, vec![(c, 1)])).collect();
+        for capacity in [8, 16, 24, 36, 44] {
+            let level_of = |moments, chunks: &[_]| level(moments, capacity, chunks);
+            let scan = level_of(96, &there_and_back);
+            // Weights that survive the step: 2 (L - C) loads.
+            assert_eq!(bound(&scan, &scan.room).bytes, 2 * (48 - capacity as u64));
+            let scan = level_of(48, &circle);
+            // State is written: what leaves is copied down and comes back. A share x of every chunk
+            // rests, 47 x beside the one in use: x = (C - 1) / 47, and 2 (1 - x) of each moves.
+            assert_eq!(bound(&scan, &scan.room).bytes, (96 * (48 - capacity as u64)).div_ceil(47));
+        }
+    }
 }

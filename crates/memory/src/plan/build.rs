@@ -3,13 +3,14 @@
 //! What a level moves over its link is what the next level must hold at that time, so a chunk that
 //! goes down twice in a row has gone two tiers down.
 
-use super::bound::bound;
+use super::bound::wants;
 use super::choose::{Choice, Victim};
 use super::level::{Event, Item, Level, forward, join_events};
 use super::schedule::{Clock, Setting, schedule};
 use super::types::{Budgets, DoesNotFit, Move, MoveKind, Plan, Rates, seconds};
 use crate::Tier;
 use crate::trace::{Access, ChunkId, Runs, Trace};
+use std::collections::BTreeMap;
 
 /// What there is to plan.
 #[derive(Clone, Copy)]
@@ -235,9 +236,18 @@ impl<'a> Problem<'a> {
         let homes = self.homes(course, &moves);
         if let Some(budget) = self.budgets.nvme {
             let slots = homes.iter().zip(&self.trace.chunks).filter(|(home, _)| **home == Tier::Nvme);
-            let slots: u64 = slots.map(|(_, chunk)| chunk.bytes).sum();
+            let mut by_class = BTreeMap::new();
+            slots.for_each(|(_, chunk)| *by_class.entry(chunk.class).or_insert(0) += chunk.bytes);
+            let slots: u64 = by_class.values().sum();
             if slots > budget {
-                return Err(self.refuse(Tier::Nvme, 0, slots - budget));
+                let most = by_class.iter().max_by_key(|(_, bytes)| **bytes);
+                let class = most.map_or(crate::Class::Param, |(class, _)| *class);
+                let remedy = ", or give dram more".to_owned();
+                return Err(Box::new(DoesNotFit {
+                    class,
+                    remedy,
+                    ..*self.refuse(Tier::Nvme, 0, slots - budget)
+                }));
             }
         }
         let initial = self.initial(course, &moves, &homes);
@@ -325,7 +335,7 @@ fn best(level: &Level, room: &[i64], up_per_s: f64) -> Choice {
     let victims = [Victim::Farthest, Victim::FarthestPerByte, Victim::LeastRecent, Victim::FarthestThisStep];
     all.extend(victims.map(|victim| Choice::walk(level, room, victim).fill(level, room, up_per_s)));
     all.push(Choice::prefix(level, room).fill(level, room, up_per_s));
-    all.push(Choice::rounded(level, room, &bound(level, room).wants, up_per_s));
+    all.push(Choice::rounded(level, room, &wants(level, room, up_per_s), up_per_s));
     let mut best = all.swap_remove(0);
     for choice in all {
         if choice.cost(level, up_per_s) < best.cost(level, up_per_s) {

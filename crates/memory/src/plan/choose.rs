@@ -112,11 +112,17 @@ impl Choice {
         Self::none(level).fill(level, room, up_per_s)
     }
 
-    /// The chunks a linear program wants most first; `wants` is by pause.
+    /// Whole chunks for the shares a linear program wants (`wants` is by pause).
+    ///
+    /// A share is not rounded pause by pause: a chunk that rests in two thirds of its pauses still pays
+    /// for its copy down. Each chunk draws one threshold for all its pauses, evenly spread over the
+    /// chunks, so among chunks alike as many rest as the program wants, and those rest throughout.
     pub(super) fn rounded(level: &Level, room: &[i64], wants: &[f64], up_per_s: f64) -> Choice {
+        const GOLDEN: f64 = 0.618_033_988_749_895;
+        let threshold = |pause: usize| (f64::from(level.pauses[pause].item + 1) * GOLDEN).fract();
         let mut order: Vec<(f64, f64, usize)> = Self::open(level)
-            .map(|pause| ((wants[pause] * 64.0).round(), density(level, pause, up_per_s), pause))
-            .filter(|(want, ..)| *want > 0.0)
+            .filter(|pause| wants[*pause] >= threshold(*pause).max(1e-6))
+            .map(|pause| (wants[pause] - threshold(pause), density(level, pause, up_per_s), pause))
             .collect();
         order.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.total_cmp(&a.1)).then(a.2.cmp(&b.2)));
         Self::in_order(level, room, order.into_iter().map(|(_, _, pause)| pause)).fill(level, room, up_per_s)

@@ -142,21 +142,18 @@ impl Search<'_> {
     }
 
     fn dynamic(&self) -> Result<Found, Refusal> {
-        let base = self.scout()?;
-        let mut found = vec![base];
-        let mut course = found[0].0.clone();
-        course.rule = Inner::Best;
-        let reserves: &[f64] = if self.ask.aim == Aim::Bytes { &RESERVES[..1] } else { &RESERVES };
-        for reserve in reserves {
-            for overlap in [true, false] {
-                let next = Course { reserve: *reserve, overlap, ..course.clone() };
+        let scouts = self.scout()?;
+        let mut found = Vec::new();
+        for (scout, _) in &scouts {
+            let reserves: &[f64] = if self.ask.aim == Aim::Bytes { &RESERVES[..1] } else { &RESERVES };
+            for reserve in reserves {
+                let next = Course { rule: Inner::Best, reserve: *reserve, ..scout.clone() };
                 // Less overlap is only worth trying where what is on its way finds no room.
-                if let Ok(next) = self.try_course(next) {
-                    found.push(next);
-                    break;
-                }
+                let plain = Course { overlap: false, ..next.clone() };
+                found.extend(self.try_course(next).or_else(|_| self.try_course(plain)).ok());
             }
         }
+        found.extend(scouts);
         // Other rules with the same freedom: none of them may beat ours.
         let rules = [Rule::Static, Rule::Lru, Rule::Belady, Rule::Gemini];
         let most = rules.iter().filter_map(|rule| self.fixed(*rule, 0).ok()).collect::<Vec<_>>();
@@ -166,29 +163,34 @@ impl Search<'_> {
         Ok(self.best_of(found))
     }
 
-    /// Where the optimizer runs and whether to recompute, by a quick rule; or why nothing fits.
-    fn scout(&self) -> Result<Found, Refusal> {
+    /// Where the optimizer runs, by a quick rule, once without recomputing and, if that is possible,
+    /// once with; or why nothing fits.
+    fn scout(&self) -> Result<Vec<Found>, Refusal> {
         let either = self.either();
-        let recomputable = self.problem.trace.chunks.iter().any(|chunk| chunk.recompute_s.is_some());
-        let mut found = Vec::new();
-        let mut refusal = None;
         let mut places: Vec<usize> = (0..=4).map(|quarter| either * quarter / 4).collect();
         places.dedup();
-        for on_fastest in places {
-            for recompute in [false, true] {
-                if recompute && !(recomputable && self.ask.recompute) {
-                    continue;
-                }
-                let course = Course { recompute, reserve: 0.05, ..self.course(Inner::Densest, on_fastest) };
+        let recomputable = self.problem.trace.chunks.iter().any(|chunk| chunk.recompute_s.is_some());
+        let mut scouts = Vec::new();
+        let mut refusal = None;
+        for recompute in [false, true] {
+            if recompute && !(recomputable && self.ask.recompute) {
+                continue;
+            }
+            let mut found = Vec::new();
+            for on_fastest in &places {
+                let course = Course { recompute, reserve: 0.05, ..self.course(Inner::Densest, *on_fastest) };
                 match self.frugal(course) {
                     Ok(next) => found.push(next),
                     Err(error) => refusal = refusal.or(Some(error)),
                 }
             }
+            if !found.is_empty() {
+                scouts.push(self.best_of(found));
+            }
         }
         match refusal {
-            Some(refusal) if found.is_empty() => Err(refusal),
-            _ => Ok(self.best_of(found)),
+            Some(refusal) if scouts.is_empty() => Err(refusal),
+            _ => Ok(scouts),
         }
     }
 

@@ -1,5 +1,6 @@
 //! What goes into the planner beside a trace, and what comes out of it. Plain data.
 
+use super::picture::bytes;
 use super::replay::Broken;
 use crate::trace::{BadTrace, ChunkId, Moment, MomentId, Runs};
 use crate::{Class, Tier};
@@ -182,8 +183,9 @@ impl Plan {
 /// The trace cannot run within the budgets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{tier} is {missing_bytes} bytes short at moment {moment} ({op}), mostly {class}: \
-     give {tier} at least {least_bytes} bytes{remedy}"
+    "{tier} is {} short at moment {moment} ({op}), where {class} takes most: \
+     give {tier} at least {least_bytes} bytes ({}){remedy}",
+    bytes(*missing_bytes), bytes(*least_bytes)
 )]
 pub struct DoesNotFit {
     /// The tier that is too small.
@@ -192,7 +194,7 @@ pub struct DoesNotFit {
     pub moment: MomentId,
     /// Its op.
     pub op: String,
-    /// Class with the most bytes there.
+    /// Class with the most bytes there (of one chunk) or, on the drive, altogether.
     pub class: Class,
     /// What is missing there.
     pub missing_bytes: u64,
