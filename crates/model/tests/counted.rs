@@ -33,7 +33,7 @@ fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<C
     built.model.loss(&mut tape, &hidden, Targets { ids: &ids, scale: 1.0 }, B).unwrap();
     tape.backward().unwrap();
     let passes = mesh.counts();
-    store.settle_grads();
+    store.settle_grads().unwrap();
     for (param, spread) in store.refs().zip(&built.spreads) {
         let mut grad = store.grad(param).f32().to_vec();
         for axis in &spread.sums {

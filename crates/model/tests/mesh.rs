@@ -44,6 +44,7 @@ fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f
     let read = |name: &str, _: &[usize]| Ok::<_, Fault>(golden.weights[name].f32());
     model::fill(&params, &stored, read, |param, first, values| {
         store.set_weights(param, first, device::View::of_f32(values));
+        Ok(())
     })?;
     let targets = golden.targets();
     let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
@@ -53,7 +54,7 @@ fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f
     let hidden = model.hidden(&mut tape, &tokens, recompute)?;
     let losses = model.loss(&mut tape, &hidden, Targets { ids: &targets, scale }, tokens.b)?;
     tape.backward()?;
-    store.settle_grads();
+    store.settle_grads()?;
     let mut parts = Parts::new();
     for (param, spread) in store.refs().zip(&spreads) {
         let mut grad = store.grad(param).f32().to_vec();

@@ -144,6 +144,11 @@ impl Settings {
         self.values.contains_key(path)
     }
 
+    /// Whether the recipe gives a key another value than its default, as a resolved one never does.
+    fn changes(&self, path: &'static str) -> bool {
+        self.gives(path) && self.get(path) != Settings::default().get(path)
+    }
+
     fn get(&self, path: &'static str) -> Option<Value> {
         let default = || {
             let key = keys::find(path)?;

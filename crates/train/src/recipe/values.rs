@@ -265,7 +265,7 @@ impl Recipe {
 fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
     let Some(dram) = get.text("memory.dram") else {
         let others = ["memory.nvme", "memory.dir", "memory.policy"];
-        return match others.iter().find(|key| settings.gives(key)) {
+        return match others.iter().find(|key| settings.changes(key)) {
             None => Ok(None),
             Some(key) => impossible(
                 format!("{key} is given but memory.dram is not"),
