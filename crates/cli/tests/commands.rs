@@ -91,7 +91,7 @@ fn the_shakespeare_recipe_is_whole() {
 fn doctor_and_help_speak() {
     let place = Place::new();
     let said = place.succeeds(&["doctor"]);
-    for part in ["cores", "instruction set", "memory", "disk", "GPU"] {
+    for part in ["cores", "instruction set", "memory", "drive", "GPU"] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert!(place.succeeds(&["--help"]).contains("trilith train recipes/shakespeare.toml"));

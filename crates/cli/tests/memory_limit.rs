@@ -39,28 +39,28 @@ const STATE: [&str; 12] = [
     "--set",
     "model.heads=8",
     "--set",
-    "model.layers=10",
+    "model.layers=7",
     "--set",
-    "train.steps=3",
+    "train.steps=2",
     "--set",
-    "checkpoint.every=2",
+    "checkpoint.every=1",
     "--set",
     "eval.every=0",
 ];
 
 #[test]
 fn a_hard_limit_of_the_system_is_kept_and_changes_no_bit() {
-    const LIMIT: u64 = 192 << 20;
+    const LIMIT: u64 = 160 << 20;
     let group = match Group::new(LIMIT) {
         Ok(group) => group,
         Err(why) => return println!("skipped: no memory control group can be made here ({why})"),
     };
     let place = Place::new();
-    // 32M parameters: 500 MiB of weights, gradients and optimizer state.
+    // 22M parameters: 350 MiB of weights, gradients and optimizer state.
     place.succeeds(&[&["train", "tiny.toml", "--set", "run.dir=whole"][..], &STATE].concat());
     let mut command = Command::new("bash");
     let enter = "echo $$ > \"$0\"/cgroup.procs && exec \"$@\"";
-    let more = ["train", "tiny.toml", "--set", "run.dir=limited", "--set", "memory.dram=112MiB"];
+    let more = ["train", "tiny.toml", "--set", "run.dir=limited", "--set", "memory.dram=80MiB"];
     let limited = command
         .args(["-c", enter, group.0.to_str().unwrap(), env!("CARGO_BIN_EXE_trilith")])
         .args([&more[..], &STATE].concat())

@@ -27,8 +27,6 @@ pub struct Region {
 pub struct Loan {
     block: Arc<Reserved>,
     granule: usize,
-    start: usize,
-    bytes: usize,
     here: bool,
 }
 
@@ -152,8 +150,7 @@ impl Region {
     pub fn lend(&mut self, i: usize) -> Loan {
         let was = self.block.states[i].swap(LENT, Ordering::AcqRel);
         assert_ne!(was, LENT, "granule {i} is lent twice");
-        let (start, bytes) = (i * self.granule_bytes, self.granule_bytes(i));
-        Loan { block: self.block.clone(), granule: i, start, bytes, here: was == HERE }
+        Loan { block: self.block.clone(), granule: i, here: was == HERE }
     }
 
     /// Read `len` elements of `dtype` from element `start` on; all of them must be here.
@@ -193,14 +190,19 @@ impl Region {
 impl Loan {
     /// Bytes of memory behind it while it is here.
     pub fn len_bytes(&self) -> usize {
-        self.bytes
+        self.block.bytes_of(self.granule)
+    }
+
+    fn first(&self) -> *mut u8 {
+        // SAFETY: a granule of the region begins inside its mapping.
+        unsafe { self.block.ptr.as_ptr().add(self.granule * self.block.granule_bytes) }
     }
 
     /// Put memory behind it; it reads as zeros.
     pub fn bring(&mut self) {
         assert!(!self.here, "granule {} is brought twice", self.granule);
         self.here = true;
-        count_committed(self.bytes);
+        count_committed(self.len_bytes());
     }
 
     /// Give its memory back; its bytes are lost.
@@ -209,25 +211,22 @@ impl Loan {
         self.here = false;
         // SAFETY: whole pages of our own mapping that nobody else may touch while they are lent;
         // they read as zeros afterwards.
-        unsafe {
-            let start = self.block.ptr.as_ptr().add(self.start);
-            libc::madvise(start.cast(), self.bytes, libc::MADV_DONTNEED);
-        }
-        count_returned(self.bytes);
+        unsafe { libc::madvise(self.first().cast(), self.len_bytes(), libc::MADV_DONTNEED) };
+        count_returned(self.len_bytes());
     }
 
     /// The bytes, for reading.
     pub fn bytes(&self) -> &[u8] {
         assert!(self.here, "granule {} is read while it is away", self.granule);
         // SAFETY: in bounds by construction; the state keeps everyone else out.
-        unsafe { std::slice::from_raw_parts(self.block.ptr.as_ptr().add(self.start), self.bytes) }
+        unsafe { std::slice::from_raw_parts(self.first(), self.len_bytes()) }
     }
 
     /// The bytes, for writing.
     pub fn bytes_mut(&mut self) -> &mut [u8] {
         assert!(self.here, "granule {} is written while it is away", self.granule);
         // SAFETY: as above, and this is the only loan of the granule.
-        unsafe { std::slice::from_raw_parts_mut(self.block.ptr.as_ptr().add(self.start), self.bytes) }
+        unsafe { std::slice::from_raw_parts_mut(self.first(), self.len_bytes()) }
     }
 }
 

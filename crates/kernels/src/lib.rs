@@ -15,6 +15,7 @@ mod scratch;
 mod testkit;
 
 pub mod adamw;
+pub mod adamw8;
 pub mod attention;
 pub mod block;
 pub mod cross_entropy;

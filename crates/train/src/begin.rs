@@ -93,7 +93,8 @@ pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result
     let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
     folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
     folder.write(&prepared.tokenizer.files()?)?;
-    let background = recipe.checkpoint.background && !learner.store.arrays().is_paged();
+    // Within a budget there is no room for a copy: a save streams from where things lie.
+    let background = recipe.checkpoint.background && recipe.memory.is_none();
     let files = Files::new(folder, metrics, states, background, identity)?;
     Ok(Begun { learner, step, meta, files: Some(files), skipped_states })
 }

@@ -136,12 +136,8 @@ impl Learner {
         early.set(plan.clip.is_infinite() && loss.is_finite());
         tape.backward()?;
         drop(tape);
-        let (squares, updated, pass) = finisher.end(&mut self.store)?;
-        if let Some(pass) = pass {
-            self.pass = pass;
-        } else {
-            self.pass = known;
-        }
+        let Ended { squares, updated, pass } = finisher.end(&mut self.store)?;
+        self.pass = pass.unwrap_or(known);
         let done = done(loss, squares.iter().sum());
         if !updated.contains(&true) {
             self.update_all(done, plan)?;
@@ -173,6 +169,16 @@ struct Finisher<'a> {
     chunks: Vec<Range<usize>>,
     /// By chunk: whether it was updated.
     updated: Vec<bool>,
+}
+
+/// What a pass came to.
+struct Ended {
+    /// By parameter: squared norm of its gradient.
+    squares: Vec<f64>,
+    /// By chunk: whether it was updated.
+    updated: Vec<bool>,
+    /// The pass, if it was another than the known one.
+    pass: Option<Pass>,
 }
 
 impl<'a> Finisher<'a> {
@@ -252,8 +258,8 @@ impl<'a> Finisher<'a> {
         Ok(())
     }
 
-    /// The pass is over: squares by parameter, what was updated by chunk, and the pass if it was new.
-    fn end(mut self, store: &mut ParamStore) -> Result<(Vec<f64>, Vec<bool>, Option<Pass>), Fault> {
+    /// The pass is over: sum what nobody wrote or was not known to be final.
+    fn end(mut self, store: &mut ParamStore) -> Result<Ended, Fault> {
         let same = self.followed && self.seen.len() == self.known.moments.len();
         store.settle_grads()?;
         for param in store.refs() {
@@ -270,7 +276,7 @@ impl<'a> Finisher<'a> {
             }
             Pass { moments: self.seen, final_after }
         });
-        Ok((self.squares.into_iter().flatten().collect(), self.updated, pass))
+        Ok(Ended { squares: self.squares.into_iter().flatten().collect(), updated: self.updated, pass })
     }
 }
 

@@ -192,6 +192,24 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
+/// Where the state lies changes no bit, on several ranks as on one: each pages its own pieces.
+#[test]
+fn ranks_whose_state_does_not_fit_give_the_bits_of_those_whose_does() {
+    let place = Place::new();
+    let model = ["model.layers=4", "model.width=64", "tokenizer.vocab=500", "train.batch=4", "train.steps=3"];
+    let mesh = ["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d"];
+    let sets = [&model[..], &mesh].concat();
+    run(&place, "whole", &sets, Start::New, false);
+    let estimate = begin(&place, "probe", &sets, Start::New);
+    let estimate = estimate.prepared.estimate(&estimate.recipe);
+    let bytes = estimate.activation_bytes as f64 * 2.0 + estimate.state_bytes as f64 * 0.8;
+    let dram = format!("memory.dram={}B", bytes as u64);
+    let tiers = [&sets[..], &[dram.as_str(), "memory.policy=belady"]].concat();
+    run(&place, "tiers", &tiers, Start::New, false);
+    assert!(place.result("whole").0 == place.result("tiers").0, "weights");
+    assert!(place.result("whole").1 == place.result("tiers").1, "state");
+}
+
 /// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]

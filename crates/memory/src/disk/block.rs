@@ -39,6 +39,15 @@ impl Block {
         }
     }
 
+    /// The memory of a block that is no granule, as a plain buffer; its place in the ring is given
+    /// back.
+    pub fn into_buffer(self) -> Option<Buffer> {
+        match self.memory {
+            Memory::Owned(buffer) => Some(buffer),
+            Memory::Lent(_) => None,
+        }
+    }
+
     /// Size in bytes, a multiple of 4096.
     pub fn len(&self) -> usize {
         match &self.memory {

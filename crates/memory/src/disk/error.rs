@@ -25,6 +25,22 @@ impl fmt::Display for Place {
     }
 }
 
+/// Bytes as people read them, rounded: "24.0 GiB".
+struct Size(u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [&str; 6] = ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
+        let step = |(value, _), unit| (value / 1024.0, unit);
+        if self.0 < 1024 {
+            return write!(f, "{} bytes", self.0);
+        }
+        let units = UNITS.iter().take(self.0.ilog2() as usize / 10);
+        let (value, unit) = units.fold((self.0 as f64, &""), step);
+        write!(f, "{value:.1} {unit}")
+    }
+}
+
 /// A failure of the disk tier.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DiskError {
@@ -38,9 +54,9 @@ pub enum DiskError {
     },
     /// The drive or the quota has less space than the run needs.
     #[error(
-        "the offload file needs {need_bytes} bytes in {}, {free_bytes} are free: {} are missing; \
+        "the offload file needs {} in {}, {} are free: {} are missing; \
          free that much, name a folder of another drive, or give the run more memory",
-        dir.display(), need_bytes.saturating_sub(*free_bytes)
+        Size(*need_bytes), dir.display(), Size(*free_bytes), Size(need_bytes.saturating_sub(*free_bytes))
     )]
     NoSpace {
         /// The folder.
@@ -52,8 +68,9 @@ pub enum DiskError {
     },
     /// A limit on the size of files is lower than the run needs.
     #[error(
-        "the offload file needs {need_bytes} bytes, this process may write files of {limit_bytes}; \
-         raise the limit (`ulimit -f unlimited`)"
+        "the offload file needs {}, this process may write files of {}; \
+         raise the limit (`ulimit -f unlimited`)",
+        Size(*need_bytes), Size(*limit_bytes)
     )]
     FileLimit {
         /// Bytes of all regions.
@@ -62,7 +79,7 @@ pub enum DiskError {
         limit_bytes: u64,
     },
     /// Reserving failed for another reason.
-    #[error("cannot reserve {need_bytes} bytes in {}: {cause}; name a folder of a healthy local drive", dir.display())]
+    #[error("cannot reserve {} in {}: {cause}; name a folder of a healthy local drive", Size(*need_bytes), dir.display())]
     Reserve {
         /// The folder.
         dir: PathBuf,
@@ -137,4 +154,15 @@ pub enum DiskError {
     /// The offload file was closed before the request was served.
     #[error("the offload file was closed before the request was served")]
     Closed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_well() {
+        let sizes = [0, 1023, 1024, 24 << 30, u64::MAX].map(|bytes| Size(bytes).to_string());
+        assert_eq!(sizes, ["0 bytes", "1023 bytes", "1.0 KiB", "24.0 GiB", "16.0 EiB"]);
+    }
 }

@@ -206,7 +206,7 @@ mod tests {
         let need = 1 << 60;
         // ext4 answers EFBIG beyond its largest file, others ENOSPC: both are errors with a remedy.
         let error = OffloadFile::create(dir.path(), need, None).err().unwrap().to_string();
-        assert!(error.contains(&need.to_string()) && error.contains("name a folder"), "{error}");
+        assert!(error.contains("1.0 EiB") && error.contains("name a folder"), "{error}");
         let full = Faults::none().at(Point::Reserve, 0, super::super::faults::Fault::Errno(Errno::NOSPC));
         let error = OffloadFile::create(dir.path(), PAGE_BYTES as u64, Some(&full)).err().unwrap();
         assert!(matches!(error, DiskError::NoSpace { need_bytes: 4096, .. }), "{error}");

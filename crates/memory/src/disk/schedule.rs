@@ -253,3 +253,99 @@ fn explain(job: &Job, at: u64, len: u64, trouble: Trouble) -> DiskError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::{Receiver, channel};
+
+    type Reply = Receiver<Result<Block, Failed>>;
+
+    const PAGE: usize = PAGE_BYTES;
+
+    /// A schedule of operations of one page, two in flight.
+    fn schedule() -> Schedule {
+        let mut schedule = Schedule::new(8, Arc::default(), Arc::new(Sums::of_zeros(64 * PAGE as u64)));
+        schedule.tune(2, PAGE);
+        schedule
+    }
+
+    fn submit(schedule: &mut Schedule, op: Op, page: u64, pages: usize, deadline: u64) -> Reply {
+        let (reply, receiver) = channel();
+        let place = Place { dir: "x".into(), region: "m".into(), offset: 0, len: (pages * PAGE) as u64 };
+        let block = Block::new(pages * PAGE).unwrap();
+        let (file_offset, range) = (page * PAGE as u64, 0..block.len());
+        let refused = schedule.submit(Job { op, place, file_offset, block, range, deadline, reply });
+        assert!(refused.is_none());
+        receiver
+    }
+
+    /// Takes a piece: the page of the file it is for.
+    fn take(schedule: &mut Schedule) -> Option<(u64, Piece)> {
+        schedule.next_piece().map(|piece| (piece.file_offset / PAGE as u64, piece))
+    }
+
+    #[test]
+    fn an_urgent_request_overtakes_between_the_pieces_of_another() {
+        let mut schedule = schedule();
+        let slow = submit(&mut schedule, Op::Write, 0, 3, 9);
+        let (page, first) = take(&mut schedule).unwrap();
+        assert_eq!(page, 0);
+        let urgent = submit(&mut schedule, Op::Read, 10, 1, 1);
+        let (page, second) = take(&mut schedule).unwrap();
+        assert_eq!(page, 10, "the urgent read is next");
+        assert!(take(&mut schedule).is_none(), "two are in flight");
+        assert!(schedule.finish(first, Ok(())).is_none());
+        schedule.finish(second, Ok(())).unwrap().deliver();
+        assert_eq!(urgent.recv().unwrap().unwrap().len(), PAGE);
+        for page in [1, 2] {
+            let (at, piece) = take(&mut schedule).unwrap();
+            assert_eq!(at, page);
+            if let Some(finished) = schedule.finish(piece, Ok(())) {
+                finished.deliver();
+            }
+        }
+        assert!(slow.recv().unwrap().is_ok() && schedule.is_idle());
+        assert_eq!(
+            (schedule.counters.read_bytes, schedule.counters.written_bytes),
+            (PAGE as u64, 3 * PAGE as u64)
+        );
+    }
+
+    #[test]
+    fn after_an_error_no_more_pieces_are_cut_and_those_in_flight_are_awaited() {
+        let mut schedule = schedule();
+        let reply = submit(&mut schedule, Op::Write, 4, 5, 0);
+        let (_, first) = take(&mut schedule).unwrap();
+        let (_, second) = take(&mut schedule).unwrap();
+        assert!(
+            schedule.finish(second, Err(Trouble::Errno(Errno::NOSPC))).is_none(),
+            "the first is still out"
+        );
+        assert!(take(&mut schedule).is_none());
+        schedule.finish(first, Ok(())).unwrap().deliver();
+        let failed = reply.recv().unwrap().unwrap_err();
+        assert!(failed.block.is_some() && failed.to_string().contains("4096 bytes at 4096"), "{failed}");
+        let zeros = [0; 5 * PAGE];
+        assert!(schedule.sums.check(4 * PAGE as u64, &zeros).is_err(), "nothing of it can be read as good");
+    }
+
+    #[test]
+    fn a_dead_engine_tells_everyone_and_takes_no_more() {
+        let mut schedule = schedule();
+        let (flying, waiting) =
+            (submit(&mut schedule, Op::Read, 0, 1, 0), submit(&mut schedule, Op::Read, 1, 1, 0));
+        let (_, piece) = take(&mut schedule).unwrap();
+        schedule.wreck();
+        for reply in [flying, waiting] {
+            assert_eq!(reply.recv().unwrap().unwrap_err().error, DiskError::Closed);
+        }
+        assert!(schedule.finish(piece, Ok(())).is_none() && schedule.is_idle());
+        let (reply, receiver) = channel();
+        let place = Place { dir: "x".into(), region: "m".into(), offset: 0, len: PAGE as u64 };
+        let block = Block::new(PAGE).unwrap();
+        let job = Job { op: Op::Read, place, file_offset: 0, block, range: 0..PAGE, deadline: 0, reply };
+        schedule.submit(job).unwrap().deliver();
+        assert!(receiver.recv().unwrap().unwrap_err().block.is_some());
+    }
+}

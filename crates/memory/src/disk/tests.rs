@@ -1,5 +1,6 @@
 //! The engine as its users see it.
 
+use super::piece::PAUSE;
 use super::*;
 
 fn filled(disk: &Disk, bytes: usize, value: u8) -> Block {
@@ -42,4 +43,40 @@ fn written_is_read(options: Options) {
         ((1 << 20) + 8192, 3 << 20, 3)
     );
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "the file has no name");
+}
+
+/// The lines in which the kernel lists registered memory of this process' rings that begins at
+/// `start`; `None` where it lists none at all.
+fn registered_at(start: *const u8) -> Option<usize> {
+    let mut listed = None;
+    for entry in std::fs::read_dir("/proc/self/fdinfo").ok()? {
+        let text = std::fs::read_to_string(entry.ok()?.path()).unwrap_or_default();
+        if text.contains("UserBufs:") {
+            let here = text.lines().filter(|line| line.contains(&format!("{start:p}/"))).count();
+            *listed.get_or_insert(0) += here;
+        }
+    }
+    listed
+}
+
+#[test]
+fn the_kernel_knows_the_blocks_of_a_disk_while_they_live() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = Disk::create(dir.path(), &[("m", 1 << 20)], Options::default()).unwrap();
+    let region = disk.region("m").unwrap();
+    let block = disk.submit_write(whole(region, 0, filled(&disk, 1 << 20, 1))).wait().unwrap();
+    let start = block.bytes().as_ptr();
+    // The kernel's listing gives way to a ring at work, so it may take several looks.
+    let becomes = |count| {
+        (0..1000).any(|_| registered_at(start) == Some(count) || (std::thread::sleep(PAUSE), false).1)
+    };
+    match registered_at(start) {
+        Some(_) if *disk.engine() == Engine::Ring => assert!(becomes(1)),
+        _ => return println!("skipped: no ring, or a kernel that lists no registered memory"),
+    }
+    // Kept, so that no other block begins there.
+    let kept = block.into_buffer();
+    disk.submit_read(whole(region, 0, filled(&disk, 4096, 1))).wait().unwrap();
+    assert!(becomes(0));
+    drop(kept);
 }

@@ -8,18 +8,18 @@
 mod follow;
 mod mover;
 mod report;
+mod residency;
 mod script;
+mod steps;
 
 pub use report::{LinkCount, TierReport};
 
-use crate::arrays::Regions;
 use crate::disk::{Disk, DiskError, Options, Region};
-use crate::plan::{Budgets, LinkRate, Rates};
-use crate::trace::{Access, ChunkId, Phase, Trace};
+use crate::trace::{ChunkId, Phase, Trace};
 use crate::{Class, STATES};
 use follow::{Action, Follow};
-use mover::{Bring, Mover, Slot, Take};
-use script::{Script, Visit};
+use mover::{Mover, Slot};
+use script::Script;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -249,170 +249,6 @@ impl Pager {
         (id.0 as usize / self.per_class, id.0 as usize % self.per_class)
     }
 
-    /// A training step begins: its visits are compared with those of the one before.
-    pub(crate) fn begin_step(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        self.script.begin();
-        self.in_step = true;
-        self.computing_since = None;
-        self.late.clear();
-        if self.script.is_followed() {
-            self.expect_a_step();
-            self.lay_out(regions)?;
-        } else {
-            device::reset_peak();
-        }
-        Ok(())
-    }
-
-    /// What is needed next is what a step needs first.
-    fn expect_a_step(&mut self) {
-        for (i, chunk) in self.chunks.iter_mut().enumerate() {
-            let first = self.script.first(ChunkId(i as u32));
-            chunk.next_use = first.map_or(u64::MAX, |first| self.clock + u64::from(first) + 1);
-        }
-    }
-
-    /// Bring what the plan wants here when a step begins, and let go of the rest.
-    fn lay_out(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.has_plan() {
-            return Ok(());
-        }
-        let initial = self.follow.as_ref().map_or(Vec::new(), |follow| follow.initial.clone());
-        let ids = || (0..initial.len() as u32).map(ChunkId);
-        for id in ids().filter(|id| !initial[id.0 as usize]) {
-            self.act(regions, Action::Leave(id))?;
-        }
-        for id in ids().filter(|id| initial[id.0 as usize]) {
-            self.act(regions, Action::Bring(id))?;
-        }
-        Ok(())
-    }
-
-    /// The training step is done.
-    pub(crate) fn end_step(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        self.pause();
-        self.begin_what_is_due(regions)?;
-        self.in_step = false;
-        let changed = !self.script.end(self.chunks.len());
-        if changed {
-            // What others held during a whole step is known now.
-            (self.setup.other_bytes, self.other_bytes) = (0, 0);
-            self.measure_others();
-        }
-        self.expect_a_step();
-        let room = self.follow.as_ref().map(|follow| follow.capacity_bytes);
-        if changed || room.is_none_or(|room| room > self.capacity_bytes) {
-            self.follow = self.plan();
-        }
-        Ok(())
-    }
-
-    /// The plan for the recorded step; none where the planner refuses, which leaves the look ahead.
-    fn plan(&self) -> Option<Follow> {
-        let carried = self.mover.carried();
-        let rate = |bytes: u64, seconds: f64| if seconds > 0.0 { bytes as f64 / seconds } else { 1e9 };
-        let nvme = LinkRate {
-            up_per_s: rate(carried.read_bytes, carried.read_s),
-            down_per_s: rate(carried.written_bytes, carried.written_s),
-        };
-        let budgets = Budgets {
-            hbm: None,
-            dram: Some(self.capacity_bytes),
-            nvme: Some(self.setup.nvme_bytes.min(i64::MAX as u64)),
-        };
-        let mut trace = self.trace();
-        // The capacity is what others leave, at their highest: parked blocks do not come and go.
-        trace.moments.iter_mut().for_each(|moment| moment.other_bytes = 0);
-        let plan = crate::plan::plan(&trace, &budgets, &Rates { host: nvme, nvme }).ok()?;
-        Some(Follow::new(&trace, &plan, self.capacity_bytes))
-    }
-
-    fn has_plan(&self) -> bool {
-        self.setup.policy == Policy::Dynamic
-            && self.in_step
-            && self.script.is_followed()
-            && self.follow.is_some()
-    }
-
-    /// The visit entered last has ended: begin what the plan says for now.
-    fn begin_what_is_due(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.has_plan() {
-            return Ok(());
-        }
-        let Some((k, _)) = self.script.here() else { return Ok(()) };
-        let actions = self.follow.as_ref().map_or(Vec::new(), |follow| follow.after(k).to_vec());
-        for action in actions {
-            self.act(regions, action)?;
-        }
-        let late = std::mem::take(&mut self.late);
-        late.into_iter().try_for_each(|action| self.act(regions, action))
-    }
-
-    fn act(&mut self, regions: &mut Regions, action: Action) -> Result<(), PagerError> {
-        let (Action::Bring(id) | Action::Leave(id)) = action;
-        let at = self.granule(id);
-        self.late.retain(|late| *late != Action::Bring(id) && *late != Action::Leave(id));
-        let chunk = &mut self.chunks[id.0 as usize];
-        if chunk.place == Place::Coming && regions.is_here(at) {
-            chunk.place = Place::Here;
-        }
-        match (action, chunk.place) {
-            // Zeros need no drive: they are made when they are needed.
-            (Action::Bring(_), Place::Drive) => {
-                let room = self.planned_bytes + chunk.bytes <= self.capacity_bytes;
-                match room && !regions.is_lent(at) {
-                    true => self.fetch(regions, id)?,
-                    false => self.late.push(action),
-                }
-            }
-            (Action::Leave(_), Place::Here) => self.evict(regions, id),
-            (Action::Leave(_), Place::Coming) => self.late.push(action),
-            _ => {}
-        }
-        Ok(())
-    }
-
-    /// Make the chunks of one moment resident; `needs` in any order, each at most once.
-    pub(crate) fn visit(
-        &mut self,
-        regions: &mut Regions,
-        about: About,
-        needs: &[(ChunkId, Access)],
-    ) -> Result<(), PagerError> {
-        if let Some(error) = self.mover.failure() {
-            return Err(error.into());
-        }
-        self.pause();
-        self.begin_what_is_due(regions)?;
-        self.clock += 1;
-        self.measure_others();
-        if self.in_step {
-            let About { phase, op, layer } = about;
-            let needs = needs.to_vec();
-            self.script.enter(Visit { phase, op, layer, needs, seconds: 0.0, other_bytes: 0 });
-        }
-        for (id, _) in needs {
-            self.chunks[id.0 as usize].pinned = self.clock;
-        }
-        self.fetch_all(regions, needs, about)?;
-        for (n, (id, _)) in needs.iter().enumerate() {
-            let until = self.script.here().filter(|_| self.in_step).map(|(_, until)| until[n]);
-            let chunk = &mut self.chunks[id.0 as usize];
-            chunk.last_use = self.clock;
-            chunk.next_use = until.map_or(chunk.next_use, |until| self.clock + u64::from(until));
-        }
-        self.look_ahead(regions)?;
-        let arrived = |id: &ChunkId| regions.is_here(self.granule(*id));
-        self.stall_s += self.mover.wait(|| needs.iter().all(|(id, _)| arrived(id)))?;
-        for (id, access) in needs {
-            let chunk = &mut self.chunks[id.0 as usize];
-            chunk.place = Place::Here;
-            chunk.dirty |= access.writes();
-        }
-        self.computing_since = Some(Instant::now());
-        Ok(())
-    }
-
     /// The moment before has ended.
     fn pause(&mut self) {
         if let Some(since) = self.computing_since.take()
@@ -431,169 +267,6 @@ impl Pager {
             self.capacity_bytes = capacity;
             self.mover.set_capacity(capacity);
         }
-    }
-
-    fn fetch_all(
-        &mut self,
-        regions: &mut Regions,
-        needs: &[(ChunkId, Access)],
-        about: About,
-    ) -> Result<(), PagerError> {
-        let bytes = |id: &ChunkId| self.chunks[id.0 as usize].bytes;
-        let needs_bytes: u64 = needs.iter().map(|(id, _)| bytes(id)).sum();
-        if needs_bytes > self.capacity_bytes {
-            return Err(PagerError::TooSmall {
-                op: about.op,
-                layer: about.layer,
-                needs_bytes,
-                capacity_bytes: self.capacity_bytes,
-                dram_bytes: self.setup.dram_bytes,
-                other_bytes: self.other_bytes,
-            });
-        }
-        let missing = |id: &ChunkId| self.is_away(*id);
-        let missing: Vec<ChunkId> = needs.iter().map(|(id, _)| *id).filter(missing).collect();
-        let wanted: u64 = missing.iter().map(|id| self.chunks[id.0 as usize].bytes).sum();
-        while self.planned_bytes + wanted > self.capacity_bytes {
-            match self.victim(regions, 0) {
-                Some(victim) => self.evict(regions, victim),
-                None => self.stall_s += self.wait_for_arrivals(regions)?,
-            }
-        }
-        missing.into_iter().try_for_each(|id| self.fetch(regions, id))
-    }
-
-    fn is_away(&self, id: ChunkId) -> bool {
-        matches!(self.chunks[id.0 as usize].place, Place::Void | Place::Drive)
-    }
-
-    /// Queue a chunk that is away to come; its room is there once what was queued before is done.
-    fn fetch(&mut self, regions: &mut Regions, id: ChunkId) -> Result<(), PagerError> {
-        let at = self.granule(id);
-        // It may still be leaving.
-        self.stall_s += self.mover.wait(|| !regions.is_lent(at))?;
-        let chunk = &mut self.chunks[id.0 as usize];
-        let slot = if chunk.place == Place::Drive { chunk.slot } else { None };
-        self.planned_bytes += chunk.bytes;
-        if slot.is_none() && self.mover.try_commit(chunk.bytes) {
-            chunk.place = Place::Here;
-            regions.bring(at);
-        } else {
-            chunk.place = Place::Coming;
-            self.mover.bring(Bring { loan: regions.lend(at), slot });
-        }
-        Ok(())
-    }
-
-    /// Drop a clean chunk now, queue a dirty one to leave.
-    fn evict(&mut self, regions: &mut Regions, id: ChunkId) {
-        let at = self.granule(id);
-        let chunk = &mut self.chunks[id.0 as usize];
-        self.planned_bytes -= chunk.bytes;
-        match chunk.slot.filter(|_| chunk.dirty) {
-            Some(slot) => {
-                chunk.on_drive = true;
-                self.mover.take(Take { loan: regions.lend(at), slot });
-            }
-            None => {
-                regions.send_away(at);
-                self.mover.released(chunk.bytes);
-            }
-        }
-        chunk.dirty = false;
-        chunk.place = if chunk.on_drive { Place::Drive } else { Place::Void };
-    }
-
-    /// Whoever may leave and is needed last; after visit `beyond` at the earliest, if that is not 0.
-    fn victim(&mut self, regions: &Regions, beyond: u64) -> Option<ChunkId> {
-        let (clock, by_future) = (self.clock, self.knows_future());
-        let mut best: Option<((bool, u64, bool), usize)> = None;
-        for (i, chunk) in self.chunks.iter_mut().enumerate() {
-            if chunk.place == Place::Coming && regions.is_here((i / self.per_class, i % self.per_class)) {
-                chunk.place = Place::Here;
-            }
-            let leaves = chunk.place == Place::Here && chunk.pinned != clock;
-            if !leaves || (beyond > 0 && chunk.next_use <= beyond) {
-                continue;
-            }
-            let rank = if by_future { chunk.next_use } else { u64::MAX - chunk.last_use };
-            let score = (!chunk.fixed, rank, !chunk.dirty);
-            if best.is_none_or(|(other, _)| score > other) {
-                best = Some((score, i));
-            }
-        }
-        best.map(|(_, i)| ChunkId(i as u32))
-    }
-
-    /// Whether it is known when each chunk is needed next: while a step repeats, and between steps.
-    fn knows_future(&self) -> bool {
-        let by_future = matches!(self.setup.policy, Policy::Dynamic | Policy::Belady);
-        by_future && if self.in_step { self.script.is_followed() } else { self.script.len() > 0 }
-    }
-
-    /// Nobody can leave: something must be on its way that can once it is here.
-    fn wait_for_arrivals(&mut self, regions: &Regions) -> Result<f64, PagerError> {
-        let coming = |id: &ChunkId| {
-            let chunk = &self.chunks[id.0 as usize];
-            chunk.place == Place::Coming && chunk.pinned != self.clock
-        };
-        let ids = (0..self.chunks.len() as u32).map(ChunkId);
-        let next = ids.into_iter().find(coming);
-        let next = next.expect("a moment's needs are no more than the capacity");
-        Ok(self.mover.wait(|| regions.is_here(self.granule(next)))?)
-    }
-
-    /// Fetch what the coming visits need, as far as that sends nothing away that is needed sooner.
-    fn look_ahead(&mut self, regions: &mut Regions) -> Result<(), PagerError> {
-        if !self.knows_future() || !self.in_step || self.has_plan() {
-            return Ok(());
-        }
-        let window = self.capacity_bytes / WINDOW;
-        let mut ahead_bytes = 0;
-        for ahead in 1..self.script.len() {
-            let needs = self.script.ahead(ahead);
-            let needed: u64 = needs.iter().map(|(id, _)| self.chunks[id.0 as usize].bytes).sum();
-            ahead_bytes += needed;
-            if ahead > 1 && ahead_bytes > window {
-                break;
-            }
-            let missing: Vec<ChunkId> =
-                needs.iter().map(|(id, _)| *id).filter(|id| self.is_away(*id)).collect();
-            for id in missing {
-                let due = self.clock + ahead as u64;
-                if regions.is_lent(self.granule(id)) || !self.room_for(regions, id, due) {
-                    return Ok(());
-                }
-                self.fetch(regions, id)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Make room for a chunk needed at visit `due` by sending away what is needed later.
-    fn room_for(&mut self, regions: &mut Regions, id: ChunkId, due: u64) -> bool {
-        let bytes = self.chunks[id.0 as usize].bytes;
-        while self.planned_bytes + bytes > self.capacity_bytes {
-            match self.victim(regions, due) {
-                Some(victim) => self.evict(regions, victim),
-                None => return false,
-            }
-        }
-        true
-    }
-
-    /// The bytes of a chunk are worth nothing any more: from now on it reads as zeros.
-    pub(crate) fn discard(&mut self, regions: &mut Regions, id: ChunkId) -> Result<(), PagerError> {
-        let at = self.granule(id);
-        self.stall_s += self.mover.wait(|| !regions.is_lent(at))?;
-        let chunk = &mut self.chunks[id.0 as usize];
-        if matches!(chunk.place, Place::Here | Place::Coming) {
-            self.planned_bytes -= chunk.bytes;
-            regions.send_away(at);
-            self.mover.released(chunk.bytes);
-        }
-        (chunk.place, chunk.dirty, chunk.on_drive) = (Place::Void, false, false);
-        Ok(())
     }
 
     /// The step as it was last recorded, for the planner.
@@ -640,9 +313,6 @@ impl Drop for Pager {
 
 /// One part in this many of the budget stays free, for what grows between two moments.
 const SLACK: u64 = 64;
-
-/// Chunks needed soon may take one part in this many of the capacity.
-const WINDOW: u64 = 3;
 
 /// Most that was held and is no chunk, parked blocks included.
 fn others_peak() -> u64 {

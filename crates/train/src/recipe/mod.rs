@@ -144,11 +144,6 @@ impl Settings {
         self.values.contains_key(path)
     }
 
-    /// Whether the recipe gives a key another value than its default, as a resolved one never does.
-    fn changes(&self, path: &'static str) -> bool {
-        self.gives(path) && self.get(path) != Settings::default().get(path)
-    }
-
     fn get(&self, path: &'static str) -> Option<Value> {
         let default = || {
             let key = keys::find(path)?;
@@ -261,6 +256,7 @@ mod tests {
             ("[model]\nfrom = \"m\"\nwidth = 64", "model.from"),
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
+            ("[memory]\ndir = \"x\"", "memory.dram"),
         ] {
             let message = refused(&format!("{base}{more}"));
             assert!(message.contains(want), "{more}: {message}");

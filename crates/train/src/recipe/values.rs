@@ -264,14 +264,13 @@ impl Recipe {
 
 fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
     let Some(dram) = get.text("memory.dram") else {
-        let others = ["memory.nvme", "memory.dir", "memory.policy"];
-        return match others.iter().find(|key| settings.changes(key)) {
-            None => Ok(None),
-            Some(key) => impossible(
-                format!("{key} is given but memory.dram is not"),
+        if settings.gives("memory.dir") {
+            return impossible(
+                "memory.dir is given but memory.dram is not".into(),
                 "memory.dram is what turns tiers on; set it to \"auto\" or a number of bytes",
-            ),
-        };
+            );
+        }
+        return Ok(None);
     };
     let dir = match get.text("memory.dir") {
         Some(dir) => dir,
