@@ -60,7 +60,9 @@ fn is_pair(a: &Call, b: &Call) -> bool {
 pub(crate) fn absent(ranks: &[Seen], waiter: usize, call: &Call) -> Option<usize> {
     let here = |rank: usize| {
         let lane = if call.beside { &ranks[rank].beside } else { &ranks[rank].last };
-        matches!(lane, LastSeen::In(theirs) if theirs.group == call.group && theirs.matches(call))
+        let same = matches!(lane, LastSeen::In(theirs) if theirs.group == call.group && theirs.matches(call));
+        // A process that stopped half-way through the very call was last heard from in it.
+        same && ranks[rank].ended.is_none()
     };
     match call.op {
         Op::Send | Op::Receive => call.root,

@@ -24,7 +24,7 @@ fn on_sockets<R: Send>(
         let process = Process::join(folder.path(), rank, ranks, Duration::from_secs(30))?;
         let mesh = Mesh::new(shape, Communicator::Processes(process.clone())).unwrap();
         let result = body(&mesh);
-        process.end(result.as_ref().err().map(CommError::to_string));
+        process.end(result.as_ref().err().map(CommError::to_string))?;
         result
     };
     std::thread::scope(|scope| {

@@ -111,10 +111,10 @@ impl Prepared {
         }
     }
 
-    /// A learner with zero weights, as the rank of the mesh of `flow`. Ranks share the tiers' budgets.
+    /// A learner with zero weights, as the rank of the mesh of `flow`.
     pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
         let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
-        let tiers = self.tiers(recipe).map(|setup| tiers::share(setup, &flow.mesh));
+        let tiers = self.tiers(recipe);
         let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
         Learner::on(flow, &self.config, options).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),

@@ -6,7 +6,6 @@ use crate::bytes;
 use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
-use dist::Mesh;
 use memory::pager::{Setup, chunk_elements, free_for_chunks};
 use tensor::ParamList;
 
@@ -35,22 +34,6 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate) -> Option<Setup> {
         other_bytes,
         chunk_elements: chunk_elements(estimate.params, dram_bytes),
     })
-}
-
-/// What one rank of several may use of a budget they share; each has an offload file of its own.
-pub(crate) fn share(setup: Setup, mesh: &Mesh) -> Setup {
-    let ranks = mesh.world_size() as u64;
-    if ranks == 1 {
-        return setup;
-    }
-    Setup {
-        dram_bytes: setup.dram_bytes / ranks,
-        nvme_bytes: setup.nvme_bytes / ranks,
-        dir: setup.dir.join(format!("rank-{}", mesh.rank())),
-        policy: setup.policy,
-        other_bytes: setup.other_bytes / ranks,
-        chunk_elements: setup.chunk_elements,
-    }
 }
 
 /// Refuse budgets no plan can work within.

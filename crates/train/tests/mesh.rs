@@ -192,24 +192,6 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// Where the state lies changes no bit, on several ranks as on one: each pages its own pieces.
-#[test]
-fn ranks_whose_state_does_not_fit_give_the_bits_of_those_whose_does() {
-    let place = Place::new();
-    let model = ["model.layers=4", "model.width=64", "tokenizer.vocab=500", "train.batch=4", "train.steps=3"];
-    let mesh = ["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d"];
-    let sets = [&model[..], &mesh].concat();
-    run(&place, "whole", &sets, Start::New, false);
-    let estimate = begin(&place, "probe", &sets, Start::New);
-    let estimate = estimate.prepared.estimate(&estimate.recipe);
-    let bytes = estimate.activation_bytes as f64 * 2.0 + estimate.state_bytes as f64 * 0.8;
-    let dram = format!("memory.dram={}B", bytes as u64);
-    let tiers = [&sets[..], &[dram.as_str(), "memory.policy=belady"]].concat();
-    run(&place, "tiers", &tiers, Start::New, false);
-    assert!(place.result("whole").0 == place.result("tiers").0, "weights");
-    assert!(place.result("whole").1 == place.result("tiers").1, "state");
-}
-
 /// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
@@ -260,6 +242,8 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by mesh.dp = 3"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
     assert!(idle.contains("no use for mesh.z"), "{idle}");
+    let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
+    assert!(tiers.contains("memory.dram is given for mesh `x=2`"), "{tiers}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
     assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
 }

@@ -14,6 +14,8 @@ const MAGIC: u32 = 0x7472_6c33;
 pub(super) enum Kind {
     /// Part of a call.
     Data,
+    /// The sender found a reason to end the run, in the bytes; the judge decides.
+    Propose,
     /// The run is over; the bytes say why.
     Failed,
     /// The sender makes no more calls.
@@ -24,7 +26,7 @@ pub(super) enum Kind {
     Answer,
 }
 
-const KINDS: [Kind; 5] = [Kind::Data, Kind::Failed, Kind::Ended, Kind::Ask, Kind::Answer];
+const KINDS: [Kind; 6] = [Kind::Data, Kind::Propose, Kind::Failed, Kind::Ended, Kind::Ask, Kind::Answer];
 const OPS: [Op; 9] = [
     Op::AllReduce,
     Op::AllGather,

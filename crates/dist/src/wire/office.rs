@@ -9,7 +9,7 @@ use crate::call::{Call, Members, Op, Place};
 use crate::diagnosis::{Seen, diagnose};
 use crate::error::{CommError, LastSeen};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ pub(super) struct Message {
 
 pub(crate) struct Office {
     rank: usize,
-    deadline: Duration,
+    deadline_ns: AtomicU64,
     place: Arc<Place>,
     post: Post,
     mail: Mutex<HashMap<Slot, Message>>,
@@ -38,8 +38,6 @@ pub(crate) struct Office {
     /// Our own calls: in the foreground, and beside computation.
     stations: [Mutex<Station>; 2],
     peers: Vec<Peer>,
-    /// The lowest rank that asked what we do: it will say what ends the run.
-    judge: AtomicUsize,
     groups: Mutex<HashMap<u64, Arc<Members>>>,
     /// Bytes of parts of calls that we sent and got.
     payload: [AtomicU64; 2],
@@ -64,6 +62,12 @@ struct Peer {
     answer: Mutex<Option<[LastSeen; 2]>>,
 }
 
+/// A message's text. Arrays have elements of two bytes.
+fn words(error: &CommError) -> String {
+    let text = error.to_string();
+    if text.len() % 2 == 1 { text + " " } else { text }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -72,14 +76,13 @@ impl Office {
     pub(super) fn new(rank: usize, ranks: usize, deadline: Duration, post: Post) -> Office {
         Office {
             rank,
-            deadline,
+            deadline_ns: AtomicU64::new(deadline.as_nanos() as u64),
             place: Arc::default(),
             post,
             mail: Mutex::default(),
             bell: Bell::default(),
             stations: Default::default(),
             peers: (0..ranks).map(|_| Peer::default()).collect(),
-            judge: AtomicUsize::new(usize::MAX),
             groups: Mutex::default(),
             payload: [const { AtomicU64::new(0) }; 2],
             failed: AtomicBool::new(false),
@@ -102,6 +105,14 @@ impl Office {
 
     pub(super) fn payload_bytes(&self) -> (u64, u64) {
         (self.payload[0].load(SeqCst), self.payload[1].load(SeqCst))
+    }
+
+    pub(super) fn set_deadline(&self, deadline: Duration) {
+        self.deadline_ns.store(deadline.as_nanos() as u64, SeqCst);
+    }
+
+    fn deadline(&self) -> Duration {
+        Duration::from_nanos(self.deadline_ns.load(SeqCst))
     }
 
     pub(super) fn place(&self) -> &Arc<Place> {
@@ -146,16 +157,19 @@ impl Office {
                 let slot = (from, header.group, pair, header.number, header.phase, header.beside);
                 lock(&self.mail).insert(slot, Message { header, array });
             }
-            Kind::Failed => {
+            Kind::Propose | Kind::Failed => {
                 let text = String::from_utf8_lossy(array.view().bytes()).trim_end().to_string();
-                self.fail_here(CommError::Reported(text));
+                let news = !self.failed.load(SeqCst);
+                let first = self.fail_here(CommError::Reported(text));
+                if news && header.kind == Kind::Propose {
+                    self.tell(&first);
+                }
             }
             Kind::Ended => {
                 let reason = "its work ended while others still waited".to_string();
                 lock(&peer.ended).get_or_insert(reason);
             }
             Kind::Ask => {
-                self.judge.fetch_min(from, SeqCst);
                 let [last, beside] = self.own();
                 let answer = encode_seen([&last, &beside]);
                 // Who asks and cannot be answered finds out by itself.
@@ -166,18 +180,10 @@ impl Office {
         self.bell.ring();
     }
 
-    /// The connection to a rank broke; called by the post's own threads. The lowest rank alive says
-    /// what ends the run, so that all hear the same; the others wait a moment for its word.
+    /// The connection to a rank broke; called by the post's own threads.
     pub(super) fn lost(&self, from: usize, reason: &str) {
         if lock(&self.peers[from].ended).is_some() || self.failed.load(SeqCst) {
             return;
-        }
-        let lowest = (0..self.rank).all(|rank| rank == from || lock(&self.peers[rank].ended).is_some());
-        if !lowest {
-            let start = Instant::now();
-            while start.elapsed() < GRACE && !self.failed.load(SeqCst) {
-                self.bell.sleep(LOOK_EVERY, || self.failed.load(SeqCst));
-            }
         }
         let reason = format!("its process is gone ({reason})");
         *lock(&self.peers[from].ended) = Some(reason.clone());
@@ -185,21 +191,34 @@ impl Office {
         self.fail(CommError::Dead { rank: from, reason, last });
     }
 
-    /// Ends the run on every rank; the first error wins and is returned.
+    /// Ends the run on every rank and returns why. Ranks may find reasons at the same time, so that all
+    /// hear the same one the lowest rank alive is the judge: the first reason it hears it tells
+    /// everybody. When it stays silent whoever found a reason tells it.
     pub(super) fn fail(&self, error: CommError) -> CommError {
-        if self.failed.load(SeqCst) {
-            return self.fail_here(error);
+        if let Err(first) = self.check() {
+            return first;
         }
-        let mut text = error.to_string();
-        if text.len() % 2 == 1 {
-            text.push(' ');
+        if let Some(judge) = (0..self.rank).find(|rank| lock(&self.peers[*rank].ended).is_none()) {
+            let text = words(&error);
+            let header = Header::control(Kind::Propose, text.len());
+            if self.post.send(judge, &header, text.as_bytes(), GRACE).is_ok() {
+                self.patiently(3 * GRACE, || self.failed.load(SeqCst));
+            }
+            if let Err(first) = self.check() {
+                return first;
+            }
         }
         let first = self.fail_here(error);
+        self.tell(&first);
+        first
+    }
+
+    fn tell(&self, error: &CommError) {
+        let text = words(error);
         for rank in self.others() {
             // A rank that cannot be told is the dead one, or finds its connections broken.
             let _ = self.post.send(rank, &Header::control(Kind::Failed, text.len()), text.as_bytes(), GRACE);
         }
-        first
     }
 
     fn fail_here(&self, error: CommError) -> CommError {
@@ -209,20 +228,41 @@ impl Office {
         first
     }
 
-    /// We make no more calls, because of `failure` or because our work is done.
-    pub(crate) fn end(&self, failure: Option<String>) {
-        match failure {
+    /// We make no more calls, because of `failure` or because our work is done. The latter is true when
+    /// it is of every rank: a rank that then stops or dies still fails the run.
+    pub(crate) fn end(&self, failure: Option<String>) -> Result<(), CommError> {
+        let ended = match failure {
             Some(reason) => {
                 let last = Box::new(self.own()[0].clone());
-                self.fail(CommError::Dead { rank: self.rank, reason, last });
+                Err(self.fail(CommError::Dead { rank: self.rank, reason, last }))
             }
             None => {
                 for rank in self.others() {
                     let _ = self.post.send(rank, &Header::control(Kind::Ended, 0), &[], GRACE);
                 }
+                self.all_ended()
             }
+        };
+        if let Err(first) = &ended {
+            // Also when another rank has told everybody: our connections close now, and whoever sees
+            // that before it hears the other would take us for the cause.
+            self.tell(first);
         }
         self.post.close(self);
+        ended
+    }
+
+    fn all_ended(&self) -> Result<(), CommError> {
+        let missing = || self.others().find(|rank| lock(&self.peers[*rank].ended).is_none());
+        let start = Instant::now();
+        self.patiently(self.deadline(), || missing().is_none() || self.failed.load(SeqCst));
+        self.check()?;
+        let Some(rank) = missing() else { return Ok(()) };
+        let reason =
+            format!("its work had not ended {:.1} s after that of others", start.elapsed().as_secs_f64());
+        let last = Box::new(self.last_heard(rank));
+        *lock(&self.peers[rank].ended) = Some(reason.clone());
+        Err(self.fail(CommError::Dead { rank, reason, last }))
     }
 
     /// Sends a part of a call.
@@ -234,7 +274,7 @@ impl Office {
         bytes: &[u8],
     ) -> Result<(), CommError> {
         let start = Instant::now();
-        match self.post.send(to, header, bytes, self.deadline) {
+        match self.post.send(to, header, bytes, self.deadline()) {
             Ok(()) => {
                 self.payload[0].fetch_add(bytes.len() as u64, SeqCst);
                 Ok(())
@@ -274,7 +314,7 @@ impl Office {
         if !self.bell.hover(self.spin, over) {
             let start = Instant::now();
             while !over() {
-                let left = self.deadline.saturating_sub(start.elapsed());
+                let left = self.deadline().saturating_sub(start.elapsed());
                 self.bell.sleep(left.min(LOOK_EVERY), over);
                 let ended = lock(&self.peers[from].ended).clone();
                 if over() {
@@ -292,26 +332,24 @@ impl Office {
         if ready() { Ok(()) } else { self.check() }
     }
 
-    /// Asks everybody what they do and says who is to blame; leaves that to a lower rank that asks
-    /// at the same time.
+    /// Asks everybody what they do and says who is to blame.
     fn overdue(&self, call: &Call, since: Instant) -> CommError {
+        let waited_s = since.elapsed().as_secs_f64();
         for rank in self.others() {
             *lock(&self.peers[rank].answer) = None;
-        }
-        for rank in self.others() {
             let _ = self.post.send(rank, &Header::control(Kind::Ask, 0), &[], GRACE);
         }
-        let answered =
-            || self.others().all(|rank| lock(&self.peers[rank].answer).is_some()) || self.failed.load(SeqCst);
-        self.patiently(GRACE, answered);
-        if self.judge.load(SeqCst) < self.rank {
-            self.patiently(3 * GRACE, || self.failed.load(SeqCst));
+        let answered = |rank: usize| lock(&self.peers[rank].answer).is_some();
+        self.patiently(GRACE, || self.others().all(answered) || self.failed.load(SeqCst));
+        if let Err(first) = self.check() {
+            return first;
         }
-        if let Err(error) = self.check() {
-            return error;
+        for rank in self.others().filter(|rank| !answered(*rank)) {
+            let silent = || "its process does not answer: stopped, hung or cut off".to_string();
+            lock(&self.peers[rank].ended).get_or_insert_with(silent);
         }
         let seen: Vec<Seen> = (0..self.world_size()).map(|rank| self.seen(rank)).collect();
-        self.fail(diagnose(&seen, self.rank, call, since.elapsed().as_secs_f64()))
+        self.fail(diagnose(&seen, self.rank, call, waited_s))
     }
 
     fn patiently(&self, at_most: Duration, done: impl Fn() -> bool) {
@@ -331,8 +369,7 @@ impl Office {
             Some([last, beside]) => Seen { last, beside, ended },
             None => {
                 let last = self.last_heard(rank);
-                let silent = || "its process does not answer: stopped, hung or cut off".to_string();
-                Seen { beside: last.clone(), last, ended: Some(ended.unwrap_or_else(silent)) }
+                Seen { beside: last.clone(), last, ended }
             }
         }
     }

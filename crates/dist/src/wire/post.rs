@@ -47,16 +47,23 @@ pub struct Process {
 
 impl Process {
     /// Rank `rank` of `ranks` processes of this machine that meet in `folder`, which belongs to this
-    /// run alone and which nobody else may enter. Waits for all of them, at most `deadline`.
+    /// run alone and which nobody else may enter. Waits for all of them, at most `deadline`, which is
+    /// then also the longest time a rank waits for another in one call.
     pub fn join(folder: &Path, rank: usize, ranks: usize, deadline: Duration) -> Result<Process, CommError> {
         let office = super::sockets::join(folder, (rank, ranks), deadline)?;
         Ok(Process { office })
     }
 
+    /// The same rank with another deadline of its calls.
+    pub fn with_deadline(self, deadline: Duration) -> Process {
+        self.office.set_deadline(deadline);
+        self
+    }
+
     /// This rank makes no more calls: its work is done, or failed for this reason and ends the run on
-    /// every rank.
-    pub fn end(&self, failure: Option<String>) {
-        self.office.end(failure);
+    /// every rank. Returns when the work of every rank is done, or with what ended the run.
+    pub fn end(&self, failure: Option<String>) -> Result<(), CommError> {
+        self.office.end(failure)
     }
 
     /// Bytes of arrays that really crossed between processes so far: (sent, received).
