@@ -74,6 +74,7 @@ impl LoadedModel {
         check_memory(&config, &built.params, dtype, context)?;
         let mut store = ParamStore::new(Device::Cpu, dtype, &built.params)?;
         model::fill(
+            &built.params,
             &built.stored,
             |name, shape| files.read(name, shape).map_err(LoadError::from),
             |param, first, values| {

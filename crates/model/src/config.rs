@@ -45,6 +45,9 @@ pub enum ConfigError {
     /// Layouts that do not multiply.
     #[error(transparent)]
     Layout(#[from] dist::LayoutError),
+    /// A mesh the scheme has no use for.
+    #[error(transparent)]
+    Flow(#[from] dist::FlowError),
 }
 
 impl Config {

@@ -7,11 +7,13 @@
 
 use crate::Fault;
 use crate::init::{Init, fill};
+use crate::piece::Piece;
 use crate::tape::{Moment, Phase};
 use device::{DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
 use memory::{Arrays, Class, Need, trace};
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -55,6 +57,8 @@ impl ParamSpec {
 #[derive(Clone, Debug, Default)]
 pub struct ParamList {
     specs: Vec<ParamSpec>,
+    /// Of the parameters that are part of a larger matrix.
+    pieces: BTreeMap<ParamRef, Piece>,
 }
 
 impl ParamList {
@@ -64,6 +68,29 @@ impl ParamList {
         ParamRef(self.specs.len() as u32 - 1)
     }
 
+    /// Add one that holds a piece of a larger matrix; `spec.shape` is what is held, padding
+    /// included.
+    pub fn add_piece(&mut self, spec: ParamSpec, piece: Piece) -> ParamRef {
+        let param = self.add(spec);
+        self.pieces.insert(param, piece);
+        param
+    }
+
+    /// The piece a parameter holds; `None` where it is whole.
+    pub fn piece(&self, param: ParamRef) -> Option<&Piece> {
+        self.pieces.get(&param)
+    }
+
+    /// Where a store of this list begins each parameter in its flat arrays, and how long they are.
+    pub fn layout(&self) -> (Vec<usize>, usize) {
+        lay_out(&self.specs)
+    }
+
+    /// Handles in order.
+    pub fn refs(&self) -> impl Iterator<Item = ParamRef> + use<> {
+        (0..self.specs.len() as u32).map(ParamRef)
+    }
+
     /// What was added, in order.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
@@ -71,6 +98,7 @@ impl ParamList {
 
     /// Initial values of every parameter from `seed`, handed to `put(param, first element, values)`
     /// in pieces, so that whoever keeps a finer master can keep the full f32 value.
+    /// A piece gets the values its elements have in the whole, so that every mesh starts alike.
     pub fn initial_values<E>(
         &self,
         seed: u64,
@@ -80,6 +108,10 @@ impl ParamList {
         const FILL: usize = 1 << 14;
         let mut values = vec![0f32; PIECE];
         for (index, spec) in self.specs.iter().enumerate() {
+            if let Some(piece) = self.pieces.get(&ParamRef(index as u32)) {
+                put(ParamRef(index as u32), 0, &piece_values(spec, piece, seed))?;
+                continue;
+            }
             for first in (0..spec.len()).step_by(PIECE) {
                 let count = PIECE.min(spec.len() - first);
                 let chunks: Vec<_> = values[..count].chunks_mut(FILL).map(Mutex::new).collect();
@@ -94,6 +126,32 @@ impl ParamList {
         }
         Ok(())
     }
+}
+
+/// Initial values of a piece: what its elements have in the whole, zero in the padding.
+fn piece_values(spec: &ParamSpec, piece: &Piece, seed: u64) -> Vec<f32> {
+    let ld = spec.shape[1..].iter().product::<usize>().max(1);
+    let mut values = vec![0f32; spec.len()];
+    let mut stretches = Vec::new();
+    piece.stretches(ld, |at, from, len| stretches.push((at, from, len)));
+    let (mut rest, mut passed) = (values.as_mut_slice(), 0);
+    let mut cut = Vec::with_capacity(stretches.len());
+    for (at, from, len) in stretches {
+        let (_, tail) = rest.split_at_mut(at - passed);
+        let (here, tail) = tail.split_at_mut(len);
+        cut.push(Mutex::new((from as u64, here)));
+        (rest, passed) = (tail, at + len);
+    }
+    device::for_each_chunk(cut.len(), 16, |range| {
+        for stretch in &cut[range] {
+            if let Ok(mut stretch) = stretch.lock() {
+                let (from, here) = &mut *stretch;
+                fill(spec.init, seed, &spec.name, *from, here);
+            }
+        }
+    });
+    drop(cut);
+    values
 }
 
 /// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector

@@ -150,7 +150,7 @@ impl<'a> Tape<'a> {
     }
 
     /// The same for an op that may write gradients of its parameters on the way forward.
-    pub(crate) fn moment_with_grads(
+    pub fn moment_with_grads(
         &mut self,
         op: &'static str,
         params: &[ParamRef],

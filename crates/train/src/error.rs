@@ -42,6 +42,15 @@ pub enum TrainError {
     /// A step could not be run.
     #[error(transparent)]
     Fault(#[from] tensor::Fault),
+    /// The mesh has no use for an axis.
+    #[error(transparent)]
+    Flow(#[from] dist::FlowError),
+    /// The mesh cannot be laid out.
+    #[error("{what}")]
+    Mesh {
+        /// What is wrong, with a remedy.
+        what: String,
+    },
     /// It would not fit, said before anything is reserved.
     #[error("this run needs about {needs} of memory, {available} are available; {remedy}")]
     TooLarge {

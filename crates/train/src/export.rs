@@ -1,7 +1,6 @@
 //! The run as a Hugging Face folder, beside its state.
 
 use crate::TrainError;
-use crate::learner::Learner;
 use crate::prepare::Prepared;
 use crate::recipe::{ModelRecipe, Recipe};
 use crate::run_folder::RunFolder;
@@ -14,6 +13,7 @@ use memory::{Class, Need};
 use model::StoredWeight;
 use serde_json::json;
 use std::io::{self, Write};
+use tensor::ParamStore;
 
 /// Above this a folder is cut into shards, as `transformers` does.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -24,13 +24,12 @@ pub fn write(
     folder: &RunFolder,
     recipe: &Recipe,
     prepared: &Prepared,
-    learner: &mut Learner,
+    (store, stored): (&mut ParamStore, &[StoredWeight]),
     step: u64,
 ) -> Result<(), TrainError> {
     let aside = folder.path().join(".export");
-    let dtype = learner.store.dtype();
-    let tensors: Vec<OutTensor> = learner
-        .stored
+    let dtype = store.dtype();
+    let tensors: Vec<OutTensor> = stored
         .iter()
         .map(|weight| OutTensor { name: weight.name.clone(), shape: weight.shape.clone(), dtype })
         .collect();
@@ -51,10 +50,16 @@ pub fn write(
     }
     files.push(("config.json".into(), pretty(&config)));
     files.push(("generation_config.json".into(), pretty(&generation)));
-    files.push(("README.md".into(), card(recipe, prepared, learner, step).into_bytes()));
+    files.push(("README.md".into(), card(recipe, prepared, store.parameter_count(), step).into_bytes()));
     // A folder left by a run that was killed right here.
     std::fs::remove_dir_all(&aside).ok();
-    save_folder(&aside, &tensors, |index, out| write_tensor(learner, index, out), &files, SHARD_BYTES)?;
+    save_folder(
+        &aside,
+        &tensors,
+        |index, out| write_tensor(store, &stored[index], out),
+        &files,
+        SHARD_BYTES,
+    )?;
     move_in(folder, &aside).map_err(|source| TrainError::Folder { path: folder.path().to_path_buf(), source })
 }
 
@@ -62,9 +67,7 @@ fn pretty(json: &serde_json::Value) -> Vec<u8> {
     format!("{json:#}\n").into_bytes()
 }
 
-fn write_tensor(learner: &mut Learner, index: usize, out: &mut dyn Write) -> io::Result<()> {
-    let weight = &learner.stored[index];
-    let store = &mut learner.store;
+fn write_tensor(store: &mut ParamStore, weight: &StoredWeight, out: &mut dyn Write) -> io::Result<()> {
     let start = store.range(weight.param).start + weight.first;
     let elements = start..start + weight.len();
     // What lies as in the file goes piece by piece; what must be turned is brought whole.
@@ -115,7 +118,7 @@ fn move_in(folder: &RunFolder, aside: &std::path::Path) -> io::Result<()> {
     std::fs::File::open(folder.path())?.sync_all()
 }
 
-fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> String {
+fn card(recipe: &Recipe, prepared: &Prepared, parameters: usize, step: u64) -> String {
     let config = &prepared.config;
     let (n, k, h) = config.heads();
     let data =
@@ -134,7 +137,7 @@ fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> S
          The recipe is in `recipe.toml`, the log in `metrics.jsonl`.\n\n\
          ```\ntrilith chat {}\n```\n",
         config.family(),
-        learner.store.parameter_count(),
+        parameters,
         config.layers(),
         config.width(),
         config.vocab(),

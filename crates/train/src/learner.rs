@@ -1,12 +1,13 @@
 //! A model, its parameters and its optimizer: what one training step is made of.
 
 use crate::optimizer::{AdamW, AdamWConfig};
+use crate::ranks;
 use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
-use dist::Mesh;
+use dist::{Flow, Mesh};
 use memory::pager::{PagerError, Setup};
-use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
+use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::time::Instant;
 use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
@@ -22,6 +23,10 @@ pub struct Learner {
     pub params: ParamList,
     /// Names of the weights in a Hugging Face folder.
     pub stored: Vec<StoredWeight>,
+    /// The ranks this learner is one of.
+    pub mesh: Mesh,
+    /// How the parameters lie among them.
+    pub spreads: Vec<Spread>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
 }
@@ -58,15 +63,21 @@ pub enum LearnerError {
 impl Learner {
     /// Zero weights; fill them with `initialise` or from files.
     pub fn new(config: &Config, options: LearnerOptions) -> Result<Learner, LearnerError> {
+        Learner::on(&Flow::solo(), config, options)
+    }
+
+    /// The same as one rank of the mesh of `flow`, with its pieces of the parameters.
+    pub fn on(flow: &Flow, config: &Config, options: LearnerOptions) -> Result<Learner, LearnerError> {
         let LearnerOptions { context, dtype, adamw, recompute, tiers } = options;
-        let Built { model, params, stored } = Model::build(config, context, &Mesh::solo())?;
+        let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
         let mut store = match tiers {
             None => ParamStore::new(Device::Cpu, dtype, &params)?,
             Some(setup) => ParamStore::paged(Device::Cpu, dtype, &params, setup)?,
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
-        Ok(Learner { model, store, optimizer, params, stored, recompute, pass: Pass::default() })
+        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
+        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass })
     }
 
     /// Random initial weights from `seed`.
@@ -75,17 +86,23 @@ impl Learner {
         params.initial_values(seed, |param, first, values| optimizer.set_weights(store, param, first, values))
     }
 
-    /// Add the gradients of one microbatch, whose summed loss counts `scale`; returns the sum of
-    /// the losses of its learned targets, in nats.
+    /// Add the gradients of this replica's rows of one microbatch, whose summed loss counts `scale`;
+    /// returns the sum of the losses of all its learned targets, in nats. Gradients of ranks are
+    /// still to be added up (`ranks::sum_grads`).
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
-        let mut tape = Tape::recording(&mut self.store);
+        let (mesh, step) = (&self.mesh, self.optimizer.steps);
+        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
+            mesh.set_place(step, Some(moment.layer as u32));
+            Ok(())
+        };
+        let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         let hidden: Var = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale };
-        let losses = tape.head_loss(&hidden, self.model.head(), targets)?;
+        let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         tape.backward()?;
-        Ok(sum(losses.view().f32()))
+        ranks::sum_of_losses(&self.mesh, &losses)
     }
 
     /// Start a step: gradients count as zero.
@@ -123,7 +140,7 @@ impl Learner {
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale: 1.0 / batch.learned.max(1) as f32 };
-        tape.head_loss(&hidden, self.model.head(), targets)?;
+        self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         tape.backward()?;
         drop(tape);
@@ -157,7 +174,7 @@ pub fn loss_of(model: &Model, store: &mut ParamStore, batch: &Batch) -> Result<f
     let tokens = tokens_of(batch);
     let mut tape = Tape::running(store);
     let hidden = model.hidden(&mut tape, &tokens, Recompute::Never)?;
-    let losses = tape.head_loss(&hidden, model.head(), Targets { ids: &batch.targets, scale: 1.0 })?;
+    let losses = model.loss(&mut tape, &hidden, Targets { ids: &batch.targets, scale: 1.0 }, batch.b)?;
     Ok(sum(losses.view().f32()))
 }
 

@@ -9,7 +9,7 @@ use crate::tiers;
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
 use device::DType;
-use dist::Mesh;
+use dist::{Flow, Mesh};
 use memory::pager::Setup;
 use model::{Config, Model};
 use serde_json::json;
@@ -111,11 +111,12 @@ impl Prepared {
         }
     }
 
-    /// A learner with zero weights.
-    pub fn learner(&self, recipe: &Recipe) -> Result<Learner, TrainError> {
+    /// A learner with zero weights, as the rank of the mesh of `flow`.
+    pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
         let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
-        let options = LearnerOptions { context, dtype, adamw, recompute, tiers: self.tiers(recipe) };
-        Learner::new(&self.config, options).map_err(|error| match error {
+        let tiers = self.tiers(recipe);
+        let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
+        Learner::on(flow, &self.config, options).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),
             LearnerError::Memory(error) => TrainError::Memory(error),
             LearnerError::Tiers(error) => TrainError::Tiers(error),
@@ -128,8 +129,9 @@ impl Prepared {
             learner.initialise(recipe.run.seed)?;
             return Ok(());
         };
-        let Learner { optimizer, store, stored, .. } = learner;
+        let Learner { optimizer, store, stored, params, .. } = learner;
         model::fill(
+            params,
             stored,
             |name, shape| files.read(name, shape).map_err(TrainError::from),
             |param, first, values| Ok(optimizer.set_weights(store, param, first, values)?),

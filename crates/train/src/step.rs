@@ -6,7 +6,9 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
+use crate::ranks;
 use data::Batch;
+use dist::Axis;
 use memory::pager::About;
 use memory::trace::{Access, Phase};
 use memory::{Class, Need};
@@ -60,6 +62,7 @@ impl Learner {
         self.store.clear_grads()?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
+        let learned = ranks::sum_over(&self.mesh, &[Axis::Dp], learned as f64)? as usize;
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
         let (last, others) = batches.split_last().expect("a step has a microbatch");
@@ -67,13 +70,15 @@ impl Learner {
             loss += self.accumulate(batch, scale)?;
         }
         self.optimizer.steps += 1;
-        let done = match self.store.arrays().is_paged() {
+        // Gradients of several ranks are final only when they are added up, at the end.
+        let done = match self.store.arrays().is_paged() && self.mesh.world_size() == 1 {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
                 loss += self.accumulate(last, scale)?;
                 self.store.settle_grads()?;
-                let squares = self.store.refs().map(|param| squared_norm(&self.store, param));
-                let done = done(loss / learned.max(1) as f64, squares.sum());
+                ranks::sum_grads(&self.mesh, &mut self.store, &self.spreads)?;
+                let squares = self.squared_norm()?;
+                let done = done(loss / learned.max(1) as f64, squares);
                 self.update_all(done, plan)?;
                 done
             }
@@ -83,6 +88,20 @@ impl Learner {
         }
         self.store.arrays_mut().end_step().map_err(Fault::outside)?;
         Ok(done)
+    }
+
+    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
+    fn squared_norm(&mut self) -> Result<f64, Fault> {
+        let mut squares = 0.0;
+        for (param, spread) in self.store.refs().zip(&self.spreads) {
+            if ranks::is_first(&self.mesh, spread) {
+                let need =
+                    Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
+                self.store.bring(NORM, &[need])?;
+                squares += squared_norm(&self.store, param);
+            }
+        }
+        ranks::sum_over(&self.mesh, &Axis::ALL, squares)
     }
 
     fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {
@@ -111,7 +130,7 @@ impl Learner {
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale: 1.0 / learned as f32 };
-        let losses = tape.head_loss(&hidden, self.model.head(), targets)?;
+        let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         let loss = (before + sum(losses.view().f32())) / learned;
         early.set(plan.clip.is_infinite() && loss.is_finite());

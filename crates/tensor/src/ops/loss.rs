@@ -65,9 +65,15 @@ impl Tape<'_> {
             }
         }
         if let Some(dx) = dx {
-            self.push(&[x.id], losses.clone(), || Op::HeadLoss(Saved { dx }));
+            self.seed(x, &losses, dx);
         }
         Ok(losses)
+    }
+
+    /// `losses` of `x` that an op of another room computed together with the gradient `dx` of x:
+    /// where the backward pass will begin.
+    pub fn seed(&mut self, x: &Var, losses: &Tensor, dx: Tensor) {
+        self.push(&[x.id], losses.clone(), || Op::HeadLoss(Saved { dx }));
     }
 
     /// dx [rows, D] = dlogits [rows, V] head [V, D]; head.grad += dlogits^T x.

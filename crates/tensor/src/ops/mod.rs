@@ -1,5 +1,6 @@
 //! The ops of the tape, one file each: a method on `Tape` that runs it, and its way back.
 
+mod activation;
 mod attention;
 mod embedding;
 mod linear;

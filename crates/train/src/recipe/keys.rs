@@ -280,6 +280,23 @@ pub const KEYS: &[Key] = &[
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
     key(
+        "mesh.dp",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "Replicas: each learns from its share of the rows of train.batch.",
+    ),
+    key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
+    key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),
+    key("mesh.z", Int(1, 65536), "1", "ranks", "Third tensor axis."),
+    key(
+        "mesh.scheme",
+        Choice(&["auto", "1d", "1d-sequence", "summa", "2.5d", "3d", "weight-stationary"]),
+        "\"auto\"",
+        "",
+        "How products are spread over x, y and z (docs/parallelism.md); auto goes by the axes: 1d, summa or 3d.",
+    ),
+    key(
         "memory.dram",
         Bytes,
         "",

@@ -4,8 +4,8 @@ pub mod keys;
 mod values;
 
 pub use values::{
-    CheckpointRecipe, ClusterRecipe, DataRecipe, EvalRecipe, MemoryRecipe, ModelRecipe, Recipe, RunRecipe,
-    SampleRecipe, TokenizerRecipe, TrainRecipe,
+    CheckpointRecipe, ClusterRecipe, DataRecipe, EvalRecipe, MemoryRecipe, MeshRecipe, ModelRecipe, Recipe,
+    RunRecipe, SampleRecipe, TokenizerRecipe, TrainRecipe,
 };
 
 use keys::{KEYS, Key, Kind};
