@@ -35,12 +35,15 @@ enum Chore {
 enum Bench {
     /// One training step, ours against PyTorch, candle and burn.
     Train(bench::Args),
+    /// Collectives of ranks on one machine, ours against OpenMPI, MPICH and gloo.
+    Comm(bench::comm::Args),
 }
 
 fn main() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::Tidy(args) => tidy::run(&root(), &args),
         Chore::Bench { bench: Bench::Train(args) } => bench::run(&root(), &args).map(|()| true),
+        Chore::Bench { bench: Bench::Comm(args) } => bench::comm::run(&root(), &args).map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -4,12 +4,12 @@
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use data::Batch;
-use device::DType;
+use device::{DType, Isa};
 use model::{Config, Recompute};
 use serde_json::json;
 use std::process::ExitCode;
 use std::time::Instant;
-use train::{AdamWConfig, Learner};
+use train::{AdamWConfig, Learner, LearnerOptions};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -25,6 +25,9 @@ pub struct Args {
     /// Worker threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Instruction set instead of the best this machine has, by its name in `trilith doctor`
+    #[arg(long, value_name = "NAME")]
+    isa: Option<String>,
     /// Seconds of every op after the steps, to standard error
     #[arg(long)]
     profile: bool,
@@ -49,6 +52,13 @@ impl Size {
 }
 
 pub fn run(args: Args) -> Result<ExitCode> {
+    if let Some(name) = &args.isa {
+        let isa = Isa::available().into_iter().find(|isa| isa.name() == name);
+        let names: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+        let isa =
+            isa.with_context(|| format!("this machine has no `{name}`; it has {}", names.join(", ")))?;
+        Isa::choose(isa);
+    }
     device::Threads::new(args.threads).context("cannot start the workers")?.run(|| steps(&args))?;
     Ok(ExitCode::SUCCESS)
 }
@@ -64,15 +74,16 @@ fn steps(args: &Args) -> Result<()> {
     }))?;
     let adamw = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1 };
     let dtype: DType = args.mode.dtype();
-    let mut learner = Learner::new(&config, t, dtype, adamw, Recompute::Never)?;
-    learner.initialise(1);
+    let options = LearnerOptions { context: t, dtype, adamw, recompute: Recompute::Never, tiers: None };
+    let mut learner = Learner::new(&config, options)?;
+    learner.initialise(1)?;
     let batch = random_batch(v, b, t);
     let flops = config.flops().per_token_unmasked(t) * (b * t) as f64;
     for step in 0..args.steps {
         let started = Instant::now();
-        learner.clear_grads();
+        learner.clear_grads()?;
         let loss = learner.accumulate(&batch, 1.0 / (b * t) as f32)? / (b * t) as f64;
-        learner.apply_settled(3e-4);
+        learner.apply_settled(3e-4)?;
         let seconds = started.elapsed().as_secs_f64();
         let memory = device::memory_use();
         println!(

@@ -2,19 +2,15 @@
 
 use crate::show;
 use anyhow::{Context, Result};
+use comfy_table::Table;
 use device::Isa;
-use std::fs::File;
-use std::io::{Read, Write};
+use memory::disk::{self, DiskError, DriveFigures, Effort, Engine, Options, Trial};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
-
-/// Written and read back to measure a disk; large enough to outweigh its start.
-const DISK_BYTES: usize = 256 << 20;
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Folder whose disk is measured
+    /// Folder whose drive is measured
     #[arg(long, default_value = ".")]
     disk: PathBuf,
 }
@@ -34,20 +30,30 @@ pub fn run(args: Args) -> Result<ExitCode> {
         "memory available",
         device::available_bytes().map_or("unknown".into(), |b| show::bytes(b as u64)),
     ));
-    let disk = disk_speed(&args.disk);
-    let disk = match &disk {
-        Ok((write, read)) => {
-            format!("{write:.0} MB/s write, {read:.0} MB/s read (measured in {})", args.disk.display())
-        }
-        Err(error) => format!("not measured: {error:#}"),
-    };
-    facts.push(("disk", disk));
+    let drive = disk::measure(&args.disk, Effort::default(), &Options::default());
+    facts.push(("drive", drive_line(&drive, &args.disk)));
     facts.push(("GPU", gpu()));
     print!("{}", show::facts(&facts));
-    for remedy in remedies(isa, &args.disk) {
+    if let Ok(figures) = &drive {
+        println!("{}", drive_table(figures));
+    }
+    for remedy in remedies(isa, drive.as_ref().ok()) {
         println!("  note: {remedy}");
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn drive_line(drive: &Result<DriveFigures, DiskError>, dir: &Path) -> String {
+    match drive {
+        Ok(figures) => {
+            let best = figures.best();
+            let (read, write) = (megabytes(best.read_bytes_per_s), megabytes(best.write_bytes_per_s));
+            let cache = if figures.direct { "past the page cache" } else { "through the page cache" };
+            let (dir, engine) = (dir.display(), &figures.engine);
+            format!("{read} MB/s read, {write} MB/s write in {dir}, by {engine}, {cache}")
+        }
+        Err(error) => format!("not measured: {error}"),
+    }
 }
 
 fn processor() -> String {
@@ -58,7 +64,7 @@ fn processor() -> String {
     name.unwrap_or(std::env::consts::ARCH).to_string()
 }
 
-fn remedies(isa: Isa, disk: &Path) -> Vec<String> {
+fn remedies(isa: Isa, drive: Option<&DriveFigures>) -> Vec<String> {
     let mut notes = Vec::new();
     if isa == Isa::Portable {
         notes.push(
@@ -72,37 +78,42 @@ fn remedies(isa: Isa, disk: &Path) -> Vec<String> {
             show::bytes(free as u64)
         ));
     }
-    if !disk.is_dir() {
-        notes.push(format!("{} is no folder: give one that exists with --disk", disk.display()));
+    if let Some(Engine::Threads { why }) = drive.map(|figures| &figures.engine) {
+        notes.push(format!(
+            "the drive is used without io_uring ({why}): fast drives give less; allow the system calls \
+             io_uring_setup, io_uring_enter and io_uring_register in the container's seccomp profile"
+        ));
+    }
+    if drive.is_some_and(|figures| !figures.direct) {
+        notes.push(
+            "the file system of this folder knows no O_DIRECT: the page cache takes memory beside the \
+             run's budget; name a folder of a local drive with --disk"
+                .into(),
+        );
     }
     notes
 }
 
-/// (write, read) in MB/s, through the page cache's back: written data is synced, read data was
-/// dropped from the cache.
-fn disk_speed(dir: &Path) -> Result<(f64, f64)> {
-    let path = dir.join(format!(".trilith-doctor-{}", std::process::id()));
-    let measured = measure_disk(&path);
-    std::fs::remove_file(&path).ok();
-    measured.with_context(|| format!("cannot write {}", path.display()))
+/// The drive by size and number of operations, as the disk tier would use it.
+fn drive_table(figures: &DriveFigures) -> Table {
+    let best = figures.best();
+    let row = |trial: &Trial| {
+        vec![
+            show::bytes(trial.block_bytes as u64),
+            trial.depth.to_string(),
+            megabytes(trial.read_bytes_per_s),
+            megabytes(trial.write_bytes_per_s),
+            if *trial == best { "chosen".into() } else { String::new() },
+        ]
+    };
+    let mut trials = figures.trials.clone();
+    trials.sort_by_key(|trial| (trial.block_bytes, trial.depth));
+    let header = ["operation", "in flight", "read MB/s", "write MB/s", ""];
+    show::table(&header, trials.iter().map(row).collect(), &[0, 1, 2, 3])
 }
 
-fn measure_disk(path: &Path) -> Result<(f64, f64)> {
-    // Not all zeros: some file systems keep none of those.
-    let block: Vec<u8> = (0..4usize << 20).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
-    let mut file = File::create(path)?;
-    let started = Instant::now();
-    for _ in 0..DISK_BYTES / block.len() {
-        file.write_all(&block)?;
-    }
-    file.sync_all()?;
-    let write = DISK_BYTES as f64 / started.elapsed().as_secs_f64() / 1e6;
-    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
-    let mut file = File::open(path)?;
-    let mut block = block;
-    let started = Instant::now();
-    while file.read(&mut block)? > 0 {}
-    Ok((write, DISK_BYTES as f64 / started.elapsed().as_secs_f64() / 1e6))
+fn megabytes(bytes_per_s: f64) -> String {
+    format!("{:.0}", bytes_per_s / 1e6)
 }
 
 /// The CUDA driver's answer, or why there is none. This version computes on the CPU either way.

@@ -7,8 +7,10 @@ mod doctor;
 mod eval;
 mod inspect;
 mod plan;
+mod plan_memory;
 mod show;
 mod tokenizer;
+mod traffic;
 mod train;
 
 use clap::{Parser, Subcommand};
@@ -40,7 +42,7 @@ enum Command {
     Eval(eval::Args),
     /// Train a tokenizer, or see what one does with a text
     Tokenizer(tokenizer::Args),
-    /// Say how a run would be spread over many devices, what it would cost, and why so
+    /// Say where every byte of a run would lie, who would talk to whom, and how long a step takes
     Plan(plan::Args),
     /// Show what a model folder, a weight file or a run holds
     Inspect(inspect::Args),

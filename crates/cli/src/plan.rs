@@ -4,6 +4,7 @@
 mod mesh_argument;
 mod report;
 
+use crate::plan_memory::{self, Machine};
 use anyhow::{Context, Result, bail};
 use dist::cost::{Batch, Cluster, MeshShape, ModelShape, NoFit, Space, fewer, search};
 use model::Config;
@@ -15,12 +16,12 @@ use train::{Settings, bytes};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
+    after_help = "For many devices (--devices, --mesh, or cluster.devices of the recipe): how the run is spread over\nthem. For one, or with --hbm, --dram or --nvme: where the bytes of one rank lie, tier by tier. Nothing is trained; all seconds are predicted.\n\nExamples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
 )]
 pub struct Args {
     /// Recipe: a TOML file
     recipe: PathBuf,
-    /// Devices to spread the run over; absent: cluster.devices of the recipe
+    /// Devices to spread the run over; absent: those of --mesh, or cluster.devices of the recipe
     #[arg(long)]
     devices: Option<usize>,
     /// Devices of a node; absent: cluster.node_devices of the recipe
@@ -35,6 +36,8 @@ pub struct Args {
     /// Override a key of the recipe, as in --set train.context=8192; may be repeated
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    machine: Machine,
 }
 
 /// As `cluster.devices` allows.
@@ -57,6 +60,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
         settings.set(argument)?;
     }
     let recipe = settings.recipe()?;
+    let spread = args.devices.is_some() || args.mesh.is_some();
+    if !spread && (args.machine.is_given() || recipe.cluster.devices == 1) {
+        plan_memory::print(&recipe, &args.machine)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let question = question(&args, &recipe)?;
     print!("{}", report::headline(&question));
     print!("{}", report::schemes(&question));

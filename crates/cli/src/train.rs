@@ -1,7 +1,8 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
+use crate::traffic::Traffic;
 use crate::{EXIT_AGAIN, show};
-use ::train::{Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
+use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -31,6 +32,9 @@ pub struct Args {
     /// Throw away the run that is in run.dir
     #[arg(long)]
     overwrite: bool,
+    /// Ranks to start as threads of this process; they are the places of the recipe's mesh
+    #[arg(long, value_name = "N")]
+    ranks: Option<usize>,
     /// Show shapes, parameters, memory, FLOPs and predicted time without training
     #[arg(long)]
     dry_run: bool,
@@ -49,11 +53,20 @@ pub fn run(args: Args) -> Result<ExitCode> {
         settings.set(argument)?;
     }
     let recipe = settings.recipe()?;
+    if let Some(ranks) = args.ranks.filter(|ranks| *ranks != recipe.mesh.shape.world_size()) {
+        let (mesh, places) = (recipe.mesh.shape, recipe.mesh.shape.world_size());
+        return Err(anyhow!(
+            "--ranks {ranks}: mesh `{mesh}` has {places} places; change --ranks or the mesh"
+        ));
+    }
     let threads = if recipe.run.threads == 0 { device::cores() } else { recipe.run.threads };
     let pool = device::Threads::new(threads).map_err(|_| ::train::TrainError::Threads { count: threads })?;
     let stop = stop_flag().context("cannot listen for signals")?;
     // The loop that feeds the kernels runs inside the pool.
-    pool.run(|| cook(&args, recipe, &settings, threads, &stop))
+    match pool.run(|| cook(&args, recipe, &settings, threads))? {
+        None => Ok(ExitCode::SUCCESS),
+        Some(begin) => start(&pool, begin, &stop),
+    }
 }
 
 /// Set by SIGTERM or SIGINT; a second one ends the process at once.
@@ -66,13 +79,8 @@ fn stop_flag() -> Result<Arc<AtomicBool>> {
     Ok(flag)
 }
 
-fn cook(
-    args: &Args,
-    recipe: Recipe,
-    settings: &Settings,
-    threads: usize,
-    stop: &AtomicBool,
-) -> Result<ExitCode> {
+/// Everything up to the first step; nothing when only a plan was asked for.
+fn cook(args: &Args, recipe: Recipe, settings: &Settings, threads: usize) -> Result<Option<Begin>> {
     let prepared = prepare(&recipe, args.resume)?;
     let peak = match recipe.train.dtype {
         device::DType::F32 => kernels::peak::gflops_f32(),
@@ -80,7 +88,7 @@ fn cook(
     };
     if args.dry_run {
         print!("{}", plan(&recipe, &prepared, threads, peak));
-        return Ok(ExitCode::SUCCESS);
+        return Ok(None);
     }
     prepared.check_memory(&recipe)?;
     eprint!("{}", headline(&recipe, &prepared, threads, peak));
@@ -89,19 +97,46 @@ fn cook(
         (_, true) => Start::Overwrite,
         _ => Start::New,
     };
-    let mut trainer = Trainer::new(recipe, &settings.resolved(), prepared, start, peak)?;
+    let (resolved, prepared, peak_gflops) = (settings.resolved(), Arc::new(prepared), peak);
+    Ok(Some(Begin { recipe, resolved, prepared, start, peak_gflops }))
+}
+
+/// The loop on one rank, in `pool`, or on every rank of the mesh, each with its share of the cores.
+fn start(pool: &device::Threads, begin: Begin, stop: &AtomicBool) -> Result<ExitCode> {
+    let shape = begin.recipe.mesh.shape;
+    let complete = match shape.world_size() {
+        1 => pool.run(|| rank(&dist::Mesh::solo(), begin, stop))?,
+        _ => {
+            let options = dist::Options::default();
+            let ends = dist::launch(&shape, &options, |mesh| rank(mesh, begin.clone(), stop));
+            ends.map_err(|failure| anyhow!("{failure:#}"))?.contains(&true)
+        }
+    };
+    if complete {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("stopped: the state is saved; run the same command with --resume to go on");
+    Ok(ExitCode::from(EXIT_AGAIN))
+}
+
+/// One rank's run; the first one has the screen. Whether every step is done.
+fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
+    let mut trainer = Trainer::on(mesh, begin)?;
+    if mesh.rank() > 0 {
+        while let Some(progress) = trainer.advance()? {
+            if let Progress::Ended { complete, .. } = progress {
+                return Ok(complete);
+            }
+        }
+        return Err(anyhow!("the run ended without saying so"));
+    }
     for (path, why) in &trainer.skipped_states {
         eprintln!("warning: passed over {}: {why}", path.display());
     }
     if trainer.step() > 0 {
         eprintln!("  resumed at step {}\n", trainer.step());
     }
-    let complete = drive(&mut trainer, stop)?;
-    if complete {
-        return Ok(ExitCode::SUCCESS);
-    }
-    eprintln!("stopped: the state is saved; run the same command with --resume to go on");
-    Ok(ExitCode::from(EXIT_AGAIN))
+    drive(&mut trainer, stop)
 }
 
 fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
@@ -124,7 +159,8 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
     let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
-    let mut screen = Screen { bar, steps, started: Instant::now(), first: trainer.step(), said: None };
+    let (started, first) = (Instant::now(), trainer.step());
+    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default() };
     while let Some(progress) = trainer.advance()? {
         match progress {
             Progress::Step(metrics) => screen.step(&metrics),
@@ -137,6 +173,7 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
+                eprint!("{}", screen.traffic);
                 let dir = trainer.folder().display();
                 let took = show::duration(screen.started.elapsed().as_secs_f64());
                 eprintln!("{step} steps in {took}; model, state and metrics are in {dir}");
@@ -160,10 +197,12 @@ struct Screen {
     started: Instant,
     first: u64,
     said: Option<Instant>,
+    traffic: Traffic,
 }
 
 impl Screen {
     fn step(&mut self, m: &StepMetrics) {
+        self.traffic.add(m);
         let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
         let message = format!(
             "loss {:.4}  {} tok/s  MFU {:.0} %  {memory} ",
@@ -264,8 +303,31 @@ fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> 
             ),
         ),
         ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
-        ("memory", format!("{} predicted", show::bytes(estimate.total_bytes()))),
+        ("mesh", mesh_line(&recipe.mesh)),
+        ("memory", memory(recipe, prepared)),
     ]) + "\n"
+}
+
+/// The mesh and how products are spread over it.
+fn mesh_line(mesh: &::train::recipe::MeshRecipe) -> String {
+    let ranks = mesh.shape.world_size();
+    if ranks == 1 {
+        return "one rank".into();
+    }
+    let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
+    format!("{}: {ranks} ranks as threads, products {scheme}", mesh.shape)
+}
+
+fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
+    let predicted = show::bytes(prepared.estimate(recipe).total_bytes());
+    match prepared.tiers(recipe) {
+        None => format!("{predicted} predicted"),
+        Some(tiers) => format!(
+            "{predicted} predicted, within {} of DRAM; the rest in {}",
+            show::bytes(tiers.dram_bytes),
+            tiers.dir.display()
+        ),
+    }
 }
 
 /// The answer to --dry-run.

@@ -49,6 +49,30 @@ fn a_dry_run_says_what_would_happen_and_writes_nothing() {
 }
 
 #[test]
+fn a_plan_needs_no_machine_that_could_hold_the_model() {
+    let place = Place::new();
+    let gpt3 = format!("{REPOSITORY}/recipes/gpt3-175b.toml");
+    let five_rows =
+        ["--set", "train.batch=5", "--set", "train.accumulate=1", "--set", "train.recompute=always"];
+    let gpu = ["plan", &gpt3, "--hbm", "80GB", "--tflops", "400"];
+    let planned = |more: &[&str]| place.command(&gpu).args(five_rows).args(more).output().unwrap();
+    // Everything it needs is said before it is refused, and the refusal says what would do.
+    let refused = planned(&["--dram", "2TB"]);
+    assert!(!refused.status.success());
+    let (said, error) = (String::from_utf8_lossy(&refused.stdout), String::from_utf8_lossy(&refused.stderr));
+    assert!(said.contains("3204.8 GB"), "{said}");
+    assert!(error.contains("dram is ") && error.contains("or give nvme a budget"), "{error}");
+    let planned = planned(&["--nvme", "4TB", "--dram", "100GB", "--set", "model.layers=8"]);
+    let planned = String::from_utf8(planned.stdout).unwrap();
+    for part in ["go to nvme", "peak", "dram <-> nvme: moved", "bound", "limited by"] {
+        assert!(planned.contains(part), "{part}: {planned}");
+    }
+    let wrong = place.run(&["plan", "tiny.toml", "--dram", "80 gigs"]);
+    let wrong = String::from_utf8_lossy(&wrong.stderr).into_owned();
+    assert!(wrong.contains("write it as 80GB"), "{wrong}");
+}
+
+#[test]
 fn a_tokenizer_is_trained_and_used() {
     let place = Place::new();
     place.succeeds(&["tokenizer", "train", "--data", "corpus.txt", "--vocab", "400", "--out", "tok"]);
@@ -91,7 +115,7 @@ fn the_shakespeare_recipe_is_whole() {
 fn doctor_and_help_speak() {
     let place = Place::new();
     let said = place.succeeds(&["doctor"]);
-    for part in ["cores", "instruction set", "memory", "disk", "GPU"] {
+    for part in ["cores", "instruction set", "memory", "drive", "GPU"] {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert!(place.succeeds(&["--help"]).contains("trilith train recipes/shakespeare.toml"));

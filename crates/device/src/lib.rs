@@ -6,14 +6,20 @@
 mod buffer;
 mod dtype;
 mod isa;
+mod loan;
 mod memory;
+mod region;
 mod threads;
 mod view;
 
 pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
 pub use isa::Isa;
-pub use memory::{MemoryUse, available_bytes, memory_use, release_cached, reset_peak, resident_bytes};
+pub use loan::{Borrowed, Exclusive, Loan as WindowLoan};
+pub use memory::{
+    MemoryUse, available_bytes, limit_parked, memory_use, release_cached, reset_peak, resident_bytes,
+};
+pub use region::{Loan, Region};
 pub use threads::{Threads, cores, for_each_chunk, for_each_index, for_each_part, num_threads};
 pub use view::{Slice, SliceMut, View, ViewMut};
 

@@ -11,17 +11,34 @@ use std::sync::{LazyLock, Mutex};
 /// Every block starts on a page: O_DIRECT and SIMD both like it.
 pub(crate) const ALIGN_BYTES: usize = 4096;
 
-/// Bytes in use by live buffers, the peak since `reset_peak`, and bytes parked for reuse.
+/// Bytes in use by live buffers and regions, the peak since `reset_peak`, and bytes parked for reuse.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MemoryUse {
-    /// Held by live buffers.
+    /// Held by live buffers and regions.
     pub live_bytes: usize,
     /// Highest `live_bytes` since start or `reset_peak`.
     pub peak_bytes: usize,
+    /// Part of `live_bytes` that stands behind granules of regions.
+    pub region_bytes: usize,
     /// Freed and kept for reuse.
     pub cached_bytes: usize,
+    /// Highest sum of `live_bytes` and `cached_bytes` since start or `reset_peak`: what the system
+    /// was really asked for.
+    pub peak_held_bytes: usize,
+    /// Highest part of that sum that stood behind no region.
+    pub peak_other_bytes: usize,
     /// Times the system allocator was asked; constant over a warmed-up step.
     pub system_allocations: u64,
+}
+
+impl MemoryUse {
+    fn grow(&mut self, bytes: usize) {
+        self.live_bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.live_bytes);
+        let held = self.live_bytes + self.cached_bytes;
+        self.peak_held_bytes = self.peak_held_bytes.max(held);
+        self.peak_other_bytes = self.peak_other_bytes.max(held - self.region_bytes);
+    }
 }
 
 struct Block(NonNull<u8>);
@@ -32,6 +49,8 @@ unsafe impl Send for Block {}
 struct Cache {
     parked: HashMap<usize, Vec<Block>>,
     usage: MemoryUse,
+    /// Buffers, live and parked, should not hold more.
+    limit_bytes: Option<usize>,
 }
 
 static CACHE: LazyLock<Mutex<Cache>> = LazyLock::new(Mutex::default);
@@ -50,7 +69,7 @@ fn size_class(bytes: usize) -> Option<usize> {
 
 /// From this size on a block is made of huge pages where the system has them: panels of a product
 /// touch more small pages than the TLB holds.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub(crate) const HUGE_PAGE_BYTES: usize = 2 << 20;
 
 fn layout_of(class: usize) -> Option<Layout> {
     let align = if class >= HUGE_PAGE_BYTES { HUGE_PAGE_BYTES } else { ALIGN_BYTES };
@@ -78,6 +97,10 @@ pub(crate) fn take(bytes: usize) -> Option<NonNull<u8>> {
             block.0
         }
         None => {
+            let held = cache.usage.live_bytes - cache.usage.region_bytes + cache.usage.cached_bytes;
+            if cache.limit_bytes.is_some_and(|limit| held + class > limit) {
+                cache.release();
+            }
             let layout = layout_of(class)?;
             // SAFETY: the size is not zero.
             let ptr = NonNull::new(unsafe { alloc(layout) })?;
@@ -90,8 +113,7 @@ pub(crate) fn take(bytes: usize) -> Option<NonNull<u8>> {
             ptr
         }
     };
-    cache.usage.live_bytes += class;
-    cache.usage.peak_bytes = cache.usage.peak_bytes.max(cache.usage.live_bytes);
+    cache.usage.grow(class);
     Some(ptr)
 }
 
@@ -104,6 +126,20 @@ pub(crate) fn give(ptr: NonNull<u8>, bytes: usize) {
     cache.parked.entry(class).or_default().push(Block(ptr));
 }
 
+/// Granules of a region have come.
+pub(crate) fn count_committed(bytes: usize) {
+    let usage = &mut cache().usage;
+    usage.region_bytes += bytes;
+    usage.grow(bytes);
+}
+
+/// Granules of a region have gone.
+pub(crate) fn count_returned(bytes: usize) {
+    let usage = &mut cache().usage;
+    usage.region_bytes -= bytes;
+    usage.live_bytes -= bytes;
+}
+
 /// Where memory stands now.
 pub fn memory_use() -> MemoryUse {
     cache().usage
@@ -113,19 +149,32 @@ pub fn memory_use() -> MemoryUse {
 pub fn reset_peak() {
     let mut cache = cache();
     cache.usage.peak_bytes = cache.usage.live_bytes;
+    cache.usage.peak_held_bytes = 0;
+    cache.usage.peak_other_bytes = 0;
+    cache.usage.grow(0);
 }
 
 /// Hand every parked block back to the system; returns how many bytes that was.
 pub fn release_cached() -> usize {
-    let mut cache = cache();
-    for (class, blocks) in cache.parked.drain() {
-        for block in blocks {
-            let Some(layout) = layout_of(class) else { continue };
-            // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
-            unsafe { dealloc(block.0.as_ptr(), layout) };
+    cache().release()
+}
+
+/// From now on parked blocks are handed back where buffers would otherwise hold more than `bytes`.
+pub fn limit_parked(bytes: Option<usize>) {
+    cache().limit_bytes = bytes;
+}
+
+impl Cache {
+    fn release(&mut self) -> usize {
+        for (class, blocks) in self.parked.drain() {
+            for block in blocks {
+                let Some(layout) = layout_of(class) else { continue };
+                // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
+                unsafe { dealloc(block.0.as_ptr(), layout) };
+            }
         }
+        std::mem::take(&mut self.usage.cached_bytes)
     }
-    std::mem::take(&mut cache.usage.cached_bytes)
 }
 
 fn proc_kib(file: &str, key: &str) -> Option<usize> {

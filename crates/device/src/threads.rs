@@ -17,12 +17,28 @@ impl Threads {
     pub fn new(count: usize) -> Result<Threads, rayon::ThreadPoolBuildError> {
         let allowed = allowed_cores();
         let pin = count <= allowed.len();
+        Threads::pinned(count, if pin { allowed } else { Vec::new() })
+    }
+
+    /// The workers of rank `index` of `ranks` that share this process: an equal share of the cores,
+    /// each rank's its own, at least one worker. More ranks than cores float.
+    pub fn share(index: usize, ranks: usize) -> Result<Threads, rayon::ThreadPoolBuildError> {
+        let allowed = allowed_cores();
+        let each = allowed.len() / ranks.max(1);
+        if each == 0 {
+            return Threads::pinned(1, Vec::new());
+        }
+        Threads::pinned(each, allowed[index * each..(index + 1) * each].to_vec())
+    }
+
+    /// `count` workers, worker `i` on `on[i]` if there is one.
+    fn pinned(count: usize, on: Vec<usize>) -> Result<Threads, rayon::ThreadPoolBuildError> {
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(count.max(1))
             .thread_name(|i| format!("worker-{i}"))
             .start_handler(move |i| {
-                if pin {
-                    pin_to(allowed[i]);
+                if let Some(core) = on.get(i) {
+                    pin_to(*core);
                 }
             })
             .build()?;

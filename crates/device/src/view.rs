@@ -215,6 +215,19 @@ impl<'a> ViewMut<'a> {
         unsafe { ViewMut::new(self.device, self.dtype, self.ptr.add(start * self.dtype.size_bytes()), len) }
     }
 
+    /// Elements `[0, at)` and the rest, as two windows.
+    pub fn split_at(self, at: usize) -> (ViewMut<'a>, ViewMut<'a>) {
+        assert!(at <= self.len, "view of {} elements split at {at}", self.len);
+        // SAFETY: two parts of the window that do not overlap; `self` is consumed.
+        unsafe {
+            let rest = self.ptr.add(at * self.dtype.size_bytes());
+            (
+                ViewMut::new(self.device, self.dtype, self.ptr, at),
+                ViewMut::new(self.device, self.dtype, rest, self.len - at),
+            )
+        }
+    }
+
     fn open<T>(self, dtype: DType) -> &'a mut [T] {
         assert_eq!(self.dtype, dtype, "view of {} opened as {dtype}", self.dtype);
         // SAFETY: `new` promised `len` exclusive initialised elements of `dtype` for 'a.

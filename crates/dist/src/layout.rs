@@ -1,108 +1,125 @@
-//! How a tensor lies on a mesh: for each axis whole, cut along a dim, or a sum still to be taken.
-//! Which products are lawful is decided here, when the model is built, before any byte moves.
+//! How a matrix lies on a mesh: which axes cut its rows, which cut its columns, and over which it
+//! is a sum still to be taken. Whatever is not cut along an axis lies whole on every rank of it.
 
-use crate::Axis;
+use crate::{Axis, Mesh};
 
-/// What one mesh axis does to a tensor.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Placement {
-    /// Every rank of the axis holds the whole.
-    Replicate,
-    /// Rank i of the axis holds the i-th piece along this dim.
-    Shard(u8),
-    /// The value is the sum over the ranks of the axis.
-    Partial,
+/// Axes that cut one dim, outermost first: rank (i, j) of a cut over x, y holds piece i * |y| + j.
+/// Axes of one rank cut nothing and are left out, so that layouts compare as they lie.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Cut {
+    axes: [Option<Axis>; 4],
 }
 
-/// Placement of a tensor on every mesh axis.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+impl Cut {
+    /// Not cut.
+    pub const WHOLE: Cut = Cut { axes: [None; 4] };
+
+    /// Cut over those of `axes` that have more than one rank on `mesh`.
+    pub fn over(mesh: &Mesh, axes: &[Axis]) -> Cut {
+        let mut cut = Cut::WHOLE;
+        let larger = axes.iter().filter(|axis| mesh.size(**axis) > 1);
+        for (slot, axis) in cut.axes.iter_mut().zip(larger) {
+            *slot = Some(*axis);
+        }
+        cut
+    }
+
+    /// Its axes, outermost first.
+    pub fn axes(&self) -> impl DoubleEndedIterator<Item = Axis> + use<> {
+        self.axes.into_iter().flatten()
+    }
+
+    /// Whether nothing cuts.
+    pub fn is_whole(&self) -> bool {
+        self.axes[0].is_none()
+    }
+
+    /// Whether `axis` is among its axes.
+    pub fn has(&self, axis: Axis) -> bool {
+        self.axes.contains(&Some(axis))
+    }
+
+    /// The innermost axis: the one whose gathering leaves the outer cut.
+    pub fn innermost(&self) -> Option<Axis> {
+        self.axes().next_back()
+    }
+
+    /// Cut over `axis` inside of these.
+    pub fn inside(mut self, axis: Axis) -> Cut {
+        let slot = self.axes.iter_mut().find(|slot| slot.is_none());
+        *slot.expect("at most four axes cut one dim") = Some(axis);
+        self
+    }
+
+    /// The cut that gathering the innermost axis leaves.
+    pub fn outer(mut self) -> Cut {
+        if let Some(slot) = self.axes.iter_mut().rev().find(|slot| slot.is_some()) {
+            *slot = None;
+        }
+        self
+    }
+
+    /// Number of pieces.
+    pub fn pieces(&self, mesh: &Mesh) -> usize {
+        self.axes().map(|axis| mesh.size(axis)).product()
+    }
+
+    /// The piece of this rank.
+    pub fn index(&self, mesh: &Mesh) -> usize {
+        self.axes().fold(0, |index, axis| index * mesh.size(axis) + mesh.coord(axis))
+    }
+}
+
+impl std::fmt::Display for Cut {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let names: Vec<&str> = self.axes().map(Axis::name).collect();
+        f.write_str(&names.join(","))
+    }
+}
+
+/// Layout of a matrix: activations [M, K] have tokens as rows, weights [N, K] outputs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Layout {
-    placements: [Placement; Axis::ALL.len()],
+    /// What cuts the rows.
+    pub rows: Cut,
+    /// What cuts the columns.
+    pub cols: Cut,
+    /// Axes whose ranks hold summands.
+    pub partial: Cut,
 }
 
 impl Layout {
     /// Whole on every rank.
-    pub const REPLICATED: Layout = Layout { placements: [Placement::Replicate; Axis::ALL.len()] };
+    pub const REPLICATED: Layout = Layout { rows: Cut::WHOLE, cols: Cut::WHOLE, partial: Cut::WHOLE };
 
-    /// The same layout with one axis placed differently.
-    pub fn with(mut self, axis: Axis, placement: Placement) -> Layout {
-        self.placements[axis as usize] = placement;
-        self
-    }
-
-    /// Placement on one axis.
-    pub fn on(&self, axis: Axis) -> Placement {
-        self.placements[axis as usize]
+    /// Cut along rows and columns.
+    pub fn new(rows: Cut, cols: Cut) -> Layout {
+        Layout { rows, cols, partial: Cut::WHOLE }
     }
 }
 
 impl std::fmt::Display for Layout {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let parts: Vec<String> = Axis::ALL
+        let named = [("rows over", self.rows), ("columns over", self.cols), ("partial over", self.partial)];
+        let parts: Vec<String> = named
             .iter()
-            .filter_map(|axis| match self.on(*axis) {
-                Placement::Replicate => None,
-                Placement::Shard(dim) => Some(format!("{}: dim {dim}", axis.name())),
-                Placement::Partial => Some(format!("{}: partial", axis.name())),
-            })
+            .filter(|(_, cut)| !cut.is_whole())
+            .map(|(name, cut)| format!("{name} {cut}"))
             .collect();
-        if parts.is_empty() { f.write_str("[replicated]") } else { write!(f, "[{}]", parts.join(", ")) }
+        if parts.is_empty() { f.write_str("[replicated]") } else { write!(f, "[{}]", parts.join("; ")) }
     }
 }
 
-/// Two layouts that cannot be multiplied as they lie.
+/// Two matrices that do not meet as they lie.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "no product of x {x} and w {w} on axis `{axis}`; shard both along the summed dim, or redistribute one"
-)]
+#[error("no {what} of {a} and {b}: {why}; lay one of them out as the other asks, or pin another scheme")]
 pub struct LayoutError {
-    /// Layout of the activations [M, K].
-    pub x: Layout,
-    /// Layout of the weights [N, K].
-    pub w: Layout,
-    /// Name of the axis they disagree on.
-    pub axis: &'static str,
-}
-
-/// Layout of y [M, N] = x [M, K] w [N, K]^T computed where the pieces lie, without moving any.
-pub fn product(x: &Layout, w: &Layout) -> Result<Layout, LayoutError> {
-    use Placement::{Partial, Replicate, Shard};
-    let mut y = Layout::REPLICATED;
-    for axis in Axis::ALL {
-        let placed = match (x.on(axis), w.on(axis)) {
-            (Replicate, Replicate) => Replicate,
-            (Shard(0), Replicate) => Shard(0),
-            (Replicate, Shard(0)) => Shard(1),
-            (Shard(1), Shard(1)) => Partial,
-            (Partial, Replicate) => Partial,
-            _ => return Err(LayoutError { x: *x, w: *w, axis: axis.name() }),
-        };
-        y = y.with(axis, placed);
-    }
-    Ok(y)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use Placement::{Partial, Shard};
-
-    #[test]
-    fn megatron_pairs_column_and_row_cuts_into_one_partial_sum() {
-        let x = Layout::REPLICATED;
-        let columns = Layout::REPLICATED.with(Axis::X, Shard(0));
-        let rows = Layout::REPLICATED.with(Axis::X, Shard(1));
-        let hidden = product(&x, &columns).unwrap();
-        assert_eq!(hidden.on(Axis::X), Shard(1));
-        assert_eq!(product(&hidden, &rows).unwrap().on(Axis::X), Partial);
-    }
-
-    #[test]
-    fn a_wrong_pair_names_both_layouts_and_the_axis() {
-        let x = Layout::REPLICATED.with(Axis::Y, Shard(1));
-        let refused = product(&x, &Layout::REPLICATED).unwrap_err().to_string();
-        assert!(
-            refused.contains("[y: dim 1]") && refused.contains("[replicated]") && refused.contains("`y`")
-        );
-    }
+    /// What was asked for: `product`, `sum`.
+    pub what: &'static str,
+    /// The first layout: of the activations in a product.
+    pub a: Layout,
+    /// The second: of the weights in a product.
+    pub b: Layout,
+    /// What does not fit.
+    pub why: &'static str,
 }

@@ -5,12 +5,47 @@
 //! of one. This room never learns what a layer is for.
 #![forbid(unsafe_code)]
 
+mod bell;
+mod beside;
+mod call;
+mod communicator;
 pub mod cost;
+mod diagnosis;
+mod dim;
+mod error;
+mod group;
+mod launch;
 mod layout;
 mod matmul;
 mod mesh;
+mod moves;
+mod norm;
 pub mod pipeline;
+mod product;
+mod scheme;
+mod shape;
+mod supervise;
+mod table;
+mod threads;
+mod traffic;
+mod wire;
 
-pub use layout::{Layout, LayoutError, Placement, product};
-pub use matmul::matmul;
-pub use mesh::{Axis, Communicator, Mesh};
+pub use beside::{Array, Pending};
+pub use call::{Call, Members, Op};
+pub use communicator::{Communicator, NullRank};
+pub use dim::{Dim, Held, crossing};
+pub use error::{CommError, LastSeen};
+pub use group::Group;
+pub use launch::{Failure, Options, launch};
+pub use layout::{Cut, Layout, LayoutError};
+pub use matmul::{Weights, matmul};
+pub use mesh::Mesh;
+pub use norm::{Width, norm};
+pub use product::{Algorithm, Keep, Leave, Product, Side};
+pub use scheme::{Flow, FlowError, Scheme, Weighted};
+pub use shape::{Axis, Coords, MeshError, MeshShape};
+pub use supervise::{RunError, Start, Supervision, supervise};
+pub use table::{Table, embed, head_loss};
+pub use threads::Rank;
+pub use traffic::{Counts, Peers, Traffic, piece};
+pub use wire::Process;

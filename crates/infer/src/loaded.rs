@@ -74,9 +74,13 @@ impl LoadedModel {
         check_memory(&config, &built.params, dtype, context)?;
         let mut store = ParamStore::new(Device::Cpu, dtype, &built.params)?;
         model::fill(
+            &built.params,
             &built.stored,
-            |name, shape| files.read(name, shape),
-            |param, first, values| store.set_weights(param, first, View::of_f32(values)),
+            |name, shape| files.read(name, shape).map_err(LoadError::from),
+            |param, first, values| {
+                store.set_weights(param, first, View::of_f32(values));
+                Ok(())
+            },
         )?;
         Ok(LoadedModel { config, model: built.model, store, tokenizer, context })
     }

@@ -4,6 +4,7 @@
 
 use device::{Buffer, DType, Device, Threads, View, ViewMut};
 use kernels::adamw::{Hyper, Master};
+use kernels::adamw8::{BLOCK, Packed};
 use kernels::gelu::GeluKind;
 use kernels::head_norm::Heads;
 use kernels::rope::{RopeScaling, RopeTable};
@@ -51,6 +52,8 @@ struct Room {
     dwide: Array,
     grad: Array,
     moments: [Array; 2],
+    /// Codes and exponents of 8-bit moments, two of each.
+    packed: [Array; 4],
     master: Array,
     low: Array,
     stats: [Array; 2],
@@ -82,6 +85,7 @@ impl Room {
             dwide: Array::new(dtype, 2 * rows * D),
             grad: f32s(rows * D),
             moments: [f32s(rows * D), positive(rows * D)],
+            packed: [2, 2 * BLOCK, 2, 2 * BLOCK].map(|share| Array::new(DType::U16, rows * D / share)),
             master: f32s(rows * D),
             low: Array::new(DType::U16, rows * D),
             stats: [f32s(rows), f32s(rows)],
@@ -163,6 +167,12 @@ fn sums() -> Vec<Case> {
         ("adamw f32", 0.0, 7.0, |r| {
             let [m, v] = &mut r.moments;
             adamw::update(Master::F32(r.master.m()), r.grad.v(), m.m(), v.m(), &HYPER);
+        }),
+        ("adamw 8 bits", 0.0, 4.0 + 1.0 / BLOCK as f64, |r| {
+            let [mc, me, vc, ve] = &mut r.packed;
+            let m = Packed { codes: mc.m().bytes(), exponents: me.m().bytes() };
+            let v = Packed { codes: vc.m().bytes(), exponents: ve.m().bytes() };
+            adamw8::update(Master::F32(r.master.m()), r.grad.v(), m, v, 0, &HYPER);
         }),
         ("global_norm", 1.0, 0.0, |r| {
             std::hint::black_box(global_norm::sum_of_squares(r.x.v()));

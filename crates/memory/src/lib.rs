@@ -4,6 +4,16 @@
 //! `trace` says what a step touches, `plan` (pure) decides what moves when, the pager executes it,
 //! `disk` is the lowest tier. This room never learns what a layer is.
 
+#![deny(unsafe_code)]
+
+mod arrays;
+pub mod disk;
+pub mod pager;
+pub mod plan;
+pub mod trace;
+
+pub use arrays::{Arrays, Need, Update};
+
 use std::fmt;
 
 /// Where bytes live, fastest first.
@@ -33,6 +43,14 @@ pub enum Class {
     /// Values kept from forward to backward.
     Activation,
 }
+
+impl Class {
+    /// Classes of the flat arrays of a model, in their order.
+    pub const STATE: [Class; STATES] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
+}
+
+/// How many classes have flat arrays.
+const STATES: usize = 5;
 
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

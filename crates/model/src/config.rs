@@ -47,6 +47,19 @@ pub enum ConfigError {
     /// Layouts that do not multiply.
     #[error(transparent)]
     Layout(#[from] dist::LayoutError),
+    /// A mixture of experts on more than one rank.
+    #[error(
+        "`{family}` on mesh {mesh}: experts run on one rank only; set every mesh axis to 1, or train a model without experts"
+    )]
+    ExpertsOnMesh {
+        /// Its `model_type`.
+        family: &'static str,
+        /// The mesh asked for.
+        mesh: dist::MeshShape,
+    },
+    /// A mesh the scheme has no use for.
+    #[error(transparent)]
+    Flow(#[from] dist::FlowError),
 }
 
 impl Config {
@@ -121,6 +134,14 @@ impl Config {
     /// Whether the feed-forward part has a gate beside its input (SwiGLU).
     pub fn gated(&self) -> bool {
         matches!(self, Config::Llama(_))
+    }
+
+    /// Whether the embedding is the head.
+    pub fn tied(&self) -> bool {
+        match self {
+            Config::Llama(config) => config.tied,
+            Config::Gpt2(_) => true,
+        }
     }
 
     /// Longest sequence the model was made for, in tokens.

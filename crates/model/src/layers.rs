@@ -2,9 +2,9 @@
 
 use crate::ConfigError;
 use crate::names::{Builder, Place};
-use dist::{Layout, Mesh};
+use dist::{Cut, Dim, Flow, Product, Weighted, Width};
 use std::sync::Arc;
-use tensor::{Fault, Init, KvCache, ParamRef, ParamSpec, Tape, Var};
+use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Tape, Var};
 
 /// A batch of packed rows, flattened token by token.
 #[derive(Clone, Debug)]
@@ -17,6 +17,53 @@ pub struct Tokens {
     pub positions: Arc<[u32]>,
     /// Where each token's document begins within its row; absent: at 0. [M]
     pub starts: Option<Arc<[u32]>>,
+}
+
+impl Tokens {
+    /// Rows added so that the residual stream and the inner values cut into equal runs of rows.
+    pub(crate) fn padded(&self, flow: &Flow) -> Tokens {
+        let (t, rows) = (self.ids.len() / self.b.max(1), rows_of(flow, self.b));
+        if rows == self.b {
+            return self.clone();
+        }
+        let more = (rows - self.b) * t;
+        let stretch = |x: &Arc<[u32]>, fill: &dyn Fn(usize) -> u32| -> Arc<[u32]> {
+            x.iter().copied().chain((0..more).map(fill)).collect()
+        };
+        Tokens {
+            b: rows,
+            ids: stretch(&self.ids, &|_| 0),
+            positions: stretch(&self.positions, &|i| (i % t) as u32),
+            starts: self.starts.as_ref().map(|starts| stretch(starts, &|_| 0)),
+        }
+    }
+
+    /// The rows a rank has of padded tokens that are cut over `cut`.
+    pub(crate) fn local(&self, flow: &Flow, cut: Cut) -> Tokens {
+        if cut.is_whole() {
+            return self.clone();
+        }
+        let part = |x: &Arc<[u32]>| -> Arc<[u32]> { part_of(flow, cut, x).into() };
+        Tokens {
+            b: self.b / cut.pieces(&flow.mesh),
+            ids: part(&self.ids),
+            positions: part(&self.positions),
+            starts: self.starts.as_ref().map(part),
+        }
+    }
+}
+
+/// `b` rows of a batch, padded to what every cut of the tokens divides.
+pub(crate) fn rows_of(flow: &Flow, b: usize) -> usize {
+    let (outer, inner) = (flow.outer.rows.pieces(&flow.mesh), flow.inner.rows.pieces(&flow.mesh));
+    let common = (outer..).step_by(outer).find(|n| n.is_multiple_of(inner)).unwrap_or(outer);
+    b.next_multiple_of(common)
+}
+
+/// The run of `x` that is this rank's piece of `cut`.
+pub(crate) fn part_of<'a>(flow: &Flow, cut: Cut, x: &'a [u32]) -> &'a [u32] {
+    let each = x.len() / cut.pieces(&flow.mesh);
+    &x[cut.index(&flow.mesh) * each..][..each]
 }
 
 /// Which layers keep only their input and run again on the way back.
@@ -44,52 +91,90 @@ impl Recompute {
 /// y = x W^T + b, on any mesh.
 #[derive(Clone, Debug)]
 pub struct Linear {
-    mesh: Mesh,
+    product: Product,
     weight: ParamRef,
     bias: Option<ParamRef>,
 }
 
 /// What a `Linear` is before it has parameters.
-pub(crate) struct LinearSpec<'a> {
+pub(crate) struct LinearSpec {
     pub name: String,
-    pub inputs: usize,
-    pub outputs: usize,
+    pub inputs: Dim,
+    pub outputs: Dim,
     pub bias: bool,
     /// Standard deviation of the initial weights.
     pub std: f32,
     /// Hugging Face tensors that make up the weight, from the first output row on: (name, rows).
-    pub parts: &'a [(String, usize)],
+    pub parts: Vec<(String, usize)>,
     pub place: Place,
 }
 
 impl Linear {
-    pub(crate) fn build(
-        spec: &LinearSpec<'_>,
-        mesh: &Mesh,
-        builder: &mut Builder,
-    ) -> Result<Linear, ConfigError> {
-        // On a mesh of one every layout is the replicated one; the check is where a wrong pair
-        // of a larger mesh will be refused.
-        dist::product(&Layout::REPLICATED, &Layout::REPLICATED)?;
-        let weight = builder.matrix(spec);
-        let bias = spec.bias.then(|| builder.bias(spec));
-        Ok(Linear { mesh: mesh.clone(), weight, bias })
+    /// From the residual stream into the inner width.
+    pub(crate) fn opening(spec: &LinearSpec, builder: &mut Builder) -> Result<Linear, ConfigError> {
+        let weighted = builder.flow.opening(spec.outputs.clone(), spec.inputs.clone())?;
+        Ok(Linear::with(spec, weighted, builder))
+    }
+
+    /// From the inner width back into the residual stream.
+    pub(crate) fn closing(spec: &LinearSpec, builder: &mut Builder) -> Result<Linear, ConfigError> {
+        let weighted = builder.flow.closing(spec.outputs.clone(), spec.inputs.clone())?;
+        Ok(Linear::with(spec, weighted, builder))
+    }
+
+    fn with(spec: &LinearSpec, weighted: Weighted, builder: &mut Builder) -> Linear {
+        let weight = builder.matrix(spec, &weighted);
+        let bias = spec.bias.then(|| builder.bias(spec, &weighted));
+        Linear { product: weighted.product, weight, bias }
     }
 
     /// x [M, in] (+ residual [M, out]) -> [M, out].
     pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, residual: Option<&Var>) -> Result<Var, Fault> {
-        dist::matmul(tape, &self.mesh, x, (self.weight, self.bias), residual)
+        dist::matmul(tape, &self.product, x, (self.weight, self.bias), residual)
     }
 
-    /// The weight [out, in].
-    pub fn weight(&self) -> ParamRef {
-        self.weight
+    /// gelu of x [M, in] -> [M, out].
+    pub fn forward_gelu(&self, tape: &mut Tape<'_>, x: &Var, kind: GeluKind) -> Result<Var, Fault> {
+        if self.product.is_local() {
+            return tape.linear_gelu(x, self.weight, self.bias, kind);
+        }
+        let y = self.forward(tape, x, None)?;
+        tape.gelu(&y, kind)
     }
 
-    /// The bias [out].
-    pub fn bias(&self) -> Option<ParamRef> {
-        self.bias
+    /// silu(gate) * up [M, in] of gate_up [M, 2 in], + residual [M, out] -> [M, out].
+    pub fn forward_swiglu(&self, tape: &mut Tape<'_>, gate_up: &Var, residual: &Var) -> Result<Var, Fault> {
+        if self.product.is_local() && self.bias.is_none() {
+            return tape.swiglu_linear(gate_up, self.weight, residual);
+        }
+        let act = tape.swiglu(gate_up)?;
+        self.forward(tape, &act, Some(residual))
     }
+}
+
+/// A norm over the residual stream, on any mesh.
+#[derive(Clone, Debug)]
+pub(crate) struct StreamNorm {
+    norm: Norm,
+    width: Width,
+}
+
+impl StreamNorm {
+    pub fn new(norm: Norm, width: usize, flow: &Flow) -> StreamNorm {
+        StreamNorm { norm, width: Width::new(&flow.mesh, flow.outer.cols, width) }
+    }
+
+    /// x [M, D] -> [M, D].
+    pub fn forward(&self, tape: &mut Tape<'_>, x: &Var) -> Result<Var, Fault> {
+        dist::norm(tape, &self.width, x, self.norm)
+    }
+}
+
+/// Heads on one rank: whole groups of query heads with the kv head they share, padded to equal
+/// numbers; a rank beyond the last group works on zeros.
+pub(crate) fn local_heads(flow: &Flow, n: usize, k: usize) -> (usize, usize) {
+    let groups = k.div_ceil(flow.inner.cols.pieces(&flow.mesh));
+    (groups * (n / k), groups)
 }
 
 /// The attention of one layer over a batch, or over a cache.
@@ -103,15 +188,4 @@ pub(crate) fn attend(
         None => tape.attention(qkv, shape),
         Some(cache) => tape.attention_cached(qkv, shape, cache),
     }
-}
-
-/// A vector parameter [width] without weight decay, stored under `stored` in files.
-pub(crate) fn vector(
-    builder: &mut Builder,
-    name: String,
-    stored: String,
-    width: usize,
-    init: Init,
-) -> ParamRef {
-    builder.whole(ParamSpec { name, shape: vec![width], init, decay: false }, stored, vec![width])
 }

@@ -16,11 +16,14 @@ pub use flops::Flops;
 pub use gpt2::{Gpt2, Gpt2Config};
 pub use layers::{Linear, Recompute, Tokens};
 pub use llama::{Family, Llama, LlamaConfig, MoeConfig};
-pub use names::{Builder, StoredWeight, fill};
+pub use names::{Builder, Spread, StoredWeight, fill};
 
-use dist::Mesh;
+use dist::{Flow, Mesh, Scheme};
 use std::sync::Arc;
-use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Var};
+use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Targets, Tensor, Var};
+
+/// A target that asks for nothing.
+const IGNORE: u32 = u32::MAX;
 
 /// A model of any family, built for one mesh.
 #[derive(Clone)]
@@ -39,20 +42,29 @@ pub struct Built {
     pub params: ParamList,
     /// Where each piece of each parameter lies in a Hugging Face folder.
     pub stored: Vec<StoredWeight>,
+    /// How each parameter lies among the ranks, in the order of their handles.
+    pub spreads: Vec<Spread>,
 }
 
 impl Model {
-    /// Lay out a model for sequences of at most `context` tokens.
+    /// Lay out a model for sequences of at most `context` tokens, on `mesh` as its axes suggest.
     pub fn build(config: &Config, context: usize, mesh: &Mesh) -> Result<Built, ConfigError> {
-        let mut builder = Builder::default();
-        let model = match config {
-            Config::Llama(config) => Model::Llama(Llama::build(config, context, mesh, &mut builder)?),
-            Config::Gpt2(config) => Model::Gpt2(Gpt2::build(config, context, mesh, &mut builder)?),
-        };
-        Ok(Built { model, params: builder.params, stored: builder.stored })
+        Model::build_on(config, context, &Flow::new(mesh, Scheme::of(mesh))?)
     }
 
-    /// Final hidden states [M, D] of packed rows of tokens, ready for the head.
+    /// The same with the scheme of `flow`. Layouts that do not meet are refused here.
+    pub fn build_on(config: &Config, context: usize, flow: &Flow) -> Result<Built, ConfigError> {
+        let mut builder = Builder::new(flow);
+        let model = match config {
+            Config::Llama(config) => Model::Llama(Llama::build(config, context, &mut builder)?),
+            Config::Gpt2(config) => Model::Gpt2(Gpt2::build(config, context, &mut builder)?),
+        };
+        let Builder { params, stored, spreads, .. } = builder;
+        Ok(Built { model, params, stored, spreads })
+    }
+
+    /// Final hidden states [M, D] of packed rows of tokens, ready for the head. Every rank of the
+    /// tensor axes passes the same tokens and gets its piece.
     pub fn hidden(&self, tape: &mut Tape<'_>, tokens: &Tokens, recompute: Recompute) -> Result<Var, Fault> {
         match self {
             Model::Llama(model) => model.hidden(tape, tokens, recompute),
@@ -74,6 +86,30 @@ impl Model {
             Model::Llama(model) => model.hidden_cached(tape, &tokens, caches),
             Model::Gpt2(model) => model.hidden_cached(tape, &tokens, caches),
         }
+    }
+
+    /// Losses of every token in nats, 0 where ignored, from `hidden`: [M] f32, the same on every rank
+    /// of the tensor axes. On a recording tape this is also where the backward pass will begin.
+    pub fn loss(
+        &self,
+        tape: &mut Tape<'_>,
+        hidden: &Var,
+        targets: Targets<'_>,
+        b: usize,
+    ) -> Result<Tensor, Fault> {
+        let (flow, table) = match self {
+            Model::Llama(model) => model.loss_parts(),
+            Model::Gpt2(model) => model.loss_parts(),
+        };
+        let (m, rows) = (targets.ids.len(), layers::rows_of(flow, b));
+        if rows == b && table.tokens().is_whole() {
+            return dist::head_loss(tape, table, hidden, self.head(), targets);
+        }
+        let mut ids = targets.ids.to_vec();
+        ids.resize(m / b.max(1) * rows, IGNORE);
+        let ids = layers::part_of(flow, table.tokens(), &ids);
+        let losses = dist::head_loss(tape, table, hidden, self.head(), Targets { ids, ..targets })?;
+        Ok(losses.narrow_rows(0, m))
     }
 
     /// The matrix [V, D] that turns hidden states into logits.

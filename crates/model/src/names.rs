@@ -2,7 +2,8 @@
 //! GEMM serves them; files keep the separate tensors every other tool expects.
 
 use crate::layers::LinearSpec;
-use tensor::{Init, ParamList, ParamRef, ParamSpec};
+use dist::{Axis, Cut, Dim, Flow, Held, Table, Weighted, crossing};
+use tensor::{Init, ParamList, ParamRef, ParamSpec, Piece};
 
 /// One tensor of a model folder and the run of a parameter it fills.
 #[derive(Clone, Debug, PartialEq)]
@@ -51,15 +52,29 @@ fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
 }
 
 /// Fill every parameter: `read(name, shape)` gives a tensor of a folder, `put(param, first element,
-/// values)` takes it.
+/// values)` takes it. A parameter that holds a piece gets its elements of the whole.
 pub fn fill<E>(
+    params: &ParamList,
     stored: &[StoredWeight],
     mut read: impl FnMut(&str, &[usize]) -> Result<Vec<f32>, E>,
-    mut put: impl FnMut(ParamRef, usize, &[f32]),
+    mut put: impl FnMut(ParamRef, usize, &[f32]) -> Result<(), E>,
 ) -> Result<(), E> {
-    for weight in stored {
-        let values = weight.to_ours(read(&weight.name, &weight.shape)?);
-        put(weight.param, weight.first, &values);
+    for tensors in stored.chunk_by(|a, b| a.param == b.param) {
+        let param = tensors[0].param;
+        let mut whole = params.piece(param).map(|piece| vec![0f32; piece.whole_len()]);
+        for weight in tensors {
+            let values = weight.to_ours(read(&weight.name, &weight.shape)?);
+            match &mut whole {
+                None => put(param, weight.first, &values)?,
+                Some(whole) => whole[weight.first..weight.first + values.len()].copy_from_slice(&values),
+            }
+        }
+        if let (Some(whole), Some(piece)) = (whole, params.piece(param)) {
+            let shape = &params.specs()[param.index()].shape;
+            let mut here = vec![0f32; shape.iter().product()];
+            piece.take(&whole, &mut here, shape.get(1).copied().unwrap_or(1));
+            put(param, 0, &here)?;
+        }
     }
     Ok(())
 }
@@ -73,40 +88,110 @@ pub(crate) enum Place {
     Transposed,
 }
 
+/// How a parameter lies among the ranks of a mesh. Ranks that differ in no axis of `cut` hold
+/// copies.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Spread {
+    /// Axes along which ranks hold different pieces.
+    pub cut: Vec<Axis>,
+    /// Axes along which the gradients of ranks are summands of the whole one, after the way back.
+    pub sums: Vec<Axis>,
+}
+
 /// Collects parameters and their names in files while a model is built.
-#[derive(Default)]
 pub struct Builder {
+    pub(crate) flow: Flow,
     pub(crate) params: ParamList,
     pub(crate) stored: Vec<StoredWeight>,
+    pub(crate) spreads: Vec<Spread>,
 }
 
 impl Builder {
-    /// A parameter that is one tensor in files.
-    pub(crate) fn whole(&mut self, spec: ParamSpec, name: String, shape: Vec<usize>) -> ParamRef {
-        let param = self.params.add(spec);
+    pub(crate) fn new(flow: &Flow) -> Builder {
+        let (params, stored, spreads) = Default::default();
+        Builder { flow: flow.clone(), params, stored, spreads }
+    }
+
+    /// Add a parameter of which ranks hold `rows` and `cols`; a vector has no columns.
+    fn add(&mut self, mut spec: ParamSpec, rows: &Held, cols: Option<&Held>, sums: Vec<Axis>) -> ParamRef {
+        let mesh = self.flow.mesh.clone();
+        let one = Held::plainly(Dim::plain(1), Cut::WHOLE);
+        let piece = crossing(&mesh, rows, cols.unwrap_or(&one));
+        spec.shape = std::iter::once(rows).chain(cols).map(|held| held.stored_len(&mesh)).collect();
+        let cuts = [Some(rows.cut), Some(rows.stored), cols.map(|cols| cols.cut)];
+        let cut = cuts.into_iter().flatten().flat_map(|cut| cut.axes()).collect();
+        self.spreads.push(Spread { cut, sums });
+        match is_whole(&piece, &spec) {
+            true => self.params.add(spec),
+            false => self.params.add_piece(spec, piece),
+        }
+    }
+
+    /// A vector that lies as the columns of the residual stream do, or whole for the heads.
+    pub(crate) fn vector(&mut self, name: String, stored: String, of: Vector) -> ParamRef {
+        let (outer, inner) = (self.flow.outer, self.flow.inner);
+        let (width, init, held, sums) = match of {
+            Vector::Outer(width, init) => {
+                let held = Held::plainly(Dim::plain(width), outer.cols);
+                (width, init, held, outer.rows.axes().collect())
+            }
+            Vector::Head(width, init) => {
+                let held = Held::plainly(Dim::plain(width), Cut::WHOLE);
+                (width, init, held, inner.rows.axes().chain(inner.cols.axes()).collect())
+            }
+        };
+        let spec = ParamSpec { name, shape: vec![width], init, decay: false };
+        let param = self.add(spec, &held, None, sums);
+        self.whole(stored, vec![width], param);
+        param
+    }
+
+    /// A table of `rows` rows as wide as the residual stream.
+    pub(crate) fn table(&mut self, spec: ParamSpec, stored: String) -> (ParamRef, Table) {
+        let [rows, width] = [spec.shape[0], spec.shape[1]];
+        let table = Table::new(&self.flow, rows, width);
+        let param = self.add(spec, &table.rows, Some(&table.cols), Vec::new());
+        self.whole(stored, vec![rows, width], param);
+        (param, table)
+    }
+
+    fn whole(&mut self, name: String, shape: Vec<usize>, param: ParamRef) {
         self.stored.push(StoredWeight { name, shape, param, first: 0, transposed: false });
-        param
     }
 
-    pub(crate) fn matrix(&mut self, spec: &LinearSpec<'_>) -> ParamRef {
-        let shape = vec![spec.outputs, spec.inputs];
+    pub(crate) fn matrix(&mut self, spec: &LinearSpec, weighted: &Weighted) -> ParamRef {
+        let sums = weighted.product.weight_sums().collect();
+        self.weight(spec, &weighted.rows, &weighted.cols, sums)
+    }
+
+    /// A matrix of a mesh of one rank.
+    pub(crate) fn whole_matrix(&mut self, spec: &LinearSpec) -> ParamRef {
+        let held = |dim: &Dim| Held::plainly(dim.clone(), Cut::WHOLE);
+        self.weight(spec, &held(&spec.outputs), &held(&spec.inputs), Vec::new())
+    }
+
+    fn weight(&mut self, spec: &LinearSpec, rows: &Held, cols: &Held, sums: Vec<Axis>) -> ParamRef {
+        let shape = vec![spec.outputs.len(), spec.inputs.len()];
         let name = format!("{}.weight", spec.name);
-        let param = self.params.add(ParamSpec { name, shape, init: Init::Normal(spec.std), decay: true });
-        self.parts(spec, "weight", param, spec.inputs);
+        let whole = ParamSpec { name, shape, init: Init::Normal(spec.std), decay: true };
+        let param = self.add(whole, rows, Some(cols), sums);
+        self.parts(spec, "weight", param, spec.inputs.len());
         param
     }
 
-    pub(crate) fn bias(&mut self, spec: &LinearSpec<'_>) -> ParamRef {
-        let (name, shape) = (format!("{}.bias", spec.name), vec![spec.outputs]);
-        let param = self.params.add(ParamSpec { name, shape, init: Init::Zeros, decay: false });
+    pub(crate) fn bias(&mut self, spec: &LinearSpec, weighted: &Weighted) -> ParamRef {
+        let (name, shape) = (format!("{}.bias", spec.name), vec![spec.outputs.len()]);
+        let whole = ParamSpec { name, shape, init: Init::Zeros, decay: false };
+        let sums = weighted.product.y.rows.axes().collect();
+        let param = self.add(whole, &weighted.bias, None, sums);
         self.parts(spec, "bias", param, 0);
         param
     }
 
     /// `inputs` is 0 for a bias.
-    fn parts(&mut self, spec: &LinearSpec<'_>, kind: &str, param: ParamRef, inputs: usize) {
+    fn parts(&mut self, spec: &LinearSpec, kind: &str, param: ParamRef, inputs: usize) {
         let mut row = 0;
-        for (name, rows) in spec.parts {
+        for (name, rows) in &spec.parts {
             let transposed = inputs > 0 && spec.place == Place::Transposed;
             let shape = match (inputs, transposed) {
                 (0, _) => vec![*rows],
@@ -118,6 +203,21 @@ impl Builder {
             row += rows;
         }
     }
+}
+
+/// Whether a piece is the whole, in its order and without padding.
+fn is_whole(piece: &Piece, spec: &ParamSpec) -> bool {
+    let all = |runs: &[tensor::Run], len: usize| matches!(runs, [run] if run.at == 0 && run.from == 0 && run.len == len);
+    let [rows, cols] = piece.whole;
+    all(&piece.rows, rows) && all(&piece.cols, cols) && spec.len() == piece.whole_len()
+}
+
+/// What a vector parameter belongs to: (elements, initial values).
+pub(crate) enum Vector {
+    /// The columns of the residual stream.
+    Outer(usize, Init),
+    /// Every head alike.
+    Head(usize, Init),
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod fault;
 mod init;
 mod ops;
 mod params;
+mod piece;
 mod tape;
 mod value;
 
@@ -19,7 +20,8 @@ pub use init::{Init, normal};
 pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;
 pub use kernels::rope::{RopeScaling, RopeTable};
-pub use ops::{AttentionShape, KvCache, Norm, Order, Router, Targets};
+pub use ops::{AttentionShape, KvCache, Norm, Order, Router, Targets, loss_slice_tokens};
 pub use params::{ParamList, ParamRef, ParamSpec, ParamStore};
+pub use piece::{Piece, Run};
 pub use tape::{Moment, Phase, Tape, Var, Watch};
 pub use value::Tensor;

@@ -1,11 +1,20 @@
 //! Parameters: handles outside, flat memory inside.
 //!
-//! Layers and the tape hold `ParamRef`s; only this file knows where the bytes lie. Weights are one
-//! flat array in the compute type, gradients one flat f32 array, in the order of the handles, so
-//! that the optimizer, the checkpoint and the memory tiers see runs of bytes, not tensors.
+//! Layers and the tape hold `ParamRef`s; this file knows which elements of the flat arrays each one
+//! is. Weights are one flat array in the compute type, gradients one flat f32 array, in the order of
+//! the handles, so that the optimizer, the checkpoint and the memory tiers see runs of bytes, not
+//! tensors.
 
+use crate::Fault;
 use crate::init::{Init, fill};
-use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
+use crate::piece::Piece;
+use crate::tape::{Moment, Phase};
+use device::{DType, Device, OutOfMemory, View, ViewMut};
+use memory::pager::{About, PagerError, Setup};
+use memory::trace::Access;
+use memory::{Arrays, Class, Need, trace};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Mutex;
 
 /// Handle of one parameter.
@@ -48,6 +57,8 @@ impl ParamSpec {
 #[derive(Clone, Debug, Default)]
 pub struct ParamList {
     specs: Vec<ParamSpec>,
+    /// Of the parameters that are part of a larger matrix.
+    pieces: BTreeMap<ParamRef, Piece>,
 }
 
 impl ParamList {
@@ -57,6 +68,29 @@ impl ParamList {
         ParamRef(self.specs.len() as u32 - 1)
     }
 
+    /// Add one that holds a piece of a larger matrix; `spec.shape` is what is held, padding
+    /// included.
+    pub fn add_piece(&mut self, spec: ParamSpec, piece: Piece) -> ParamRef {
+        let param = self.add(spec);
+        self.pieces.insert(param, piece);
+        param
+    }
+
+    /// The piece a parameter holds; `None` where it is whole.
+    pub fn piece(&self, param: ParamRef) -> Option<&Piece> {
+        self.pieces.get(&param)
+    }
+
+    /// Where a store of this list begins each parameter in its flat arrays, and how long they are.
+    pub fn layout(&self) -> (Vec<usize>, usize) {
+        lay_out(&self.specs)
+    }
+
+    /// Handles in order.
+    pub fn refs(&self) -> impl Iterator<Item = ParamRef> + use<> {
+        (0..self.specs.len() as u32).map(ParamRef)
+    }
+
     /// What was added, in order.
     pub fn specs(&self) -> &[ParamSpec] {
         &self.specs
@@ -64,11 +98,20 @@ impl ParamList {
 
     /// Initial values of every parameter from `seed`, handed to `put(param, first element, values)`
     /// in pieces, so that whoever keeps a finer master can keep the full f32 value.
-    pub fn initial_values(&self, seed: u64, mut put: impl FnMut(ParamRef, usize, &[f32])) {
+    /// A piece gets the values its elements have in the whole, so that every mesh starts alike.
+    pub fn initial_values<E>(
+        &self,
+        seed: u64,
+        mut put: impl FnMut(ParamRef, usize, &[f32]) -> Result<(), E>,
+    ) -> Result<(), E> {
         const PIECE: usize = 1 << 20;
         const FILL: usize = 1 << 14;
         let mut values = vec![0f32; PIECE];
         for (index, spec) in self.specs.iter().enumerate() {
+            if let Some(piece) = self.pieces.get(&ParamRef(index as u32)) {
+                put(ParamRef(index as u32), 0, &piece_values(spec, piece, seed))?;
+                continue;
+            }
             for first in (0..spec.len()).step_by(PIECE) {
                 let count = PIECE.min(spec.len() - first);
                 let chunks: Vec<_> = values[..count].chunks_mut(FILL).map(Mutex::new).collect();
@@ -78,10 +121,37 @@ impl ParamList {
                     }
                 });
                 drop(chunks);
-                put(ParamRef(index as u32), first, &values[..count]);
+                put(ParamRef(index as u32), first, &values[..count])?;
             }
         }
+        Ok(())
     }
+}
+
+/// Initial values of a piece: what its elements have in the whole, zero in the padding.
+fn piece_values(spec: &ParamSpec, piece: &Piece, seed: u64) -> Vec<f32> {
+    let ld = spec.shape[1..].iter().product::<usize>().max(1);
+    let mut values = vec![0f32; spec.len()];
+    let mut stretches = Vec::new();
+    piece.stretches(ld, |at, from, len| stretches.push((at, from, len)));
+    let (mut rest, mut passed) = (values.as_mut_slice(), 0);
+    let mut cut = Vec::with_capacity(stretches.len());
+    for (at, from, len) in stretches {
+        let (_, tail) = rest.split_at_mut(at - passed);
+        let (here, tail) = tail.split_at_mut(len);
+        cut.push(Mutex::new((from as u64, here)));
+        (rest, passed) = (tail, at + len);
+    }
+    device::for_each_chunk(cut.len(), 16, |range| {
+        for stretch in &cut[range] {
+            if let Ok(mut stretch) = stretch.lock() {
+                let (from, here) = &mut *stretch;
+                fill(spec.init, seed, &spec.name, *from, here);
+            }
+        }
+    });
+    drop(cut);
+    values
 }
 
 /// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector
@@ -90,41 +160,105 @@ const ALIGN: usize = 32;
 
 /// All parameters of a model: specs, weights, and gradients while training.
 pub struct ParamStore {
-    device: Device,
     dtype: DType,
     specs: Vec<ParamSpec>,
     starts: Vec<usize>,
-    total: usize,
-    weights: Buffer,
-    grads: Option<Buffer>,
+    arrays: Arrays,
     /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
     touched: Vec<bool>,
+}
+
+/// First element of each parameter, and elements of all.
+fn lay_out(specs: &[ParamSpec]) -> (Vec<usize>, usize) {
+    let mut total = 0usize;
+    let place = |spec: &ParamSpec| {
+        let start = total;
+        total = (total + spec.len()).next_multiple_of(ALIGN);
+        start
+    };
+    (specs.iter().map(place).collect(), total)
 }
 
 impl ParamStore {
     /// Storage for `list` in `dtype` (f32 or bf16), zeroed.
     pub fn new(device: Device, dtype: DType, list: &ParamList) -> Result<ParamStore, OutOfMemory> {
+        let (starts, total) = lay_out(&list.specs);
+        let mut arrays = Arrays::new(device, total);
+        arrays.add(Class::Param, dtype)?;
+        Ok(Self::of(list, dtype, starts, arrays))
+    }
+
+    /// Storage over tiers, for weights, gradients and optimizer state.
+    pub fn paged(
+        device: Device,
+        dtype: DType,
+        list: &ParamList,
+        setup: Setup,
+    ) -> Result<ParamStore, PagerError> {
+        let (starts, total) = lay_out(&list.specs);
+        let mut classes = vec![(Class::Param, dtype), (Class::Grad, DType::F32)];
+        if dtype != DType::F32 {
+            classes.push((Class::Master, DType::U16));
+        }
+        classes.extend([(Class::M, DType::F32), (Class::V, DType::F32)]);
+        let arrays = Arrays::paged(device, total, setup, &classes)?;
+        Ok(Self::of(list, dtype, starts, arrays))
+    }
+
+    fn of(list: &ParamList, dtype: DType, starts: Vec<usize>, arrays: Arrays) -> ParamStore {
         let specs = list.specs.clone();
-        let mut total = 0usize;
-        let starts = specs
-            .iter()
-            .map(|spec| {
-                let start = total;
-                total = (total + spec.len()).next_multiple_of(ALIGN);
-                start
-            })
-            .collect();
         let touched = vec![false; specs.len()];
-        let weights = Buffer::zeroed(device, total * dtype.size_bytes())?;
-        Ok(ParamStore { device, dtype, specs, starts, total, weights, grads: None, touched })
+        ParamStore { dtype, specs, starts, arrays, touched }
     }
 
     /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
     pub fn enable_grads(&mut self) -> Result<(), OutOfMemory> {
-        if self.grads.is_none() {
-            self.grads = Some(Buffer::zeroed(self.device, self.total * 4)?);
+        self.arrays.add(Class::Grad, DType::F32)
+    }
+
+    /// The flat arrays, for the optimizer and for files.
+    pub fn arrays(&self) -> &Arrays {
+        &self.arrays
+    }
+
+    /// The same to be changed.
+    pub fn arrays_mut(&mut self) -> &mut Arrays {
+        &mut self.arrays
+    }
+
+    /// An op is about to run: make the weights of its parameters resident, and their gradients where it
+    /// writes them.
+    pub(crate) fn visit(&mut self, moment: &Moment<'_>) -> Result<(), Fault> {
+        if !self.arrays.is_paged() {
+            return Ok(());
         }
-        Ok(())
+        let mut needs = Vec::with_capacity(2 * moment.params.len());
+        for param in moment.params {
+            let elements = self.range(*param);
+            if moment.writes_grads {
+                let elements = elements.clone();
+                needs.push(Need { class: Class::Grad, elements, access: Access::ReadWrite });
+            }
+            needs.push(Need { class: Class::Param, elements, access: Access::Read });
+        }
+        let phase = match moment.phase {
+            Phase::Forward => trace::Phase::Forward,
+            Phase::Backward => trace::Phase::Backward,
+            Phase::Recompute => trace::Phase::Recompute,
+        };
+        self.bring(About { phase, op: moment.op, layer: moment.layer as u32 }, &needs)
+    }
+
+    /// Make runs of the flat arrays resident until the next call of this or the next moment.
+    pub fn bring(&mut self, about: About, needs: &[Need]) -> Result<(), Fault> {
+        self.arrays.visit(about, needs).map_err(Fault::outside)
+    }
+
+    /// Parameters that have elements in `elements`, in order.
+    pub fn params_in(&self, elements: &Range<usize>) -> impl Iterator<Item = ParamRef> + use<> {
+        let first = self.starts.partition_point(|start| *start <= elements.start).saturating_sub(1);
+        let last = self.starts.partition_point(|start| *start < elements.end);
+        (first as u32..last as u32).map(ParamRef)
     }
 
     /// Handles in order.
@@ -143,14 +277,19 @@ impl ParamStore {
     }
 
     /// Elements of the flat arrays a parameter covers.
-    pub fn range(&self, param: ParamRef) -> std::ops::Range<usize> {
+    pub fn range(&self, param: ParamRef) -> Range<usize> {
         let start = self.starts[param.index()];
         start..start + self.specs[param.index()].len()
     }
 
+    /// Chunks of the flat arrays a parameter lies in; one of everything where nothing is cut.
+    pub fn pieces_of(&self, param: ParamRef) -> Range<usize> {
+        self.arrays.chunks_of(&self.range(param))
+    }
+
     /// Elements of the flat arrays, padding included.
     pub fn flat_len(&self) -> usize {
-        self.total
+        self.arrays.len()
     }
 
     /// Elements that are parameters.
@@ -165,19 +304,18 @@ impl ParamStore {
 
     /// Where the weights live.
     pub fn device(&self) -> Device {
-        self.device
+        self.arrays.device()
     }
 
     /// Weights of one parameter.
     pub fn weight(&self, param: ParamRef) -> View<'_> {
-        let range = self.range(param);
-        self.weights.view(self.dtype, range.start, range.len())
+        self.arrays.view(Class::Param, self.range(param))
     }
 
     /// Weights of one parameter, for loading.
     pub fn weight_mut(&mut self, param: ParamRef) -> ViewMut<'_> {
         let range = self.range(param);
-        self.weights.view_mut(self.dtype, range.start, range.len())
+        self.arrays.view_mut(Class::Param, range)
     }
 
     /// Weights of one parameter from element `first` on, rounded to the store's type.
@@ -187,18 +325,16 @@ impl ParamStore {
 
     /// Gradient of one parameter. Panics when gradients were never enabled: our bug.
     pub fn grad(&self, param: ParamRef) -> View<'_> {
-        let range = self.range(param);
-        self.grads.as_ref().expect("gradients enabled").view(DType::F32, range.start, range.len())
+        self.arrays.view(Class::Grad, self.range(param))
     }
 
     /// Weights beside the gradient to write, and whether to add to it: the first write of a step
     /// overwrites, which saves clearing the gradients and reading them once.
     pub fn weight_and_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>, bool) {
-        let range = self.range(param);
-        let grads = self.grads.as_mut().expect("gradients enabled");
-        let grad = grads.view_mut(DType::F32, range.start, range.len());
         let add = std::mem::replace(&mut self.touched[param.index()], true);
-        (self.weights.view(self.dtype, range.start, range.len()), grad, add)
+        let range = self.range(param);
+        let (weight, grad) = self.arrays.view_and_mut(Class::Param, Class::Grad, range);
+        (weight, grad, add)
     }
 
     /// The same for kernels that only add: a stale gradient is cleared first.
@@ -210,45 +346,31 @@ impl ParamStore {
         (weight, grad)
     }
 
-    /// Weights to update beside the gradient to read, for the optimizer.
-    pub fn weight_mut_and_grad(&mut self, param: ParamRef) -> (ViewMut<'_>, View<'_>) {
-        let range = self.range(param);
-        let grads = self.grads.as_ref().expect("gradients enabled");
-        let grad = grads.view(DType::F32, range.start, range.len());
-        (self.weights.view_mut(self.dtype, range.start, range.len()), grad)
-    }
-
     /// All gradients as one flat array, padding (always zero) included.
     pub fn all_grads(&self) -> View<'_> {
-        self.grads.as_ref().expect("gradients enabled").view(DType::F32, 0, self.total)
-    }
-
-    /// All weights as one flat array, padding (always zero) included.
-    pub fn all_weights(&self) -> View<'_> {
-        self.weights.view(self.dtype, 0, self.total)
-    }
-
-    /// The same for restoring them.
-    pub fn all_weights_mut(&mut self) -> ViewMut<'_> {
-        self.weights.view_mut(self.dtype, 0, self.total)
+        self.arrays.view(Class::Grad, 0..self.arrays.len())
     }
 
     /// Start a step: every gradient counts as zero.
-    pub fn clear_grads(&mut self) {
+    pub fn clear_grads(&mut self) -> Result<(), Fault> {
         self.touched.fill(false);
+        self.arrays.discard(Class::Grad, 0..self.arrays.len()).map_err(Fault::outside)
     }
 
     /// End the backward passes of a step: gradients nobody wrote become zeros.
-    pub fn settle_grads(&mut self) {
-        for param in self.refs() {
-            if !self.touched[param.index()] {
-                self.weight_and_added_grad(param);
-            }
+    pub fn settle_grads(&mut self) -> Result<(), Fault> {
+        for param in self.refs().filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {
+            let elements = self.range(param);
+            let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+            self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
+            self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
+            self.touched[param.index()] = true;
         }
+        Ok(())
     }
 
     /// Whether gradients are reserved.
     pub fn has_grads(&self) -> bool {
-        self.grads.is_some()
+        self.arrays.has(Class::Grad)
     }
 }

@@ -39,12 +39,14 @@ pub struct Moment<'a> {
     pub op: &'static str,
     /// Layer the op belongs to, as `Tape::set_layer` was told.
     pub layer: usize,
-    /// Parameters whose weights it reads and, backward, whose gradients it writes.
+    /// Parameters whose weights it reads.
     pub params: &'a [ParamRef],
+    /// Whether it writes gradients of theirs.
+    pub writes_grads: bool,
 }
 
-/// Whoever is told of every moment.
-pub type Watch<'a> = &'a mut dyn FnMut(&Moment<'_>);
+/// Whoever is told of every moment before it runs, and may use the parameters in between.
+pub type Watch<'a> = &'a mut dyn FnMut(&Moment<'_>, &mut ParamStore) -> Result<(), Fault>;
 
 /// The way back of an op of another room: gradient of its output to those of its inputs.
 pub(crate) type WayBack = Box<dyn FnOnce(&mut Tape<'_>, Tensor) -> Result<Vec<Option<Tensor>>, Fault>>;
@@ -170,14 +172,26 @@ impl<'a> Tape<'a> {
         Var { id: self.next_id - 1, value }
     }
 
-    /// Tell of an op before it runs. What it reads must be at hand afterwards, or this fails.
+    /// Tell of an op before it runs. What it reads is at hand afterwards, and on the way back the
+    /// gradients it writes, or this fails.
     pub fn moment(&mut self, op: &'static str, params: &[ParamRef]) -> Result<(), Fault> {
-        let moment = Moment { index: self.clock, phase: self.phase, op, layer: self.layer, params };
+        self.moment_with_grads(op, params, self.phase == Phase::Backward)
+    }
+
+    /// The same for an op that may write gradients of its parameters on the way forward.
+    pub fn moment_with_grads(
+        &mut self,
+        op: &'static str,
+        params: &[ParamRef],
+        writes_grads: bool,
+    ) -> Result<(), Fault> {
+        let (phase, layer) = (self.phase, self.layer);
+        let moment = Moment { index: self.clock, phase, op, layer, params, writes_grads };
         self.clock += 1;
         if let Some(watch) = &mut self.watch {
-            watch(&moment);
+            watch(&moment, self.params)?;
         }
-        Ok(())
+        self.params.visit(&moment)
     }
 
     /// The output of an op that lives outside this room (a collective, a distributed product).

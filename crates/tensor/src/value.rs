@@ -43,6 +43,13 @@ impl Tensor {
         }
     }
 
+    /// The elements at the start of a buffer that came from elsewhere.
+    pub fn from_buffer(buffer: Buffer, dtype: DType, shape: &[usize]) -> Tensor {
+        let bytes = shape.iter().product::<usize>() * dtype.size_bytes();
+        assert!(bytes <= buffer.len_bytes(), "{shape:?} of {dtype} in {} bytes", buffer.len_bytes());
+        Tensor { buffer, dtype, start: 0, shape: shape.to_vec() }
+    }
+
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape
@@ -104,6 +111,20 @@ impl Tensor {
             start: self.start + start * cols,
             shape: vec![count, cols],
         }
+    }
+
+    /// The same bytes as elements of another type; the last dimension counts accordingly.
+    pub fn as_type(&self, dtype: DType) -> Tensor {
+        let (old, new) = (self.dtype.size_bytes(), dtype.size_bytes());
+        let scaled = |count: usize| {
+            assert!((count * old).is_multiple_of(new), "{count} elements of {} as {dtype}", self.dtype);
+            count * old / new
+        };
+        let mut shape = self.shape.clone();
+        if let Some(last) = shape.last_mut() {
+            *last = scaled(*last);
+        }
+        Tensor { buffer: self.buffer.clone(), dtype, start: scaled(self.start), shape }
     }
 
     /// A private copy on the same device.

@@ -1,6 +1,7 @@
 //! Experts: every parameter's gradient, the router's and the balance's included, against finite
 //! differences; and what the ops must not depend on.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use tensor::{
     DType, Device, Init, Order, ParamList, ParamRef, ParamSpec, ParamStore, Router, Tape, Targets, Tensor,
@@ -43,10 +44,12 @@ impl Net {
     fn store(&self, dtype: DType) -> ParamStore {
         let mut store = ParamStore::new(Device::Cpu, dtype, &self.list).unwrap();
         store.enable_grads().unwrap();
-        self.list.initial_values(11, |param, first, values| {
+        let put = |param, first, values: &[f32]| {
             let values = Tensor::from_f32(values, DType::F32, &[values.len()]).unwrap();
             store.set_weights(param, first, values.view());
-        });
+            Ok::<_, Infallible>(())
+        };
+        self.list.initial_values(11, put).unwrap();
         store
     }
 
@@ -54,7 +57,7 @@ impl Net {
     fn loss(&self, store: &mut ParamStore, train: bool) -> f64 {
         let ids: Arc<[u32]> = (0..M as u32).map(|i| i * 7 % V as u32).collect();
         let targets: Vec<u32> = (0..M as u32).map(|i| i * 5 % V as u32).collect();
-        store.clear_grads();
+        store.clear_grads().unwrap();
         let mut tape = if train { Tape::recording(store) } else { Tape::running(store) };
         let x = tape.embedding(&[(ids, self.embedding)]).unwrap();
         let (weights, order) = tape.route(&x, self.route, self.router).unwrap();
@@ -71,7 +74,7 @@ impl Net {
             tape.backward().unwrap();
         }
         drop(tape);
-        store.settle_grads();
+        store.settle_grads().unwrap();
         losses.to_f32().iter().map(|loss| f64::from(*loss)).sum::<f64>() + balance
     }
 }

@@ -108,7 +108,7 @@ fn the_first_write_of_a_step_replaces_the_last_step() {
     let mut store = net.store(DType::F32);
     let losses = net.train(&mut store, &batch, 0.1, Keep::All);
     let first = bits(&losses, &store);
-    store.clear_grads();
+    store.clear_grads().unwrap();
     let losses = net.train(&mut store, &batch, 0.1, Keep::All);
     assert!(bits(&losses, &store) == first);
 }
@@ -118,12 +118,12 @@ fn gradients_nobody_wrote_settle_to_zero() {
     let (net, batch) = (Net::new(GeluKind::Tanh, false), Batch::random(1, 20, 7));
     let mut store = net.store(DType::F32);
     net.train(&mut store, &batch, 0.1, Keep::All);
-    store.clear_grads();
+    store.clear_grads().unwrap();
     let mut tape = Tape::recording(&mut store);
     let x = tape.embedding(&[(batch.ids.clone(), net.tokens)]).unwrap();
     tape.head_loss(&x, net.head, Targets { ids: &batch.targets, scale: 1.0 }).unwrap();
     tape.backward().unwrap();
-    store.settle_grads();
+    store.settle_grads().unwrap();
     for param in store.refs() {
         let written = grad(&store, param).iter().any(|g| *g != 0.0);
         assert_eq!(written, param == net.tokens || param == net.head, "{}", store.spec(param).name);
@@ -144,9 +144,9 @@ fn a_running_tape_gives_the_same_losses_and_no_gradients() {
     let (net, batch) = (Net::new(GeluKind::Tanh, false), Batch::random(2, 20, 9));
     let mut store = net.store(DType::F32);
     let losses = net.evaluate(&mut store, &batch);
-    store.settle_grads();
+    store.settle_grads().unwrap();
     assert!(store.all_grads().f32().iter().all(|g| *g == 0.0));
-    store.clear_grads();
+    store.clear_grads().unwrap();
     assert_eq!(net.train(&mut store, &batch, 1.0, Keep::All), losses);
 }
 
@@ -182,7 +182,7 @@ fn transcript(net: &Net, keep: Keep) -> String {
     let mut store = net.store(DType::F32);
     let names: Vec<String> = net.list.specs().iter().map(|spec| spec.name.clone()).collect();
     let (mut lines, mut clock) = (Vec::new(), 0);
-    let mut watch = |moment: &Moment<'_>| {
+    let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
         assert_eq!(moment.index, clock, "moments are counted without a gap");
         clock += 1;
         let phase = match moment.phase {
@@ -194,6 +194,7 @@ fn transcript(net: &Net, keep: Keep) -> String {
         lines.push(
             format!("{phase}{} {} {}", moment.layer, moment.op, params.join(" ")).trim_end().to_string(),
         );
+        Ok(())
     };
     let batch = Batch::random(1, 20, 10);
     let mut tape = Tape::recording(&mut store).watched_by(&mut watch);

@@ -36,9 +36,21 @@ pub enum TrainError {
     /// The system has no memory left.
     #[error(transparent)]
     Memory(#[from] device::OutOfMemory),
+    /// The tiers of the state cannot be set up.
+    #[error(transparent)]
+    Tiers(#[from] memory::pager::PagerError),
     /// A step could not be run.
     #[error(transparent)]
     Fault(#[from] tensor::Fault),
+    /// The mesh has no use for an axis.
+    #[error(transparent)]
+    Flow(#[from] dist::FlowError),
+    /// The mesh cannot be laid out.
+    #[error("{what}")]
+    Mesh {
+        /// What is wrong, with a remedy.
+        what: String,
+    },
     /// It would not fit, said before anything is reserved.
     #[error("this run needs about {needs} of memory, {available} are available; {remedy}")]
     TooLarge {
@@ -46,6 +58,14 @@ pub enum TrainError {
         needs: String,
         /// Free now.
         available: String,
+        /// What would do.
+        remedy: String,
+    },
+    /// Budgets of `[memory]` no plan can work within.
+    #[error("{what}; {remedy}")]
+    Budget {
+        /// Which budget, and what is needed.
+        what: String,
         /// What would do.
         remedy: String,
     },

@@ -7,11 +7,8 @@ use model::{Config, Recompute};
 use tensor::ParamList;
 
 /// Share of the measured GEMM peak a training step reaches, for predicted times: what the
-/// Shakespeare recipe and the bench configurations measure lies between 0.6 and 0.8.
-const USUAL_UTILISATION: f64 = 0.65;
-
-/// Tokens whose logits the fused loss holds at a time, as `Tape::head_loss`.
-const LOSS_SLICE: usize = 256;
+/// bench configurations measure lies between 0.4 (AMX, bf16) and 0.8 (AVX2, f32).
+pub(crate) const USUAL_UTILISATION: f64 = 0.6;
 
 /// Predicted needs of a run.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -59,31 +56,52 @@ impl Estimate {
     }
 }
 
+/// Bytes of one microbatch, by cause.
+pub(crate) struct Activations {
+    /// What one layer keeps from its forward to its backward pass, beside its input.
+    pub(crate) kept_bytes: u64,
+    /// The input of one layer.
+    pub(crate) input_bytes: u64,
+    /// The largest scratch beside them.
+    pub(crate) scratch_bytes: u64,
+}
+
+impl Activations {
+    pub(crate) fn new(config: &Config, recipe: &TrainRecipe) -> Activations {
+        let (n, k, h) = config.heads();
+        let (d, f, v) = (config.width(), config.ffn(), config.vocab());
+        let size = match recipe.dtype {
+            DType::F32 => 4,
+            _ => 2,
+        };
+        let m = recipe.batch * recipe.context;
+        let gates = if config.gated() { 2 * f } else { f };
+        // Kept per token and layer: two inputs of norms, two outputs of norms, q|k|v and the attended
+        // heads, the feed-forward's inner values (GELU keeps its output beside its input).
+        let inner = if config.gated() { gates } else { 2 * f };
+        let kept = 4 * d + (n + 2 * k) * h + n * h + inner;
+        // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the
+        // inner values, the packed operand of the widest product.
+        let slice = tensor::loss_slice_tokens(v).min(m);
+        let head = 2 * slice * v * 4 + 2 * m * d * size;
+        let scratch = m * (gates + f + 2 * d) * size + m * gates * 4;
+        Activations {
+            kept_bytes: (m * (kept * size + n * 4)) as u64,
+            input_bytes: (m * d * size) as u64,
+            scratch_bytes: (head.max(scratch) + 2 * m * d * size) as u64,
+        }
+    }
+}
+
 /// Bytes a microbatch keeps between forward and backward, and the largest scratch beside them.
 fn activation_bytes(config: &Config, recipe: &TrainRecipe) -> u64 {
-    let (n, k, h) = config.heads();
-    let (d, f, v) = (config.width(), config.ffn(), config.vocab());
-    let size = match recipe.dtype {
-        DType::F32 => 4,
-        _ => 2,
-    };
-    let m = recipe.batch * recipe.context;
-    let gates = if config.gated() { 2 * f } else { f };
-    // Kept per token and layer: two inputs of norms, two outputs of norms, q|k|v and the attended
-    // heads, the feed-forward's inner values (GELU keeps its output beside its input).
-    let inner = if config.gated() { gates } else { 2 * f };
-    let kept = 4 * d + (n + 2 * k) * h + n * h + inner;
-    let full_layers = match recipe.recompute {
-        Recompute::Never => config.layers(),
-        Recompute::First(count) => config.layers().saturating_sub(count).max(1),
+    let parts = Activations::new(config, recipe);
+    let layers = config.layers();
+    let full = match recipe.recompute {
+        Recompute::Never => layers,
+        Recompute::First(count) => layers.saturating_sub(count).max(1),
         Recompute::Always => 1,
     };
-    let inputs = config.layers() - full_layers.min(config.layers());
-    let layers = m * (full_layers * kept + inputs * d) * size + m * config.layers() * n * 4;
-    // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the inner
-    // values, the packed operand of the widest product.
-    let slice = LOSS_SLICE.min(m);
-    let head = 2 * slice * v * 4 + 2 * m * d * size;
-    let scratch = m * (gates + f + 2 * d) * size + m * gates * 4;
-    (layers + head.max(scratch) + 2 * m * d * size) as u64
+    let inputs = layers - full.min(layers);
+    full as u64 * parts.kept_bytes + inputs as u64 * parts.input_bytes + parts.scratch_bytes
 }

@@ -1,15 +1,19 @@
 //! The run as a Hugging Face folder, beside its state.
 
 use crate::TrainError;
-use crate::learner::Learner;
 use crate::prepare::Prepared;
 use crate::recipe::{ModelRecipe, Recipe};
 use crate::run_folder::RunFolder;
 use checkpoint::{OutTensor, save_folder};
-use device::DType;
+use device::{DType, View};
 use half::bf16;
+use memory::pager::About;
+use memory::trace::{Access, Phase};
+use memory::{Class, Need};
+use model::StoredWeight;
 use serde_json::json;
 use std::io::{self, Write};
+use tensor::ParamStore;
 
 /// Above this a folder is cut into shards, as `transformers` does.
 const SHARD_BYTES: u64 = 5_000_000_000;
@@ -20,13 +24,12 @@ pub fn write(
     folder: &RunFolder,
     recipe: &Recipe,
     prepared: &Prepared,
-    learner: &Learner,
+    (store, stored): (&mut ParamStore, &[StoredWeight]),
     step: u64,
 ) -> Result<(), TrainError> {
     let aside = folder.path().join(".export");
-    let dtype = learner.store.dtype();
-    let tensors: Vec<OutTensor> = learner
-        .stored
+    let dtype = store.dtype();
+    let tensors: Vec<OutTensor> = stored
         .iter()
         .map(|weight| OutTensor { name: weight.name.clone(), shape: weight.shape.clone(), dtype })
         .collect();
@@ -47,10 +50,16 @@ pub fn write(
     }
     files.push(("config.json".into(), pretty(&config)));
     files.push(("generation_config.json".into(), pretty(&generation)));
-    files.push(("README.md".into(), card(recipe, prepared, learner, step).into_bytes()));
+    files.push(("README.md".into(), card(recipe, prepared, store.parameter_count(), step).into_bytes()));
     // A folder left by a run that was killed right here.
     std::fs::remove_dir_all(&aside).ok();
-    save_folder(&aside, &tensors, |index, out| write_tensor(learner, index, out), &files, SHARD_BYTES)?;
+    save_folder(
+        &aside,
+        &tensors,
+        |index, out| write_tensor(store, &stored[index], out),
+        &files,
+        SHARD_BYTES,
+    )?;
     move_in(folder, &aside).map_err(|source| TrainError::Folder { path: folder.path().to_path_buf(), source })
 }
 
@@ -58,18 +67,36 @@ fn pretty(json: &serde_json::Value) -> Vec<u8> {
     format!("{json:#}\n").into_bytes()
 }
 
-fn write_tensor(learner: &Learner, index: usize, out: &mut dyn Write) -> io::Result<()> {
-    let weight = &learner.stored[index];
-    let view = learner.store.weight(weight.param);
-    if !weight.transposed {
-        return out.write_all(view.narrow(weight.first, weight.len()).bytes());
+fn write_tensor(store: &mut ParamStore, weight: &StoredWeight, out: &mut dyn Write) -> io::Result<()> {
+    let start = store.range(weight.param).start + weight.first;
+    let elements = start..start + weight.len();
+    // What lies as in the file goes piece by piece; what must be turned is brought whole.
+    let pieces: Vec<_> = match weight.transposed {
+        false => store.arrays().pieces(elements).collect(),
+        true => vec![store.range(weight.param)],
+    };
+    for piece in pieces {
+        let need = Need { class: Class::Param, elements: piece.clone(), access: Access::Read };
+        store.bring(EXPORT, &[need]).map_err(io::Error::other)?;
+        let view = store.arrays().view(Class::Param, piece);
+        if weight.transposed {
+            write_turned(weight, view, out)?;
+        } else {
+            out.write_all(view.bytes())?;
+        }
     }
-    let widened: Vec<f32> = match view.floats() {
+    Ok(())
+}
+
+const EXPORT: About = About { phase: Phase::Optimizer, op: "export", layer: 0 };
+
+fn write_turned(weight: &StoredWeight, param: View<'_>, out: &mut dyn Write) -> io::Result<()> {
+    let widened: Vec<f32> = match param.floats() {
         device::Slice::F32(values) => values.to_vec(),
         device::Slice::Bf16(values) => values.iter().map(|x| x.to_f32()).collect(),
     };
     for x in weight.to_stored(&widened) {
-        match learner.store.dtype() {
+        match param.dtype() {
             DType::F32 => out.write_all(&x.to_le_bytes())?,
             _ => out.write_all(&bf16::from_f32(x).to_le_bytes())?,
         }
@@ -91,7 +118,7 @@ fn move_in(folder: &RunFolder, aside: &std::path::Path) -> io::Result<()> {
     std::fs::File::open(folder.path())?.sync_all()
 }
 
-fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> String {
+fn card(recipe: &Recipe, prepared: &Prepared, parameters: usize, step: u64) -> String {
     let config = &prepared.config;
     let (n, k, h) = config.heads();
     let data =
@@ -110,7 +137,7 @@ fn card(recipe: &Recipe, prepared: &Prepared, learner: &Learner, step: u64) -> S
          The recipe is in `recipe.toml`, the log in `metrics.jsonl`.\n\n\
          ```\ntrilith chat {}\n```\n",
         config.family(),
-        learner.store.parameter_count(),
+        parameters,
         config.layers(),
         config.width(),
         config.vocab(),

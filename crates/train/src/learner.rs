@@ -1,10 +1,13 @@
 //! A model, its parameters and its optimizer: what one training step is made of.
 
-use crate::optimizer::{AdamW, AdamWConfig, squared_grad_norm};
+use crate::optimizer::{AdamW, AdamWConfig};
+use crate::ranks;
+use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
-use dist::Mesh;
-use model::{Built, Config, ConfigError, Model, Recompute, StoredWeight, Tokens};
+use dist::{Flow, Mesh};
+use memory::pager::{PagerError, Setup};
+use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::time::Instant;
 use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
@@ -20,7 +23,27 @@ pub struct Learner {
     pub params: ParamList,
     /// Names of the weights in a Hugging Face folder.
     pub stored: Vec<StoredWeight>,
-    recompute: Recompute,
+    /// The ranks this learner is one of.
+    pub mesh: Mesh,
+    /// How the parameters lie among them.
+    pub spreads: Vec<Spread>,
+    pub(crate) recompute: Recompute,
+    pub(crate) pass: Pass,
+}
+
+/// How a learner is to work.
+#[derive(Clone, Debug)]
+pub struct LearnerOptions {
+    /// Tokens of a row at most.
+    pub context: usize,
+    /// Weights and activations: f32 or bf16.
+    pub dtype: DType,
+    /// The optimizer's constants.
+    pub adamw: AdamWConfig,
+    /// Layers that run again.
+    pub recompute: Recompute,
+    /// Tiers the state may spread over; none: all of it stays in memory.
+    pub tiers: Option<Setup>,
 }
 
 /// Why a learner could not be made.
@@ -32,65 +55,66 @@ pub enum LearnerError {
     /// It does not fit.
     #[error(transparent)]
     Memory(#[from] OutOfMemory),
+    /// Its tiers cannot be set up.
+    #[error(transparent)]
+    Tiers(#[from] PagerError),
 }
 
 impl Learner {
-    /// Zero weights for rows of at most `context` tokens; fill them with `initialise` or from files.
-    pub fn new(
-        config: &Config,
-        context: usize,
-        dtype: DType,
-        adamw: AdamWConfig,
-        recompute: Recompute,
-    ) -> Result<Learner, LearnerError> {
-        let Built { model, params, stored } = Model::build(config, context, &Mesh::solo())?;
-        let mut store = ParamStore::new(Device::Cpu, dtype, &params)?;
+    /// Zero weights; fill them with `initialise` or from files.
+    pub fn new(config: &Config, options: LearnerOptions) -> Result<Learner, LearnerError> {
+        Learner::on(&Flow::solo(), config, options)
+    }
+
+    /// The same as one rank of the mesh of `flow`, with its pieces of the parameters.
+    pub fn on(flow: &Flow, config: &Config, options: LearnerOptions) -> Result<Learner, LearnerError> {
+        let LearnerOptions { context, dtype, adamw, recompute, tiers } = options;
+        let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
+        let mut store = match tiers {
+            None => ParamStore::new(Device::Cpu, dtype, &params)?,
+            Some(setup) => ParamStore::paged(Device::Cpu, dtype, &params, setup)?,
+        };
         store.enable_grads()?;
-        let optimizer = AdamW::new(adamw, &store)?;
-        Ok(Learner { model, store, optimizer, params, stored, recompute })
+        let optimizer = AdamW::new(adamw, &mut store)?;
+        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
+        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass })
     }
 
     /// Random initial weights from `seed`.
-    pub fn initialise(&mut self, seed: u64) {
-        self.params.initial_values(seed, |param, first, values| {
-            self.optimizer.set_weights(&mut self.store, param, first, values);
-        });
+    pub fn initialise(&mut self, seed: u64) -> Result<(), Fault> {
+        let Learner { optimizer, store, params, .. } = self;
+        params.initial_values(seed, |param, first, values| optimizer.set_weights(store, param, first, values))
     }
 
-    /// Add the gradients of one microbatch, whose summed loss counts `scale`; returns the sum of
-    /// the losses of its learned targets, in nats.
+    /// Add the gradients of this replica's rows of one microbatch, whose summed loss counts `scale`;
+    /// returns the sum of the losses of all its learned targets, in nats. Gradients of ranks are
+    /// still to be added up (`ranks::sum_grads`).
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
-        let mut tape = Tape::recording(&mut self.store);
+        let (mesh, step) = (&self.mesh, self.optimizer.steps);
+        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
+            mesh.set_place(step, Some(moment.layer as u32));
+            Ok(())
+        };
+        let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(batch.learned as f32 * scale);
         let hidden: Var = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale };
-        let losses = tape.head_loss(&hidden, self.model.head(), targets)?;
+        let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         tape.backward()?;
-        Ok(sum(losses.view().f32()))
+        ranks::sum_of_losses(&self.mesh, &losses)
     }
 
     /// Start a step: gradients count as zero.
-    pub fn clear_grads(&mut self) {
-        self.store.clear_grads();
-    }
-
-    /// Global norm of the gradients; the microbatches of the step are done.
-    pub fn grad_norm(&mut self) -> f64 {
-        self.store.settle_grads();
-        squared_grad_norm(&self.store).sqrt()
-    }
-
-    /// Apply the gradients.
-    pub fn apply(&mut self, lr: f32, grad_scale: f32) {
-        self.optimizer.step(&mut self.store, lr, grad_scale);
+    pub fn clear_grads(&mut self) -> Result<(), Fault> {
+        self.store.clear_grads()
     }
 
     /// Apply the gradients as they are.
-    pub fn apply_settled(&mut self, lr: f32) {
-        self.store.settle_grads();
-        self.apply(lr, 1.0);
+    pub fn apply_settled(&mut self, lr: f32) -> Result<(), Fault> {
+        self.store.settle_grads()?;
+        self.optimizer.step(&mut self.store, lr, 1.0)
     }
 
     /// Seconds of one step by (phase, op), the optimizer included, from the moments of the tape.
@@ -104,19 +128,20 @@ impl Learner {
             None => rows.push((phase, op, seconds)),
         };
         let tokens = tokens_of(batch);
-        self.store.clear_grads();
+        self.store.clear_grads()?;
         // A moment is told before its op runs: the time up to the next one is its own.
         let mut running: Option<(String, String, Instant)> = None;
-        let mut watch = |moment: &Moment<'_>| {
+        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
             if let Some((phase, op, since)) = running.take() {
                 add(phase, op, since.elapsed().as_secs_f64());
             }
             running = Some((format!("{:?}", moment.phase), moment.op.to_string(), Instant::now()));
+            Ok(())
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale: 1.0 / batch.learned.max(1) as f32 };
-        tape.head_loss(&hidden, self.model.head(), targets)?;
+        self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         tape.backward()?;
         drop(tape);
@@ -124,7 +149,7 @@ impl Learner {
             add(phase, op, since.elapsed().as_secs_f64());
         }
         let started = Instant::now();
-        self.apply_settled(0.0);
+        self.apply_settled(0.0)?;
         add("Step".into(), "adamw".into(), started.elapsed().as_secs_f64());
         Ok(rows)
     }
@@ -135,7 +160,7 @@ impl Learner {
     }
 }
 
-fn tokens_of(batch: &Batch) -> Tokens {
+pub(crate) fn tokens_of(batch: &Batch) -> Tokens {
     let whole = batch.starts.iter().all(|start| *start == 0);
     Tokens {
         b: batch.b,
@@ -150,10 +175,10 @@ pub fn loss_of(model: &Model, store: &mut ParamStore, batch: &Batch) -> Result<f
     let tokens = tokens_of(batch);
     let mut tape = Tape::running(store);
     let hidden = model.hidden(&mut tape, &tokens, Recompute::Never)?;
-    let losses = tape.head_loss(&hidden, model.head(), Targets { ids: &batch.targets, scale: 1.0 })?;
+    let losses = model.loss(&mut tape, &hidden, Targets { ids: &batch.targets, scale: 1.0 }, batch.b)?;
     Ok(sum(losses.view().f32()))
 }
 
-fn sum(losses: &[f32]) -> f64 {
+pub(crate) fn sum(losses: &[f32]) -> f64 {
     losses.iter().map(|loss| f64::from(*loss)).sum()
 }

@@ -4,28 +4,38 @@
 //! `Trainer` owns the sequence of effects. Knows no HTTP and draws nothing on a screen.
 #![forbid(unsafe_code)]
 
+mod begin;
 mod error;
 mod estimate;
 mod export;
+mod files;
 mod learner;
 mod metrics;
 mod optimizer;
+mod outlook;
 mod prepare;
+mod ranks;
 pub mod recipe;
 mod run_folder;
 mod schedule;
+mod step;
 mod tensorboard;
+mod tiers;
 mod trainer;
+mod whole;
 
+pub use begin::{Begin, Start};
 pub use error::TrainError;
 pub use estimate::Estimate;
-pub use learner::{Learner, LearnerError, loss_of};
+pub use learner::{Learner, LearnerError, LearnerOptions, loss_of};
 pub use metrics::{MetricsError, StepMetrics};
 pub use optimizer::{AdamW, AdamWConfig};
+pub use outlook::{Speeds, outlook};
 pub use prepare::{Prepared, Report, Stage};
 pub use recipe::{Recipe, RecipeError, Settings};
 pub use schedule::{Decay, Schedule};
-pub use trainer::{Progress, Start, Trainer};
+pub use step::{HalfApplied, StepDone, StepPlan};
+pub use trainer::{Progress, Trainer};
 
 /// A number of bytes for people: "3.1 GiB".
 pub fn bytes(count: u64) -> String {

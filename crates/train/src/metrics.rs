@@ -4,6 +4,7 @@
 //! killed reads as if it had not been, timings aside.
 
 use crate::tensorboard::EventWriter;
+use memory::pager::{LinkCount, TierReport};
 use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -69,6 +70,8 @@ pub struct StepMetrics {
     pub gflops: f64,
     /// That over the measured peak of the machine.
     pub mfu: f64,
+    /// What the tiers of the state did, where it has some.
+    pub tiers: Option<TierReport>,
 }
 
 impl Metrics {
@@ -95,18 +98,24 @@ impl Metrics {
 
     /// Write a step down.
     pub fn step(&mut self, m: &StepMetrics) -> Result<(), MetricsError> {
-        let line = json!({
+        let mut line = json!({
             "kind": "step", "step": m.step, "loss": finite(m.loss), "lr": m.lr,
             "grad_norm": finite(m.grad_norm), "applied": m.applied, "tokens": m.tokens, "epoch": m.epoch,
             "seconds": m.seconds, "tokens_per_s": m.tokens_per_s, "gflops": m.gflops, "mfu": m.mfu,
         });
-        let points = [
+        let mut points = vec![
             ("train/loss", m.loss),
             ("train/lr", m.lr),
             ("train/grad_norm", m.grad_norm),
             ("speed/tokens_per_s", m.tokens_per_s),
             ("speed/mfu", m.mfu),
         ];
+        let names;
+        if let Some(tiers) = &m.tiers {
+            line["tiers"] = tiers_line(tiers);
+            names = tiers_points(tiers);
+            points.extend(names.iter().map(|(name, value)| (name.as_str(), *value)));
+        }
         self.put(m.step, &line, &points)
     }
 
@@ -131,6 +140,35 @@ impl Metrics {
         self.len += line.len() as u64;
         Ok(())
     }
+}
+
+fn tiers_line(tiers: &TierReport) -> Value {
+    let link = |link: &LinkCount| {
+        json!({
+            "link": format!("{}-{}", link.upper, link.lower), "up_bytes": link.up_bytes,
+            "down_bytes": link.down_bytes, "bound_bytes": link.bound_bytes, "gap": link.gap(),
+            "up_s": link.up_s, "down_s": link.down_s, "stall_s": link.stall_s,
+        })
+    };
+    json!({
+        "links": tiers.links.iter().map(link).collect::<Vec<_>>(), "peak_bytes": tiers.peak_bytes,
+        "other_bytes": tiers.other_bytes, "capacity_bytes": tiers.capacity_bytes,
+    })
+}
+
+fn tiers_points(tiers: &TierReport) -> Vec<(String, f64)> {
+    let mut points = vec![("memory/chunk_peak_bytes".to_string(), tiers.peak_bytes as f64)];
+    for link in &tiers.links {
+        let name = |what: &str| format!("memory/{}-{}/{what}", link.upper, link.lower);
+        points.push((name("up_bytes"), link.up_bytes as f64));
+        points.push((name("down_bytes"), link.down_bytes as f64));
+        points.push((name("stall_s"), link.stall_s));
+        if let (Some(bound), Some(gap)) = (link.bound_bytes, link.gap()) {
+            points.push((name("bound_bytes"), bound as f64));
+            points.push((name("gap"), gap));
+        }
+    }
+    points
 }
 
 /// JSON has no NaN and no infinity; a text keeps what happened.

@@ -1,9 +1,13 @@
 //! AdamW over flat memory: the moments, and the low halves that make bf16 weights exact f32
-//! masters.
+//! masters. Works chunk by chunk where chunks come and go.
 
-use device::{Buffer, DType, Device, OutOfMemory, View};
+use device::{DType, Device, OutOfMemory};
 use kernels::adamw::{self, Hyper, Master};
-use tensor::{ParamRef, ParamStore};
+use memory::pager::About;
+use memory::trace::{Access, Phase};
+use memory::{Class, Need, Update};
+use std::ops::Range;
+use tensor::{Fault, ParamRef, ParamStore};
 
 /// What stays the same from step to step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,111 +22,130 @@ pub struct AdamWConfig {
     pub weight_decay: f32,
 }
 
-/// Optimizer state of a `ParamStore`, in the order of its flat arrays.
+/// The rule that updates the flat arrays of a `ParamStore`.
 ///
 /// Bytes per parameter beside weights and gradients: 8 of moments, and 2 of low halves when the
 /// weights are bf16.
 pub struct AdamW {
     config: AdamWConfig,
-    low: Option<Buffer>,
-    m: Buffer,
-    v: Buffer,
-    len: usize,
     /// Steps applied so far.
     pub steps: u64,
 }
 
-/// One named array of a training state.
-pub struct StateArray<'a> {
-    /// `weights`, `low`, `m` or `v`.
-    pub name: &'static str,
-    /// Its elements.
-    pub data: View<'a>,
-}
+/// Arrays of a training state in the order of its file, with their names.
+const SAVED: [(&str, Class); 4] =
+    [("weights", Class::Param), ("low", Class::Master), ("m", Class::M), ("v", Class::V)];
 
 impl AdamW {
     /// Zero moments for every parameter of `store`.
-    pub fn new(config: AdamWConfig, store: &ParamStore) -> Result<AdamW, OutOfMemory> {
-        let (device, len) = (store.device(), store.flat_len());
-        let low = match store.dtype() {
-            DType::F32 => None,
-            _ => Some(Buffer::zeroed(device, len * 2)?),
-        };
-        let (m, v) = (Buffer::zeroed(device, len * 4)?, Buffer::zeroed(device, len * 4)?);
-        Ok(AdamW { config, low, m, v, len, steps: 0 })
+    pub fn new(config: AdamWConfig, store: &mut ParamStore) -> Result<AdamW, OutOfMemory> {
+        if store.dtype() != DType::F32 {
+            store.arrays_mut().add(Class::Master, DType::U16)?;
+        }
+        store.arrays_mut().add(Class::M, DType::F32)?;
+        store.arrays_mut().add(Class::V, DType::F32)?;
+        Ok(AdamW { config, steps: 0 })
     }
 
     /// Set weights (and their low halves) of `param` from element `first` on.
-    pub fn set_weights(&mut self, store: &mut ParamStore, param: ParamRef, first: usize, values: &[f32]) {
+    pub fn set_weights(
+        &self,
+        store: &mut ParamStore,
+        param: ParamRef,
+        first: usize,
+        values: &[f32],
+    ) -> Result<(), Fault> {
         let start = store.range(param).start + first;
-        let weights = store.weight_mut(param).narrow(first, values.len());
-        match &mut self.low {
-            None => weights.f32().copy_from_slice(values),
-            Some(low) => {
-                let low = low.view_mut(DType::U16, start, values.len()).u16();
-                adamw::split_all(values, weights.bf16(), low);
+        let split = store.arrays().has(Class::Master);
+        for piece in store.arrays().pieces(start..start + values.len()) {
+            let values = &values[piece.start - start..piece.end - start];
+            let need = |class| Need { class, elements: piece.clone(), access: Access::ReadWrite };
+            let needs = [need(Class::Param), need(Class::Master)];
+            store.bring(LOAD, &needs[..1 + usize::from(split)])?;
+            if !split {
+                store.arrays_mut().view_mut(Class::Param, piece).f32().copy_from_slice(values);
+                continue;
             }
+            let [high, low] = store.arrays_mut().views_mut([Class::Param, Class::Master], piece);
+            adamw::split_all(values, high.bf16(), low.u16());
         }
-    }
-
-    /// The f32 masters of `param`.
-    pub fn master(&self, store: &ParamStore, param: ParamRef) -> Vec<f32> {
-        let range = store.range(param);
-        let weights = store.weight(param);
-        match &self.low {
-            None => weights.f32().to_vec(),
-            Some(low) => {
-                let low = low.view(DType::U16, range.start, range.len()).u16();
-                weights.bf16().iter().zip(low).map(|(high, low)| adamw::join(*high, *low)).collect()
-            }
-        }
+        Ok(())
     }
 
     /// One step at learning rate `lr`, gradients multiplied by `grad_scale`.
-    pub fn step(&mut self, store: &mut ParamStore, lr: f32, grad_scale: f32) {
+    pub fn step(&mut self, store: &mut ParamStore, lr: f32, grad_scale: f32) -> Result<(), Fault> {
         self.steps += 1;
+        self.update_all(store, lr, grad_scale)
+    }
+
+    /// The same for a step that is counted already. From the first chunk on: those are the ones a
+    /// backward pass leaves resident.
+    pub(crate) fn update_all(&self, store: &mut ParamStore, lr: f32, grad_scale: f32) -> Result<(), Fault> {
+        let mut pieces = store.arrays().pieces(0..store.flat_len());
+        pieces.try_for_each(|piece| self.update(store, piece, lr, grad_scale))
+    }
+
+    /// The part of a step, already counted in `steps`, that falls on `elements`, which lie in one
+    /// chunk. Their gradients are used up.
+    pub fn update(
+        &self,
+        store: &mut ParamStore,
+        elements: Range<usize>,
+        lr: f32,
+        grad_scale: f32,
+    ) -> Result<(), Fault> {
+        let need = |class, access| Need { class, elements: elements.clone(), access };
+        let mut needs = vec![need(Class::Grad, Access::Read)];
+        let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
+        needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
+        store.bring(UPDATE, &needs)?;
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
-        for param in store.refs() {
+        for param in store.params_in(&elements) {
             let range = store.range(param);
+            let part = range.start.max(elements.start)..range.end.min(elements.end);
+            if part.is_empty() {
+                continue;
+            }
             let weight_decay = if store.spec(param).decay { weight_decay } else { 0.0 };
             let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, step: self.steps, grad_scale };
-            let (weights, grad) = store.weight_mut_and_grad(param);
-            let master = match &mut self.low {
-                None => Master::F32(weights),
-                Some(low) => {
-                    let low = low.view_mut(DType::U16, range.start, range.len());
-                    Master::Split { high: weights, low }
-                }
+            let Update { param, grad, master, m, v } = store.arrays_mut().update(part);
+            let master = match master {
+                None => Master::F32(param),
+                Some(low) => Master::Split { high: param, low },
             };
-            let m = self.m.view_mut(DType::F32, range.start, range.len());
-            let v = self.v.view_mut(DType::F32, range.start, range.len());
             adamw::update(master, grad, m, v, &hyper);
         }
+        store.arrays_mut().discard(Class::Grad, elements).map_err(Fault::outside)
     }
 
-    /// Everything a step reads and writes, weights included, as flat arrays.
-    pub fn arrays<'a>(&'a self, store: &'a ParamStore) -> Vec<StateArray<'a>> {
-        let mut arrays = vec![StateArray { name: "weights", data: store.all_weights() }];
-        if let Some(low) = &self.low {
-            arrays.push(StateArray { name: "low", data: low.view(DType::U16, 0, self.len) });
-        }
-        arrays.push(StateArray { name: "m", data: self.m.view(DType::F32, 0, self.len) });
-        arrays.push(StateArray { name: "v", data: self.v.view(DType::F32, 0, self.len) });
-        arrays
+    /// Everything a step reads and writes, weights included, as flat arrays: (name, bytes).
+    pub fn arrays(&self, store: &ParamStore) -> Vec<(&'static str, u64)> {
+        let saved = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
+        saved.map(|(name, class)| (*name, store.arrays().bytes(*class) as u64)).collect()
     }
 
-    /// Restore each array through `read(name, bytes)`.
-    pub fn restore<E>(
-        &mut self,
-        store: &mut ParamStore,
-        mut read: impl FnMut(&str, &mut [u8]) -> Result<(), E>,
-    ) -> Result<(), E> {
-        read("weights", store.all_weights_mut().bytes())?;
-        if let Some(low) = &mut self.low {
-            read("low", low.view_mut(DType::U16, 0, self.len).bytes())?;
+    /// Copy bytes of one of `arrays` from byte `first` on.
+    pub fn read(&self, store: &mut ParamStore, name: &str, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        let (class, start, size) = place(store, name, first);
+        for piece in store.arrays().pieces(start..start + out.len() / size) {
+            let need = Need { class, elements: piece.clone(), access: Access::Read };
+            store.bring(SAVE, &[need])?;
+            let out = &mut out[(piece.start - start) * size..(piece.end - start) * size];
+            out.copy_from_slice(store.arrays().view(class, piece).bytes());
         }
-        read("m", self.m.view_mut(DType::F32, 0, self.len).bytes())?;
-        read("v", self.v.view_mut(DType::F32, 0, self.len).bytes())
+        Ok(())
+    }
+
+    /// Set bytes of one of `arrays` from byte `first` on.
+    pub fn write(&self, store: &mut ParamStore, name: &str, first: u64, bytes: &[u8]) -> Result<(), Fault> {
+        let (class, start, size) = place(store, name, first);
+        for piece in store.arrays().pieces(start..start + bytes.len() / size) {
+            let need = Need { class, elements: piece.clone(), access: Access::ReadWrite };
+            store.bring(LOAD, &[need])?;
+            let bytes = &bytes[(piece.start - start) * size..(piece.end - start) * size];
+            store.arrays_mut().view_mut(class, piece).bytes().copy_from_slice(bytes);
+        }
+        Ok(())
     }
 
     /// Bytes of state per parameter, weights and f32 gradients included.
@@ -134,9 +157,23 @@ impl AdamW {
     }
 }
 
-/// Squared global norm of the gradients in `store`.
-pub fn squared_grad_norm(store: &ParamStore) -> f64 {
+/// Class of a saved array, element of a byte, bytes of an element.
+fn place(store: &ParamStore, name: &str, first: u64) -> (Class, usize, usize) {
+    let class = SAVED.iter().find(|(known, _)| *known == name).map(|(_, class)| *class);
+    let class = class.unwrap_or_else(|| panic!("no array `{name}` is saved"));
+    let size = store.arrays().dtype(class).size_bytes();
+    (class, first as usize / size, size)
+}
+
+const LOAD: About = About { phase: Phase::Optimizer, op: "load", layer: 0 };
+const SAVE: About = About { phase: Phase::Optimizer, op: "save", layer: 0 };
+const UPDATE: About = About { phase: Phase::Optimizer, op: "adamw", layer: 0 };
+
+/// Squared norm of the gradient of one parameter, which must be resident. The global norm is the
+/// root of their sum in the order of the parameters: so it has the same bits whether a gradient was
+/// summed the moment it was ready or at the end.
+pub fn squared_norm(store: &ParamStore, param: ParamRef) -> f64 {
     match store.device() {
-        Device::Cpu => kernels::global_norm::sum_of_squares(store.all_grads()),
+        Device::Cpu => kernels::global_norm::sum_of_squares(store.grad(param)),
     }
 }

@@ -3,12 +3,14 @@
 
 use crate::TrainError;
 use crate::estimate::Estimate;
-use crate::learner::{Learner, LearnerError};
-use crate::recipe::{ModelRecipe, Recipe};
+use crate::learner::{Learner, LearnerError, LearnerOptions};
+use crate::recipe::{ModelRecipe, Recipe, TrainRecipe};
+use crate::tiers;
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
 use device::DType;
-use dist::Mesh;
+use dist::{Flow, Mesh};
+use memory::pager::Setup;
 use model::{Config, Model};
 use serde_json::json;
 use std::path::PathBuf;
@@ -67,13 +69,23 @@ impl Prepared {
 
     /// What the run will need.
     pub fn estimate(&self, recipe: &Recipe) -> Estimate {
-        Estimate::new(&self.config, &self.params, &recipe.train, recipe.checkpoint.background)
+        // Over tiers there is no copy: a save streams from where things lie.
+        let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
+        Estimate::new(&self.config, &self.params, &recipe.train, snapshot)
+    }
+
+    /// What the state may spread over; none: all of it stays in memory.
+    pub fn tiers(&self, recipe: &Recipe) -> Option<Setup> {
+        tiers::setup(recipe, &self.estimate(recipe))
     }
 
     /// Refuse a run that cannot fit before anything is reserved.
     pub fn check_memory(&self, recipe: &Recipe) -> Result<(), TrainError> {
-        let Some(available) = device::available_bytes() else { return Ok(()) };
         let estimate = self.estimate(recipe);
+        if let Some(setup) = self.tiers(recipe) {
+            return tiers::check(recipe, &self.params, &estimate, &setup);
+        }
+        let Some(available) = device::available_bytes() else { return Ok(()) };
         let (needs, available) = (estimate.total_bytes(), available as u64);
         if needs <= available {
             return Ok(());
@@ -84,7 +96,7 @@ impl Prepared {
             "lower train.batch or train.context, or set train.recompute = \"always\"".to_string()
         } else {
             format!(
-                "choose a smaller model: weights, gradients and optimizer state alone take {}",
+                "set memory.dram = \"auto\" and memory.dir to a folder on a fast drive with {} free, or choose a smaller model",
                 crate::bytes(estimate.state_bytes)
             )
         };
@@ -99,28 +111,30 @@ impl Prepared {
         }
     }
 
-    /// A learner with zero weights.
-    pub fn learner(&self, recipe: &Recipe) -> Result<Learner, TrainError> {
-        let train = &recipe.train;
-        Learner::new(&self.config, train.context, train.dtype, train.adamw, train.recompute).map_err(
-            |error| match error {
-                LearnerError::Config(error) => TrainError::Model(error),
-                LearnerError::Memory(error) => TrainError::Memory(error),
-            },
-        )
+    /// A learner with zero weights, as the rank of the mesh of `flow`.
+    pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
+        let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
+        let tiers = self.tiers(recipe);
+        let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
+        Learner::on(flow, &self.config, options).map_err(|error| match error {
+            LearnerError::Config(error) => TrainError::Model(error),
+            LearnerError::Memory(error) => TrainError::Memory(error),
+            LearnerError::Tiers(error) => TrainError::Tiers(error),
+        })
     }
 
     /// Weights at the start: from files, or drawn.
     pub fn fill(&self, recipe: &Recipe, learner: &mut Learner) -> Result<(), TrainError> {
         let Some(files) = &self.files else {
-            learner.initialise(recipe.run.seed);
+            learner.initialise(recipe.run.seed)?;
             return Ok(());
         };
-        let Learner { optimizer, store, stored, .. } = learner;
+        let Learner { optimizer, store, stored, params, .. } = learner;
         model::fill(
+            params,
             stored,
-            |name, shape| files.read(name, shape),
-            |param, first, values| optimizer.set_weights(store, param, first, values),
+            |name, shape| files.read(name, shape).map_err(TrainError::from),
+            |param, first, values| Ok(optimizer.set_weights(store, param, first, values)?),
         )?;
         Ok(())
     }

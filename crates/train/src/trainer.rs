@@ -1,16 +1,22 @@
 //! The training loop as a machine that is advanced: each call does one thing and says what it was.
 //! Whoever advances it shows progress, draws samples and decides when to stop.
 
+use crate::begin::{self, Begin, Begun, Start};
+use crate::files::Files;
 use crate::learner::Learner;
-use crate::metrics::{Metrics, StepMetrics};
+use crate::metrics::StepMetrics;
 use crate::prepare::Prepared;
+use crate::ranks::{first_says, gather_over};
 use crate::recipe::Recipe;
-use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
+use crate::run_folder::StateMeta;
+use crate::step::{StepDone, StepPlan};
+use crate::whole::{Assembled, Whole};
 use crate::{TrainError, export};
-use checkpoint::{Saver, StateDir};
 use data::{Batch, Loader, Samples};
+use dist::{Axis, Flow, Mesh};
 use std::collections::VecDeque;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// What an advance did.
@@ -46,17 +52,6 @@ pub enum Progress {
     },
 }
 
-/// How to treat a run that is already in the folder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Start {
-    /// Refuse.
-    New,
-    /// Go on with its newest whole state; begin when there is none.
-    Resume,
-    /// Throw it away.
-    Overwrite,
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Due {
     Validate,
@@ -65,18 +60,21 @@ enum Due {
     End,
 }
 
-/// A run.
+/// A run, as one of its ranks sees it: all ranks advance together.
 pub struct Trainer {
     recipe: Recipe,
     /// What the run is made of.
-    pub prepared: Prepared,
+    pub prepared: Arc<Prepared>,
     learner: Learner,
+    flow: Flow,
     loader: Loader,
     valid: Option<Samples>,
-    folder: RunFolder,
-    metrics: Metrics,
-    saver: Writer,
-    identity: Identity,
+    /// On rank 0.
+    files: Option<Files>,
+    /// Puts the pieces of ranks together; none on a mesh of one.
+    whole: Option<Whole>,
+    /// The model as one rank would hold it, on rank 0 while a sample is due.
+    assembled: Option<Assembled>,
     peak_gflops: f64,
     step: u64,
     meta: StateMeta,
@@ -87,52 +85,44 @@ pub struct Trainer {
     pub skipped_states: Vec<(PathBuf, String)>,
 }
 
-/// Who writes states.
-enum Writer {
-    Background(Saver),
-    Inline(StateDir),
-}
-
 impl Trainer {
     /// Set a run up: reserve memory, load or draw weights, restore a state. `peak_gflops` is the
     /// machine's, for utilisation.
     pub fn new(
         recipe: Recipe,
         resolved: &str,
-        prepared: Prepared,
+        prepared: impl Into<Arc<Prepared>>,
         start: Start,
         peak_gflops: f64,
     ) -> Result<Trainer, TrainError> {
-        let folder = RunFolder::open(&recipe.run.dir)?;
-        let states = folder.states(recipe.checkpoint.keep_last)?;
-        if start == Start::Overwrite {
-            folder.clear()?;
-        }
-        let newest = states.newest()?;
-        let identity = identity(&recipe, &prepared);
-        let begun = begin(&recipe, &prepared, start, &folder, (newest, &identity))?;
-        let Begun { learner, step, meta, skipped_states } = begun;
-        let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
-        folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
-        folder.write(&prepared.tokenizer.files()?)?;
+        let (resolved, prepared) = (resolved.to_string(), prepared.into());
+        Trainer::on(&Mesh::solo(), Begin { recipe, resolved, prepared, start, peak_gflops })
+    }
+
+    /// The same as one rank of `mesh`. A state of any mesh is gone on with on any other.
+    pub fn on(mesh: &Mesh, begin: Begin) -> Result<Trainer, TrainError> {
+        let flow = begin.recipe.mesh.flow(mesh)?;
+        let whole = match mesh.world_size() {
+            1 => None,
+            _ => Some(Whole::new(&begin.prepared.config, begin.recipe.train.context)?),
+        };
+        let begun = begin::begin(&begin, &flow, whole.as_ref())?;
+        let Begun { learner, step, meta, files, skipped_states } = begun;
+        let Begin { recipe, prepared, peak_gflops, .. } = begin;
         let samples = Samples::new(prepared.train.clone(), recipe.train.context)?;
         let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
         let valid =
             prepared.valid.clone().map(|corpus| Samples::new(corpus, recipe.train.context)).transpose()?;
-        let saver = match recipe.checkpoint.background {
-            true => Writer::Background(Saver::start(states)?),
-            false => Writer::Inline(states),
-        };
         let mut trainer = Trainer {
             recipe,
             prepared,
             learner,
+            flow,
             loader,
             valid,
-            folder,
-            metrics,
-            saver,
-            identity,
+            files,
+            whole,
+            assembled: None,
             peak_gflops,
             step,
             meta,
@@ -163,15 +153,18 @@ impl Trainer {
 
     /// The folder of the run.
     pub fn folder(&self) -> &std::path::Path {
-        self.folder.path()
+        &self.recipe.run.dir
     }
 
-    /// Model and parameters, to draw samples.
+    /// Model and parameters, to draw samples; of several ranks on rank 0 alone, when one is due.
     pub fn parts(&mut self) -> (&model::Model, &mut tensor::ParamStore) {
-        (&self.learner.model, &mut self.learner.store)
+        match &mut self.assembled {
+            Some(assembled) => (&assembled.model, &mut assembled.store),
+            None => (&self.learner.model, &mut self.learner.store),
+        }
     }
 
-    /// Save and end after the step at hand.
+    /// Save and end after the step at hand. Of several ranks the first one decides.
     pub fn stop(&mut self) {
         self.stopping = true;
     }
@@ -180,6 +173,12 @@ impl Trainer {
     pub fn advance(&mut self) -> Result<Option<Progress>, TrainError> {
         if self.ended {
             return Ok(None);
+        }
+        self.assembled = None;
+        if self.whole.is_some() {
+            let mut words = [u16::from(self.stopping)];
+            first_says(&self.flow.mesh, &mut words)?;
+            self.stopping = words[0] != 0;
         }
         if self.stopping && !self.due.contains(&Due::End) {
             // What can wait for the next process waits; the state cannot.
@@ -192,7 +191,7 @@ impl Trainer {
         match self.due.pop_front() {
             None => self.run_step().map(Some),
             Some(Due::Validate) => self.validate().map(Some),
-            Some(Due::Sample) => Ok(Some(Progress::SampleDue { step: self.step })),
+            Some(Due::Sample) => self.sample().map(Some),
             Some(Due::Save) => self.save().map(Some),
             Some(Due::End) => self.end().map(Some),
         }
@@ -202,27 +201,19 @@ impl Trainer {
         let started = Instant::now();
         let train = &self.recipe.train;
         let step = self.step + 1;
+        let mesh = &self.flow.mesh;
+        mesh.set_place(step, None);
+        let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
+        let (first, each) = (self.meta.samples, train.batch / replicas);
         let batches: Vec<Batch> = (0..train.accumulate)
-            .map(|i| self.loader.batch(self.meta.samples + (i * train.batch) as u64, train.batch, 0, 1))
+            .map(|i| self.loader.batch(first + (i * train.batch) as u64, each, replica, replicas))
             .collect();
-        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
-        let scale = 1.0 / learned.max(1) as f32;
-        self.learner.clear_grads();
-        let mut loss = 0.0;
-        for batch in &batches {
-            loss += self.learner.accumulate(batch, scale)?;
-        }
-        let loss = loss / learned.max(1) as f64;
-        let grad_norm = self.learner.grad_norm();
         let lr = train.schedule.at(step);
-        let applied = loss.is_finite() && grad_norm.is_finite();
-        if applied {
-            let clip = if grad_norm > train.clip { train.clip / grad_norm } else { 1.0 };
-            self.learner.apply(lr as f32, clip as f32);
-            self.meta.skipped_in_row = 0;
-        } else {
-            self.meta.skipped_in_row += 1;
-        }
+        let plan = StepPlan { lr: lr as f32, clip: train.clip };
+        // What was moved between steps (validation, saves) is not the step's.
+        self.learner.store.arrays_mut().report();
+        let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
+        self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
         let rows = (train.batch * train.accumulate) as u64;
         let tokens = rows * train.context as u64;
@@ -243,8 +234,11 @@ impl Trainer {
             tokens_per_s: tokens as f64 / seconds,
             gflops,
             mfu: gflops / self.peak_gflops,
+            tiers: self.learner.store.arrays_mut().report(),
         };
-        self.metrics.step(&metrics)?;
+        if let Some(files) = &mut self.files {
+            files.metrics.step(&metrics)?;
+        }
         if self.meta.skipped_in_row > train.max_skipped {
             let samples = batches.iter().flat_map(|batch| batch.samples.iter().copied()).collect();
             return Err(TrainError::NotFinite { count: self.meta.skipped_in_row, step, samples });
@@ -283,124 +277,60 @@ impl Trainer {
             0 => usize::MAX,
             batches => batches,
         };
+        let mesh = self.flow.mesh.clone();
+        let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
         if let Some(valid) = &self.valid {
-            for batch in valid.sequential(self.recipe.train.batch).take(most) {
-                loss += self.learner.evaluate(&batch)?;
-                targets += batch.learned as u64;
+            // Replicas take turns; their sums are added in the order of the batches.
+            let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
+            for round in batches.chunks(replicas) {
+                let ours = round.get(replica).map(|batch| self.learner.evaluate(batch)).transpose()?;
+                for sum in gather_over(&mesh, Axis::Dp, ours.unwrap_or(0.0))? {
+                    loss += sum;
+                }
+                targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();
             }
         }
         let (step, loss) = (self.step, loss / targets.max(1) as f64);
-        self.metrics.validation(step, loss, targets)?;
+        if let Some(files) = &mut self.files {
+            files.metrics.validation(step, loss, targets)?;
+        }
         self.meta.validated = step;
         Ok(Progress::Validated { step, loss, targets })
     }
 
+    fn sample(&mut self) -> Result<Progress, TrainError> {
+        if let Some(whole) = &self.whole {
+            self.assembled = whole.assemble(&mut self.learner, &self.flow)?;
+        }
+        Ok(Progress::SampleDue { step: self.step })
+    }
+
     fn save(&mut self) -> Result<Progress, TrainError> {
-        self.meta.metrics_bytes = self.metrics.sync()?;
-        self.meta.identity = self.identity.clone();
-        let step = self.step;
-        let meta = serde_json::json!(self.meta);
-        let Learner { optimizer, store, .. } = &self.learner;
-        let arrays = optimizer.arrays(store);
-        match &mut self.saver {
-            Writer::Inline(states) => {
-                let arrays: Vec<_> = arrays
-                    .iter()
-                    .map(|array| checkpoint::Array::new(array.name, array.data.bytes()))
-                    .collect();
-                states.save(step, &meta, &arrays)?;
-            }
-            Writer::Background(saver) => {
-                // The former save's failure must not wait for the next one.
-                saver.poll()?;
-                let mut buffers = saver.take_buffers();
-                buffers.resize_with(arrays.len(), Default::default);
-                for ((name, bytes), array) in buffers.iter_mut().zip(&arrays) {
-                    *name = array.name.to_string();
-                    bytes.clear();
-                    bytes.extend_from_slice(array.data.bytes());
-                }
-                saver.save(step, meta, buffers)?;
+        let (step, learner) = (self.step, &mut self.learner);
+        let arrays = self.whole.as_ref().map(|whole| whole.gather(learner, &self.flow)).transpose()?;
+        if let Some(files) = &mut self.files {
+            match arrays.flatten() {
+                Some(arrays) => files.save_arrays(step, &mut self.meta, arrays)?,
+                None => files.save(step, &mut self.meta, learner)?,
             }
         }
         Ok(Progress::Saved { step })
     }
 
     fn end(&mut self) -> Result<Progress, TrainError> {
-        if let Writer::Background(saver) = &mut self.saver {
-            // Waits for the state in flight: the run ends with it on disk.
-            saver.take_buffers();
-            saver.poll()?;
+        if let Some(whole) = &self.whole {
+            self.assembled = whole.assemble(&mut self.learner, &self.flow)?;
         }
-        export::write(&self.folder, &self.recipe, &self.prepared, &self.learner, self.step)?;
+        if let Some(files) = &mut self.files {
+            files.finish()?;
+            let weights = match &mut self.assembled {
+                Some(assembled) => (&mut assembled.store, assembled.stored.as_slice()),
+                None => (&mut self.learner.store, self.learner.stored.as_slice()),
+            };
+            export::write(&files.folder, &self.recipe, &self.prepared, weights, self.step)?;
+        }
         self.ended = true;
         let complete = self.step >= self.recipe.train.steps;
         Ok(Progress::Ended { step: self.step, complete })
-    }
-}
-
-/// Where a run begins.
-struct Begun {
-    learner: Learner,
-    step: u64,
-    meta: StateMeta,
-    skipped_states: Vec<(PathBuf, String)>,
-}
-
-/// A learner with the newest state, or a fresh one.
-fn begin(
-    recipe: &Recipe,
-    prepared: &Prepared,
-    start: Start,
-    folder: &RunFolder,
-    (newest, identity): (checkpoint::Newest, &Identity),
-) -> Result<Begun, TrainError> {
-    let skipped_states: Vec<(PathBuf, String)> =
-        newest.skipped.iter().map(|(path, error)| (path.clone(), error.to_string())).collect();
-    match (&newest.checkpoint, skipped_states.first(), start) {
-        (Some(state), _, Start::New) => {
-            return Err(TrainError::Exists { path: folder.path().to_path_buf(), step: state.step });
-        }
-        (None, Some((_, first)), _) => {
-            let path = folder.path().to_path_buf();
-            return Err(TrainError::NoWholeState { path, first: first.clone() });
-        }
-        _ => {}
-    }
-    let meta = newest.checkpoint.as_ref().map(|state| meta_of(state, identity)).transpose()?;
-    let mut learner = prepared.learner(recipe)?;
-    let step = match &newest.checkpoint {
-        Some(state) => {
-            let Learner { optimizer, store, .. } = &mut learner;
-            optimizer.restore(store, |name, bytes| state.read(name, bytes))?;
-            optimizer.steps = meta.as_ref().map_or(0, |meta| meta.applied);
-            state.step
-        }
-        None => {
-            prepared.fill(recipe, &mut learner)?;
-            0
-        }
-    };
-    let meta = meta.unwrap_or(StateMeta {
-        samples: 0,
-        tokens: 0,
-        applied: 0,
-        skipped_in_row: 0,
-        validated: 0,
-        metrics_bytes: 0,
-        identity: identity.clone(),
-    });
-    Ok(Begun { learner, step, meta, skipped_states })
-}
-
-fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {
-    let precision = prepared.precision(recipe);
-    Identity {
-        model: prepared.config.to_json(precision),
-        precision: precision.to_string(),
-        context: recipe.train.context,
-        data: prepared.train.fingerprint(),
-        seed: recipe.run.seed,
-        shuffle: recipe.data.shuffle,
     }
 }

@@ -146,7 +146,7 @@ pub fn torch_version(python: &Path) -> Result<String> {
 }
 
 /// Builds in release mode and returns the executable of `target`, wherever cargo put it.
-fn cargo_build(folder: &Path, extra: &[&str], target: &str) -> Result<PathBuf> {
+pub fn cargo_build(folder: &Path, extra: &[&str], target: &str) -> Result<PathBuf> {
     let mut cargo = Command::new("cargo");
     cargo.args(["build", "--release", "--message-format=json-render-diagnostics"]).args(extra);
     let messages = capture(cargo.current_dir(folder)).with_context(|| format!("building {target}"))?;

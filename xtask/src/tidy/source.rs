@@ -9,6 +9,10 @@ use super::Finding;
 /// Crates whose work is raw memory; all others forbid `unsafe`.
 const UNSAFE_CRATES: &[&str] = &["device", "kernels"];
 
+/// The one folder elsewhere whose work is raw memory, and its crate, which denies `unsafe` instead:
+/// while the drive works on memory, no borrow can say so.
+const UNSAFE_FOLDER: (&str, &str) = ("memory", "crates/memory/src/disk/");
+
 /// Files outside crates/cli and xtask that may read the environment, each with its reason.
 const ENV_FILES: &[&str] = &[
     // The folder for a child process that is killed.
@@ -33,7 +37,7 @@ pub fn check(path: &str, text: &str) -> Vec<Finding> {
     let Ok(tokens) = text.parse::<TokenStream>() else { return findings };
     let mut seen = Seen::default();
     seen.walk(tokens);
-    if !UNSAFE_CRATES.contains(&room) {
+    if !UNSAFE_CRATES.contains(&room) && !path.starts_with(UNSAFE_FOLDER.1) {
         let remedy = format!("move it into {}", UNSAFE_CRATES.join(" or "));
         findings.extend(seen.unsafes.iter().map(|line| Finding::new(path, *line, "`unsafe`", &remedy)));
     }
@@ -63,9 +67,10 @@ fn check_crate_root(path: &str, text: &str, room: &str) -> Vec<Finding> {
         let remedy = "begin with `//!` and what this crate does";
         findings.push(Finding::new(path, 1, "no crate documentation on the first line", remedy));
     }
-    let forbids = text.lines().any(|line| line.trim() == "#![forbid(unsafe_code)]");
-    if !UNSAFE_CRATES.contains(&room) && !forbids {
-        let remedy = "add `#![forbid(unsafe_code)]` below the crate documentation";
+    let how = if room == UNSAFE_FOLDER.0 { "deny" } else { "forbid" };
+    let line = format!("#![{how}(unsafe_code)]");
+    if !UNSAFE_CRATES.contains(&room) && !text.lines().any(|l| l.trim() == line) {
+        let remedy = format!("add `{line}` below the crate documentation");
         findings.push(Finding::new(path, 1, "`unsafe` is not forbidden", remedy));
     }
     findings
@@ -124,6 +129,8 @@ mod tests {
         assert_eq!(found("crates/tensor/src/a.rs", text), [(4, "`unsafe`".to_string())]);
         assert_eq!(found("crates/kernels/src/a.rs", text), []);
         assert_eq!(found("bench/peer.rs", text), []);
+        assert_eq!(found("crates/memory/src/disk/a.rs", text), []);
+        assert_eq!(found("crates/memory/src/a.rs", text), [(4, "`unsafe`".to_string())]);
     }
 
     #[test]
@@ -141,6 +148,8 @@ mod tests {
         let good = "//! Tensors.\n#![forbid(unsafe_code)]\n";
         assert_eq!(found("crates/tensor/src/lib.rs", good), []);
         assert_eq!(found("crates/kernels/src/lib.rs", "//! Kernels.\n"), []);
+        assert_eq!(found("crates/memory/src/lib.rs", "//! Tiers.\n#![deny(unsafe_code)]\n"), []);
+        assert_eq!(found("crates/memory/src/lib.rs", "//! Tiers.\n").len(), 1);
         assert_eq!(found("crates/tensor/src/lib.rs", "mod a;\n").len(), 2);
         assert_eq!(found("crates/tensor/src/ops/mod.rs", "mod a;\n"), []);
     }

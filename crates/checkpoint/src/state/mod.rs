@@ -91,6 +91,12 @@ pub enum StateError {
         /// Bytes asked for.
         found: u64,
     },
+    /// Whoever holds the arrays could not give their bytes.
+    #[error("cannot read what is to be saved: {what}")]
+    Source {
+        /// Why.
+        what: String,
+    },
     /// Two arrays of one name were to be saved.
     #[error("two arrays are named `{name}`; rename one")]
     Duplicate {

@@ -132,37 +132,48 @@ impl Checkpoint {
 
     /// Read an array whole into `out` of exactly its length, every block checked.
     pub fn read(&self, name: &str, out: &mut [u8]) -> Result<(), StateError> {
+        self.check_size(name, out.len() as u64)?;
         let info = self.array(name)?;
-        if info.bytes != out.len() as u64 {
-            return Err(StateError::Size {
-                path: self.path.clone(),
-                name: name.to_string(),
-                expected: info.bytes,
-                found: out.len() as u64,
-            });
-        }
         for (block, out) in out.chunks_mut(BLOCK_BYTES as usize).enumerate() {
             self.read_block(info, block, out)?;
         }
         Ok(())
     }
 
+    /// Whether an array has the length it is expected to have.
+    pub fn check_size(&self, name: &str, bytes: u64) -> Result<(), StateError> {
+        let info = self.array(name)?;
+        if info.bytes != bytes {
+            return Err(StateError::Size {
+                path: self.path.clone(),
+                name: name.to_string(),
+                expected: info.bytes,
+                found: bytes,
+            });
+        }
+        Ok(())
+    }
+
     /// Visit an array block by block (first byte, bytes), each checked, holding one at a time.
-    pub fn for_each_block(&self, name: &str, mut visit: impl FnMut(u64, &[u8])) -> Result<(), StateError> {
+    pub fn for_each_block<E: From<StateError>>(
+        &self,
+        name: &str,
+        mut visit: impl FnMut(u64, &[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
         let info = self.array(name)?;
         let mut buffer = vec![0; info.bytes.min(BLOCK_BYTES) as usize];
         for block in 0..info.crc32c.len() {
             let first = block as u64 * BLOCK_BYTES;
             let out = &mut buffer[..(info.bytes - first).min(BLOCK_BYTES) as usize];
             self.read_block(info, block, out)?;
-            visit(first, out);
+            visit(first, out)?;
         }
         Ok(())
     }
 
     /// Check every block of every array.
     pub fn verify_all(&self) -> Result<(), StateError> {
-        self.arrays.iter().try_for_each(|array| self.for_each_block(&array.name, |_, _| {}))
+        self.arrays.iter().try_for_each(|array| self.for_each_block(&array.name, |_, _| Ok(())))
     }
 
     fn read_block(&self, info: &ArrayInfo, block: usize, out: &mut [u8]) -> Result<(), StateError> {

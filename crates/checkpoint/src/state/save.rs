@@ -45,10 +45,27 @@ impl StateDir {
     /// Save a step. On success it is durable and has been read back; on failure what existed
     /// before still stands. A state of the same step is replaced.
     pub fn save(&self, step: u64, meta: &Value, arrays: &[Array<'_>]) -> Result<SaveReport, StateError> {
+        let named: Vec<(&str, u64)> =
+            arrays.iter().map(|array| (array.name.as_str(), array.bytes.len() as u64)).collect();
+        self.save_from(step, meta, &named, |array, first, out| {
+            out.copy_from_slice(&arrays[array].bytes[first as usize..][..out.len()]);
+            Ok(())
+        })
+    }
+
+    /// The same for `arrays` (name, bytes) that are nowhere whole: `read(array, first byte, out)`
+    /// gives a block at a time, in the order of the file.
+    pub fn save_from(
+        &self,
+        step: u64,
+        meta: &Value,
+        arrays: &[(&str, u64)],
+        read: impl FnMut(usize, u64, &mut [u8]) -> Result<(), StateError>,
+    ) -> Result<SaveReport, StateError> {
         let started = Instant::now();
         let mut names = HashSet::new();
-        if let Some(array) = arrays.iter().find(|array| !names.insert(array.name.as_str())) {
-            return Err(StateError::Duplicate { name: array.name.clone() });
+        if let Some((name, _)) = arrays.iter().find(|(name, _)| !names.insert(*name)) {
+            return Err(StateError::Duplicate { name: name.to_string() });
         }
         effects::create_dirs(&self.dir).map_err(SaveError::io("create", &self.dir))?;
         clean_leftovers(&self.dir)?;
@@ -58,7 +75,7 @@ impl StateDir {
         let needs = file_bytes + manifest.to_bytes().len() as u64 + blocks * 11 + ALIGN;
         check_space(&self.dir, needs)?;
         let folder = FolderWriter::new(&self.step_path(step))?;
-        write_arrays(&folder, &mut manifest, arrays)?;
+        write_arrays(&folder, &mut manifest, read)?;
         let text = manifest.to_bytes();
         folder.write(MANIFEST, &text)?;
         folder.commit()?;
@@ -100,12 +117,12 @@ impl StateDir {
 }
 
 /// Where each array will lie, checksums still absent, and the length of the file.
-fn plan(step: u64, meta: &Value, arrays: &[Array<'_>]) -> (Manifest, u64) {
+fn plan(step: u64, meta: &Value, arrays: &[(&str, u64)]) -> (Manifest, u64) {
     let mut end = 0u64;
-    let arrays = arrays.iter().map(|array| {
-        let (offset, bytes) = (end.next_multiple_of(ALIGN), array.bytes.len() as u64);
+    let arrays = arrays.iter().map(|(name, bytes)| {
+        let (offset, bytes) = (end.next_multiple_of(ALIGN), *bytes);
         end = offset + bytes;
-        ArrayInfo { name: array.name.clone(), offset, bytes, crc32c: Vec::new() }
+        ArrayInfo { name: name.to_string(), offset, bytes, crc32c: Vec::new() }
     });
     let arrays = arrays.collect();
     let manifest = Manifest {
@@ -122,18 +139,21 @@ fn plan(step: u64, meta: &Value, arrays: &[Array<'_>]) -> (Manifest, u64) {
 fn write_arrays(
     folder: &FolderWriter,
     manifest: &mut Manifest,
-    arrays: &[Array<'_>],
-) -> Result<(), SaveError> {
+    mut read: impl FnMut(usize, u64, &mut [u8]) -> Result<(), StateError>,
+) -> Result<(), StateError> {
     let mut file = folder.file(DATA)?;
     let path = file.path().to_path_buf();
-    for (info, array) in manifest.arrays.iter_mut().zip(arrays) {
+    let mut block = Vec::new();
+    for (array, info) in manifest.arrays.iter_mut().enumerate() {
         let padding = vec![0; (info.offset - file.written()) as usize];
         file.write_all(&padding).map_err(SaveError::io("write", &path))?;
-        for block in array.bytes.chunks(BLOCK_BYTES as usize) {
+        for first in (0..info.bytes).step_by(BLOCK_BYTES as usize) {
+            block.resize((info.bytes - first).min(BLOCK_BYTES) as usize, 0);
+            read(array, first, &mut block)?;
             // Summed while in cache, right before it is written.
-            info.crc32c.push(crc32c::crc32c(block));
-            file.write_all(block).map_err(SaveError::io("write", &path))?;
+            info.crc32c.push(crc32c::crc32c(&block));
+            file.write_all(&block).map_err(SaveError::io("write", &path))?;
         }
     }
-    file.finish().map(drop)
+    Ok(file.finish().map(drop)?)
 }

@@ -167,6 +167,7 @@ fn blocks_are_visited_in_order() {
         .for_each_block("big", |first, bytes| {
             assert_eq!(first, seen.len() as u64);
             seen.extend_from_slice(bytes);
+            Ok::<(), StateError>(())
         })
         .unwrap();
     assert!(seen == big);

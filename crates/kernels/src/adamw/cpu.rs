@@ -7,7 +7,7 @@ const CHUNK: usize = 1 << 14;
 
 /// The numbers a step boils down to.
 #[derive(Clone, Copy)]
-struct Step {
+pub(crate) struct Step {
     beta1: f32,
     beta2: f32,
     eps: f32,
@@ -20,7 +20,7 @@ struct Step {
 }
 
 impl Step {
-    fn new(hyper: &Hyper) -> Step {
+    pub(crate) fn new(hyper: &Hyper) -> Step {
         let t = hyper.step as f64;
         Step {
             beta1: hyper.beta1,
@@ -33,8 +33,9 @@ impl Step {
         }
     }
 
+    /// The new weight; the moments are updated in place.
     #[inline(always)]
-    fn apply(&self, w: f32, g: f32, m: &mut f32, v: &mut f32) -> f32 {
+    pub(crate) fn apply(&self, w: f32, g: f32, m: &mut f32, v: &mut f32) -> f32 {
         let g = g * self.grad_scale;
         *m = self.beta1 * *m + (1.0 - self.beta1) * g;
         *v = self.beta2 * *v + (1.0 - self.beta2) * g * g;

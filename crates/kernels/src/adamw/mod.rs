@@ -8,6 +8,8 @@ mod cpu;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use cpu::Step;
+
 use device::{Device, View, ViewMut};
 use half::bf16;
 

@@ -1,16 +1,16 @@
 //! The way back, block by block: probabilities are computed again from the kept log-sums. A task
 //! owns a kv head of a row, so dk and dv have one writer and one order of sums.
 
-use super::forward::{KEYS, QUERIES, key_blocks, pack_values};
+use super::forward::{KEYS, QUERIES, key_blocks, pack_values, tile_for};
 use super::softmax::retreat;
 use super::{Heads, Mask, Shape};
 use crate::gemm::Mat;
 use crate::gemm::pack::Source;
-use crate::gemm::tile::{Panels, Tile, block, pack_columns, pack_rows, packed_len};
+use crate::gemm::tile::{Panels, Tile, block, columns_len, pack_columns, pack_rows, rows_len};
 use crate::raw::RawFloats;
 use crate::scratch::with_scratch;
 use crate::simd::{Float, Open, lane_sum};
-use device::{Isa, View, ViewMut};
+use device::{View, ViewMut};
 
 struct Job<'a> {
     shape: Shape,
@@ -55,7 +55,7 @@ pub(super) fn backward(
     (out, lse, dout): (View<'_>, View<'_>, View<'_>),
     dqkv: ViewMut<'_>,
 ) {
-    let tile = Tile::f32(Isa::active());
+    let tile = tile_for(qkv.0.data.dtype());
     let (lse, dqkv) = (lse.f32(), RawFloats::of(dqkv));
     let job = Job { shape, tile, qkv, mask, scale, out, lse, dout, dqkv };
     device::for_each_index(shape.b * shape.k, |task| job.run(task / shape.k, task % shape.k));
@@ -77,12 +77,12 @@ impl Job<'_> {
     fn run(&self, row: usize, kv_head: usize) {
         let Shape { s, h, n, k, .. } = self.shape;
         let tile = self.tile;
-        let keys_t_len = packed_len(s, tile.nr, h);
-        let blocks_len = s.div_ceil(KEYS) * packed_len(h, tile.nr, KEYS);
-        let (rows_a, rows_b) = (packed_len(QUERIES, tile.mr, h), packed_len(h, tile.nr, QUERIES));
+        let keys_t_len = columns_len(tile, s, h);
+        let blocks_len = s.div_ceil(KEYS) * columns_len(tile, h, KEYS);
+        let (rows_a, rows_b) = (rows_len(tile, QUERIES, h), columns_len(tile, h, QUERIES));
         let pair = QUERIES * KEYS;
         // The widest packed operand: P or P^T of a whole pair of blocks.
-        let packed = packed_len(QUERIES, tile.mr, KEYS).max(packed_len(KEYS, tile.mr, QUERIES));
+        let packed = rows_len(tile, QUERIES, KEYS).max(rows_len(tile, KEYS, QUERIES));
         let tiles_len = 2 * rows_a + 2 * rows_b + 2 * pair + packed + QUERIES * h;
         with_scratch(2 * keys_t_len + blocks_len + tiles_len + 2 * s * h, |mut rest| {
             let keys_t = take(&mut rest, keys_t_len);
@@ -182,9 +182,9 @@ impl Job<'_> {
         let (tile, k0) = (self.tile, key_block * KEYS);
         let panels = |data| Panels { data, kc: h };
         let sizes = (rows, keys, h);
-        let keys_t = panels(&kv.keys_t[k0 * h..]);
+        let keys_t = panels(&kv.keys_t[k0 * tile.steps(h)..]);
         block(tile, sizes, panels(tiles.queries), keys_t, (tiles.probs, KEYS), false);
-        let values_t = panels(&kv.values_t[k0 * h..]);
+        let values_t = panels(&kv.values_t[k0 * tile.steps(h)..]);
         block(tile, sizes, panels(tiles.douts), values_t, (tiles.dprobs, KEYS), false);
         for (r, delta) in delta.iter().enumerate().take(rows) {
             let (from, to) = self.mask.visible(&self.shape, row, q0 + r);
@@ -217,7 +217,7 @@ impl Job<'_> {
         }
         pack_rows(tile, Source::rows(dprobs), (0, rows), keys, tiles.packed);
         let left = Panels { data: tiles.packed, kc: keys };
-        let key = &kv.keys[key_block * packed_len(h, tile.nr, KEYS)..];
+        let key = &kv.keys[key_block * columns_len(tile, h, KEYS)..];
         let right = Panels { data: key, kc: KEYS.min(s - k0) };
         block(tile, (rows, h, keys), left, right, (tiles.dq, h), true);
     }

@@ -5,10 +5,10 @@ use super::softmax::{Running, advance, rescale};
 use super::{Heads, Mask, Shape};
 use crate::gemm::Mat;
 use crate::gemm::pack::Source;
-use crate::gemm::tile::{Panels, Tile, block, pack_columns, pack_rows, packed_len};
+use crate::gemm::tile::{Panels, Tile, block, columns_len, pack_columns, pack_rows, rows_len};
 use crate::raw::RawFloats;
 use crate::scratch::with_scratch;
-use device::{Isa, View, ViewMut};
+use device::{DType, Isa, View, ViewMut};
 
 /// Queries a block: a multiple of every tile's rows but 14, for which it wastes a ninth of one.
 pub(super) const QUERIES: usize = 96;
@@ -35,7 +35,7 @@ pub(super) fn forward(
     out: ViewMut<'_>,
     lse: ViewMut<'_>,
 ) {
-    let tile = Tile::f32(Isa::active());
+    let tile = tile_for(qkv.0.data.dtype());
     let job = Job { shape, tile, qkv, mask, scale, out: RawFloats::of(out), lse: RawFloats::of(lse) };
     let blocks = shape.t.div_ceil(QUERIES);
     let shares = ENOUGH_TASKS.div_ceil((shape.b * shape.k).max(1)).min(blocks.max(1));
@@ -43,6 +43,16 @@ pub(super) fn forward(
         let (head, share) = (task / shares, task % shares);
         job.run(head / shape.k, head % shape.k, share, shares);
     });
+}
+
+/// What attention multiplies with. Between bf16 values AMX pays for rounding probabilities to bf16
+/// too, as flash attention on tensor cores does; sums and the softmax stay f32.
+pub(super) fn tile_for(dtype: DType) -> Tile {
+    let isa = Isa::active();
+    match dtype {
+        DType::Bf16 if Tile::bf16(isa).runs() => Tile::bf16(isa),
+        _ => Tile::product_f32(isa),
+    }
 }
 
 /// Key blocks `[first, last)` that some query of `[q0, q1)` sees.
@@ -56,10 +66,10 @@ impl Job<'_> {
     fn run(&self, row: usize, kv_head: usize, share: usize, shares: usize) {
         let Shape { s, h, .. } = self.shape;
         let tile = self.tile;
-        let keys_len = packed_len(s, tile.nr, h);
-        let values_len = s.div_ceil(KEYS) * packed_len(h, tile.nr, KEYS);
-        let (query_len, score_len) = (packed_len(QUERIES, tile.mr, h), QUERIES * KEYS);
-        let prob_len = packed_len(QUERIES, tile.mr, KEYS);
+        let keys_len = columns_len(tile, s, h);
+        let values_len = s.div_ceil(KEYS) * columns_len(tile, h, KEYS);
+        let (query_len, score_len) = (rows_len(tile, QUERIES, h), QUERIES * KEYS);
+        let prob_len = rows_len(tile, QUERIES, KEYS);
         let sizes = [keys_len, values_len, query_len, score_len, prob_len, QUERIES * h];
         with_scratch(sizes.iter().sum(), |scratch| {
             let (keys, rest) = scratch.split_at_mut(keys_len);
@@ -82,9 +92,9 @@ impl Job<'_> {
         let Shape { t, s, n, h, .. } = self.shape;
         let tile = self.tile;
         let rows = QUERIES.min(t - q0);
-        let (queries, rest) = scratch.split_at_mut(packed_len(QUERIES, tile.mr, h));
+        let (queries, rest) = scratch.split_at_mut(rows_len(tile, QUERIES, h));
         let (scores, rest) = rest.split_at_mut(QUERIES * KEYS);
-        let (probs, sums) = rest.split_at_mut(packed_len(QUERIES, tile.mr, KEYS));
+        let (probs, sums) = rest.split_at_mut(rows_len(tile, QUERIES, KEYS));
         let sums = &mut sums[..rows * h];
         sums.fill(0.0);
         let mut state = [Running::NEW; QUERIES];
@@ -95,7 +105,7 @@ impl Job<'_> {
             let (_, seen) = self.mask.visible(&self.shape, row, q0 + rows - 1);
             let keys = KEYS.min(s - k0).min(seen - k0);
             let query = Panels { data: queries, kc: h };
-            let key = Panels { data: &packed.0[k0 * h..], kc: h };
+            let key = Panels { data: &packed.0[k0 * tile.steps(h)..], kc: h };
             block(tile, (rows, keys, h), query, key, (scores, KEYS), false);
             for (r, state) in state.iter_mut().enumerate().take(rows) {
                 let (from, to) = self.mask.visible(&self.shape, row, q0 + r);
@@ -110,7 +120,7 @@ impl Job<'_> {
             let scores = Mat::new(View::of_f32(scores), KEYS);
             pack_rows(tile, Source::rows(scores), (0, rows), keys, probs);
             let prob = Panels { data: probs, kc: keys };
-            let value = &packed.1[key_block * packed_len(h, tile.nr, KEYS)..];
+            let value = &packed.1[key_block * columns_len(tile, h, KEYS)..];
             let value = Panels { data: value, kc: KEYS.min(s - k0) };
             block(tile, (rows, h, keys), prob, value, (sums, h), true);
         }
@@ -137,7 +147,7 @@ pub(super) fn pack_values(
 ) {
     for (key_block, k0) in (0..s).step_by(KEYS).enumerate() {
         let keys = KEYS.min(s - k0);
-        let out = &mut out[key_block * packed_len(h, tile.nr, KEYS)..];
+        let out = &mut out[key_block * columns_len(tile, h, KEYS)..];
         pack_columns(tile, Source::columns(v.matrix(row, head, h, k0)), (0, h), keys, out);
     }
 }

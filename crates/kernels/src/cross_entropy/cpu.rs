@@ -74,7 +74,7 @@ multiversion! {
 /// The first half of the bytes of `x` become `f` of its elements in bf16. A store never passes the
 /// loads: element i moves from byte 4i to byte 2i.
 #[inline(always)]
-fn narrow_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
+pub(super) fn narrow_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
     let bits = |x: f32| <bf16 as Float>::from_f32(f(x)).to_bits() as u32;
     let pair = |low: f32, high: f32| f32::from_bits(bits(low) | bits(high) << 16);
     let whole = x.len() - x.len() % LANES;
@@ -91,7 +91,7 @@ fn narrow_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
 
 /// A NaN is passed over: `sum_exp` carries it to the loss, where the guard of the step sees it.
 #[inline(always)]
-fn largest(x: &[f32]) -> f32 {
+pub(super) fn largest(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (chunks, tail) = x.as_chunks::<LANES>();
     for x in chunks {
@@ -104,6 +104,6 @@ fn largest(x: &[f32]) -> f32 {
 }
 
 #[inline(always)]
-fn sum_exp(x: &[f32], top: f32) -> f32 {
+pub(super) fn sum_exp(x: &[f32], top: f32) -> f32 {
     lane_sum_of(x, |x| exp(x - top))
 }

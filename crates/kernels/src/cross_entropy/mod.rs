@@ -1,6 +1,7 @@
 //! Softmax cross-entropy on a slice of logits, turned into its own gradient in place.
 
 mod cpu;
+pub mod cut;
 #[cfg(test)]
 mod tests;
 
@@ -8,6 +9,9 @@ use device::{DType, Device, View, ViewMut};
 
 /// A target that asks for nothing: its loss and gradient are zero.
 pub const IGNORE: u32 = u32::MAX;
+
+/// A target that lies in another rank's part of the vocabulary; `cut` knows it.
+pub const ELSEWHERE: u32 = u32::MAX - 1;
 
 /// losses [M] f32, in nats, of f32 logits [M, V] against targets [M].
 pub fn forward(logits: View<'_>, targets: &[u32], losses: ViewMut<'_>) {

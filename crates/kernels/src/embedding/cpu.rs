@@ -1,3 +1,4 @@
+use super::ELSEWHERE;
 use crate::rows::{rows_per_task, scratch};
 use crate::simd::{Float, Open};
 use device::{DType, View, ViewMut};
@@ -11,7 +12,14 @@ pub(super) fn forward(ids: &[u32], table: View<'_>, d: usize, out: ViewMut<'_>, 
         let table = T::open(table);
         device::for_each_part((T::open_mut(out), rows * d), (&mut [] as &mut [u8], 0), |i, out, _| {
             for (r, out) in out.chunks_exact_mut(d).enumerate() {
-                let row = &table[ids[i * rows + r] as usize * d..][..d];
+                let id = ids[i * rows + r];
+                if id == ELSEWHERE {
+                    if !accumulate {
+                        out.fill(T::from_f32(0.0));
+                    }
+                    continue;
+                }
+                let row = &table[id as usize * d..][..d];
                 match accumulate {
                     false => out.copy_from_slice(row),
                     true => add(row, out),

@@ -6,7 +6,10 @@ mod tests;
 
 use device::{Device, View, ViewMut};
 
-/// out [M, D] = (out +) table[ids]; table [V, D], every id below V.
+/// An id whose row lies in another rank's part of the table: here it is a row of zeros.
+pub const ELSEWHERE: u32 = u32::MAX;
+
+/// out [M, D] = (out +) table[ids]; table [V, D], every id below V or `ELSEWHERE`.
 pub fn forward(ids: &[u32], table: View<'_>, d: usize, out: ViewMut<'_>, accumulate: bool) {
     check(ids, table.len(), d, out.len());
     match table.device() {
@@ -24,6 +27,6 @@ pub fn backward(ids: &[u32], dout: View<'_>, d: usize, dtable: ViewMut<'_>) {
 
 fn check(ids: &[u32], table: usize, d: usize, out: usize) {
     assert_eq!(ids.len() * d, out, "rows");
-    let top = ids.iter().copied().max().unwrap_or(0) as usize;
-    assert!((top + 1) * d <= table || ids.is_empty(), "id {top} of a table of {} rows", table / d.max(1));
+    let top = ids.iter().copied().filter(|id| *id != ELSEWHERE).max().map_or(0, |id| id as usize + 1);
+    assert!(top * d <= table, "{top} rows of a table of {} rows", table / d.max(1));
 }

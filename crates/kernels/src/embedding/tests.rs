@@ -34,3 +34,18 @@ fn rows_are_looked_up_and_gradients_scattered() {
         assert_close("sum", &out.to_f64(), &doubled, tolerance(dtype));
     }
 }
+
+#[test]
+fn rows_that_lie_elsewhere_are_zeros_and_get_nothing() {
+    let (table, dout) = (random(3 * 5, 1), random(4 * 5, 2));
+    let ids = [2, ELSEWHERE, 0, ELSEWHERE];
+    let (mut out, mut grad) = (vec![9f32; 20], vec![0f32; 15]);
+    forward(&ids, View::of_f32(&table), 5, ViewMut::of_f32(&mut out), false);
+    assert!(out[..5] == table[10..] && out[10..15] == table[..5]);
+    assert!(out[5..10].iter().chain(&out[15..]).all(|x| *x == 0.0));
+    backward(&ids, View::of_f32(&dout), 5, ViewMut::of_f32(&mut grad));
+    assert!(grad[10..] == dout[..5] && grad[..5] == dout[10..15]);
+    assert!(grad[5..10].iter().all(|x| *x == 0.0));
+    forward(&ids, View::of_f32(&table), 5, ViewMut::of_f32(&mut out), true);
+    assert!(out[5..10].iter().all(|x| *x == 0.0));
+}

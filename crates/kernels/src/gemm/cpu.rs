@@ -9,6 +9,7 @@ use crate::raw::RawFloats;
 use crate::scratch::with_scratch;
 use crate::simd::Float;
 use device::{Buffer, DType, Device, Isa, Slice, View};
+use half::bf16;
 use std::ops::Range;
 
 /// Rows of A a task walks before the next strip of columns: bounds the f32 scratch of a task.
@@ -61,7 +62,7 @@ pub(super) fn gemm(
         return gemv::gemv((m, n, k), a, b, &finish);
     }
     let both_bf16 = a.data.dtype() == DType::Bf16 && b.data.dtype() == DType::Bf16;
-    let tile = if both_bf16 { Tile::bf16(isa) } else { Tile::f32(isa) };
+    let tile = if both_bf16 { Tile::bf16(isa) } else { Tile::product_f32(isa) };
     let panels = m.div_ceil(tile.mr);
     let steps: usize = blocks(tile, k).map(|(_, kc)| tile.steps(kc)).sum();
     let mut packed = match Buffer::new(Device::Cpu, (panels * tile.mr * steps).max(1) * 4) {
@@ -210,9 +211,9 @@ multiversion! {
 }
 
 multiversion! {
-    fn activate(kind: GeluKind, sums: &mut [f32]) {
+    fn activate<T: Float>(kind: GeluKind, sums: &mut [f32]) {
         for sum in sums.iter_mut() {
-            *sum = gelu(kind, *sum);
+            *sum = gelu(kind, T::from_f32(*sum).to_f32());
         }
     }
 }
@@ -268,7 +269,11 @@ impl<'a> Finish<'a> {
             if let Some((kind, pre)) = self.gelu {
                 // SAFETY: our strip of row `row` of the pre-activation [m, n].
                 unsafe { pre.write(row * self.n + j0, sums) };
-                activate(kind, sums);
+                // GELU of what is stored: the same bits where the activation is an op of its own.
+                match pre {
+                    RawFloats::F32(_) => activate::<f32>(kind, sums),
+                    RawFloats::Bf16(_) => activate::<bf16>(kind, sums),
+                }
             }
             // SAFETY: our strip of row `row`.
             unsafe { self.c.write(row * self.ldc + j0, sums) };

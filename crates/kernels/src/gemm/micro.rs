@@ -14,6 +14,8 @@ pub(crate) struct Tile {
     pub(crate) mr: usize,
     pub(crate) nr: usize,
     pub(crate) pairs: bool,
+    /// Parts a value is split into (AMX): 3 bf16 make an f32, exactly.
+    pub(crate) parts: usize,
     /// Values of k a block takes: a panel of A then stays in L1 while those of B pass.
     pub(crate) kc: usize,
     /// Columns whose panels of B, for one block, fill about half of L2.
@@ -31,12 +33,12 @@ impl Tile {
     pub(crate) const fn f32(isa: Isa) -> Tile {
         match isa {
             // 12 accumulators, 2 of B and 1 broadcast of A: 15 of the 16 ymm registers.
-            Isa::Avx2 => Tile { isa, mr: 6, nr: 16, pairs: false, kc: 256, strip: 256 },
+            Isa::Avx2 => Tile { isa, mr: 6, nr: 16, pairs: false, parts: 1, kc: 256, strip: 256 },
             // 28 accumulators, 2 of B, 1 broadcast of A: 31 of the 32 zmm registers.
             Isa::Avx512 | Isa::Avx512Bf16 | Isa::Amx => {
-                Tile { isa, mr: 14, nr: 32, pairs: false, kc: 512, strip: 256 }
+                Tile { isa, mr: 14, nr: 32, pairs: false, parts: 1, kc: 512, strip: 256 }
             }
-            Isa::Portable => Tile { isa, mr: 4, nr: 8, pairs: false, kc: 256, strip: 256 },
+            Isa::Portable => Tile { isa, mr: 4, nr: 8, pairs: false, parts: 1, kc: 256, strip: 256 },
         }
     }
 
@@ -44,9 +46,18 @@ impl Tile {
     pub(crate) const fn bf16(isa: Isa) -> Tile {
         match isa {
             // Four accumulator tiles, two of A, two of B: all eight.
-            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, kc: 512, strip: 512 },
+            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 1, kc: 2048, strip: 256 },
             // Twice the values of k in the bytes of the f32 blocks.
-            Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true, kc: 1024, strip: 256 },
+            Isa::Avx512Bf16 => Tile { isa, mr: 14, nr: 32, pairs: true, parts: 1, kc: 1024, strip: 256 },
+            _ => Tile::f32(isa),
+        }
+    }
+
+    /// The tile of whole products with an f32 operand. AMX takes each f32 as three bf16 and six of
+    /// their nine products; the other three are below the rounding of f32.
+    pub(crate) const fn product_f32(isa: Isa) -> Tile {
+        match isa {
+            Isa::Amx => Tile { isa, mr: 32, nr: 32, pairs: true, parts: 3, kc: 1024, strip: 128 },
             _ => Tile::f32(isa),
         }
     }
@@ -54,7 +65,7 @@ impl Tile {
     /// Panel steps for `kc` values of k.
     pub(crate) const fn steps(&self, kc: usize) -> usize {
         match (self.pairs, self.runs()) {
-            (true, true) => kc.div_ceil(2).next_multiple_of(RUN),
+            (true, true) => self.parts * kc.div_ceil(2).next_multiple_of(RUN),
             (true, false) => kc.div_ceil(2),
             (false, _) => kc,
         }
@@ -106,6 +117,8 @@ impl Tile {
         // SAFETY: the caller's promise; `isa` is what the machine has.
         unsafe {
             match self.isa {
+                #[cfg(target_arch = "x86_64")]
+                Isa::Amx if self.parts == 3 => super::amx::tile_f32(steps, a, b, c, ldc, add),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Amx if self.pairs => super::amx::tile_bf16(steps, a, b, c, ldc, add),
                 #[cfg(target_arch = "x86_64")]

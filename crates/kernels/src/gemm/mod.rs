@@ -5,7 +5,7 @@
 //! The work is cut by shape alone, so the bits do not depend on the number of threads.
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod amx;
+mod amx;
 mod cpu;
 mod gemv;
 mod micro;
@@ -65,7 +65,7 @@ pub struct Epilogue<'a> {
     pub bias: Option<View<'a>>,
     /// Added after the bias. [m, n]
     pub residual: Option<Mat<'a>>,
-    /// The sum so far is stored here [m, n] and its GELU is the output.
+    /// The sum so far is stored here [m, n] and the GELU of what is stored is the output.
     pub gelu: Option<(GeluKind, ViewMut<'a>)>,
 }
 

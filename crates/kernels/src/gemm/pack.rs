@@ -52,14 +52,40 @@ pub(crate) fn pack_panel(
     let start = i0 * src.lane + k0 * src.step;
     let out = &mut out[..tile.steps(kc) * width];
     match src.data.floats() {
+        #[cfg(target_arch = "x86_64")]
+        Slice::F32(data) if tile.runs() => {
+            // SAFETY: AMX comes with AVX-512 and BF16; bounds are checked inside.
+            unsafe { pack_runs(tile, &data[start..], src, lanes, kc, side, out) }
+        }
         Slice::F32(data) => pack(tile, &data[start..], src, (lanes, width), kc, out),
         #[cfg(target_arch = "x86_64")]
         Slice::Bf16(data) if tile.runs() => {
-            // SAFETY: AMX comes with AVX-512; bounds are checked inside.
-            unsafe { runs::pack(&data[start..], (src.lane, src.step), lanes, kc, side, out) }
+            // SAFETY: as above.
+            unsafe { pack_runs(tile, &data[start..], src, lanes, kc, side, out) }
         }
         Slice::Bf16(data) if tile.pairs => pack_pairs(tile, &data[start..], src, (lanes, width), kc, out),
         Slice::Bf16(data) => pack(tile, &data[start..], src, (lanes, width), kc, out),
+    }
+}
+
+/// # Safety
+/// The machine has AMX.
+#[cfg(target_arch = "x86_64")]
+unsafe fn pack_runs<T: Float>(
+    tile: Tile,
+    data: &[T],
+    src: Source<'_>,
+    lanes: usize,
+    kc: usize,
+    side: Side,
+    out: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match tile.parts {
+            1 => runs::pack::<T, 1>(data, (src.lane, src.step), lanes, kc, side, out),
+            _ => runs::pack::<T, 3>(data, (src.lane, src.step), lanes, kc, side, out),
+        }
     }
 }
 

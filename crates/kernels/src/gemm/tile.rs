@@ -3,7 +3,7 @@
 pub(crate) use super::micro::Tile;
 use super::pack::{Side, Source, pack_panel};
 
-/// Rows of `a` [rows, kc] as whole panels of `mr` lanes. Floats needed: `packed_len`.
+/// Rows of `a` [rows, kc] as whole panels of `mr` lanes. Floats needed: `rows_len`.
 pub(crate) fn pack_rows(
     tile: Tile,
     src: Source<'_>,
@@ -14,7 +14,7 @@ pub(crate) fn pack_rows(
     pack((tile, Side::A), src, (first, rows, tile.mr), kc, out);
 }
 
-/// Columns of `b` [kc, columns] as whole panels of `nr` lanes.
+/// Columns of `b` [kc, columns] as whole panels of `nr` lanes. Floats needed: `columns_len`.
 pub(crate) fn pack_columns(
     tile: Tile,
     src: Source<'_>,
@@ -38,9 +38,14 @@ fn pack(
     }
 }
 
-/// Floats of `lanes` lanes packed in panels of `width`.
-pub(crate) fn packed_len(lanes: usize, width: usize, kc: usize) -> usize {
-    lanes.next_multiple_of(width) * kc
+/// Floats of `rows` rows of A packed in whole panels.
+pub(crate) fn rows_len(tile: Tile, rows: usize, kc: usize) -> usize {
+    rows.next_multiple_of(tile.mr) * tile.steps(kc)
+}
+
+/// Floats of `columns` columns of B packed in whole panels.
+pub(crate) fn columns_len(tile: Tile, columns: usize, kc: usize) -> usize {
+    columns.next_multiple_of(tile.nr) * tile.steps(kc)
 }
 
 /// Packed panels, and the steps of k each was packed with (of which a product may use fewer).
@@ -59,18 +64,18 @@ pub(crate) fn block(
     (c, ldc): (&mut [f32], usize),
     add: bool,
 ) {
-    // Panels of pairs would need an even `kc`; attention works in f32 panels only.
-    assert!(!tile.pairs && kc <= a.kc && kc <= b.kc);
-    assert!(a.data.len() >= packed_len(m, tile.mr, a.kc) && b.data.len() >= packed_len(n, tile.nr, b.kc));
+    // Where steps hold several values of k, one operand must end at `kc`: its zeros hide the rest.
+    assert!(kc <= a.kc && kc <= b.kc && (!tile.pairs || kc == a.kc || kc == b.kc));
+    assert!(a.data.len() >= rows_len(tile, m, a.kc) && b.data.len() >= columns_len(tile, n, b.kc));
     assert!(n <= ldc && (m == 0 || (m - 1) * ldc + n <= c.len()));
     for (ip, i) in (0..m).step_by(tile.mr).enumerate() {
         for (jp, j) in (0..n).step_by(tile.nr).enumerate() {
             let (rows, cols) = (tile.mr.min(m - i), tile.nr.min(n - j));
             // SAFETY: whole panels and a tile inside c, asserted above.
             unsafe {
-                let a = a.data.as_ptr().add(ip * tile.mr * a.kc);
-                let b = b.data.as_ptr().add(jp * tile.nr * b.kc);
-                tile.run(kc, a, b, c.as_mut_ptr().add(i * ldc + j), ldc, (rows, cols), add);
+                let a = a.data.as_ptr().add(ip * tile.mr * tile.steps(a.kc));
+                let b = b.data.as_ptr().add(jp * tile.nr * tile.steps(b.kc));
+                tile.run(tile.steps(kc), a, b, c.as_mut_ptr().add(i * ldc + j), ldc, (rows, cols), add);
             }
         }
     }

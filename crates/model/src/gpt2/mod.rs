@@ -1,10 +1,10 @@
 //! GPT-2: LayerNorm, learnt positions, GELU, biases everywhere, tied head.
 
 use crate::config::Keys;
-use crate::layers::{LinearSpec, attend, vector};
-use crate::names::{Builder, Place};
+use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
+use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
-use dist::Mesh;
+use dist::{Dim, Flow, Table};
 use serde_json::{Value, json};
 use tensor::{AttentionShape, Fault, GeluKind, Init, KvCache, Norm, ParamRef, ParamSpec, Tape, Var};
 
@@ -111,19 +111,20 @@ fn check_switches(keys: &Keys<'_>) -> Result<(), ConfigError> {
 #[derive(Clone)]
 pub struct Gpt2 {
     layers: usize,
-    tokens: ParamRef,
-    positions: ParamRef,
+    flow: Flow,
+    tokens: (ParamRef, Table),
+    positions: (ParamRef, Table),
     blocks: Vec<Block>,
-    norm: Norm,
+    norm: StreamNorm,
 }
 
 #[derive(Clone)]
 struct Block {
     layer: usize,
-    attention_norm: Norm,
+    attention_norm: StreamNorm,
     qkv: Linear,
     out: Linear,
-    mlp_norm: Norm,
+    mlp_norm: StreamNorm,
     up: Linear,
     down: Linear,
     heads: usize,
@@ -135,7 +136,6 @@ impl Gpt2 {
     pub(crate) fn build(
         config: &Gpt2Config,
         context: usize,
-        mesh: &Mesh,
         builder: &mut Builder,
     ) -> Result<Gpt2, ConfigError> {
         if context > config.max_positions {
@@ -150,21 +150,23 @@ impl Gpt2 {
         let table = |builder: &mut Builder, ours: &str, theirs: &str, rows: usize, decay: bool| {
             let shape = vec![rows, config.width];
             let init = Init::Normal(INIT_STD);
-            let spec = ParamSpec { name: ours.into(), shape: shape.clone(), init, decay };
-            builder.whole(spec, format!("transformer.{theirs}.weight"), shape)
+            let spec = ParamSpec { name: ours.into(), shape, init, decay };
+            builder.table(spec, format!("transformer.{theirs}.weight"))
         };
         let tokens = table(builder, "embedding", "wte", config.vocab, true);
         let positions = table(builder, "positions", "wpe", config.max_positions, false);
-        let blocks = (0..config.layers)
-            .map(|layer| Block::build(config, layer, mesh, builder))
-            .collect::<Result<_, _>>()?;
+        let blocks =
+            (0..config.layers).map(|layer| Block::build(config, layer, builder)).collect::<Result<_, _>>()?;
         let norm = layer_norm(builder, "norm", "transformer.ln_f", config);
-        Ok(Gpt2 { layers: config.layers, tokens, positions, blocks, norm })
+        let flow = builder.flow.clone();
+        Ok(Gpt2 { layers: config.layers, flow, tokens, positions, blocks, norm })
     }
 
     fn embed(&self, tape: &mut Tape<'_>, tokens: &Tokens) -> Result<Var, Fault> {
         tape.set_layer(0);
-        tape.embedding(&[(tokens.ids.clone(), self.tokens), (tokens.positions.clone(), self.positions)])
+        let (ids, positions) = (&self.tokens, &self.positions);
+        let here = tokens.local(&self.flow, ids.1.tokens());
+        dist::embed(tape, &[(here.ids, ids.0, &ids.1), (here.positions, positions.0, &positions.1)])
     }
 
     pub(crate) fn hidden(
@@ -173,10 +175,12 @@ impl Gpt2 {
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
-        let mut x = self.embed(tape, tokens)?;
+        let tokens = tokens.padded(&self.flow);
+        let inner = tokens.local(&self.flow, self.flow.inner.rows);
+        let mut x = self.embed(tape, &tokens)?;
         for block in &self.blocks {
             tape.set_layer(block.layer);
-            let shape = block.attention_shape(tokens);
+            let shape = block.attention_shape(&inner);
             x = if recompute.applies_to(block.layer) {
                 let block = block.clone();
                 tape.recompute(&x, move |tape, x| block.forward(tape, x, &shape, None))?
@@ -185,7 +189,7 @@ impl Gpt2 {
             };
         }
         tape.set_layer(self.layers);
-        tape.norm(&x, self.norm)
+        self.norm.forward(tape, &x)
     }
 
     pub(crate) fn hidden_cached(
@@ -199,56 +203,63 @@ impl Gpt2 {
             tape.set_layer(block.layer);
             x = block.forward(tape, &x, &block.attention_shape(tokens), Some(cache))?;
         }
-        tape.norm(&x, self.norm)
+        self.norm.forward(tape, &x)
     }
 
     pub(crate) fn head(&self) -> ParamRef {
-        self.tokens
+        self.tokens.0
+    }
+
+    pub(crate) fn loss_parts(&self) -> (&Flow, &Table) {
+        (&self.flow, &self.tokens.1)
     }
 }
 
-fn layer_norm(builder: &mut Builder, ours: &str, theirs: &str, config: &Gpt2Config) -> Norm {
+fn layer_norm(builder: &mut Builder, ours: &str, theirs: &str, config: &Gpt2Config) -> StreamNorm {
     let d = config.width;
-    let weight = vector(builder, format!("{ours}.weight"), format!("{theirs}.weight"), d, Init::Ones);
-    let bias = vector(builder, format!("{ours}.bias"), format!("{theirs}.bias"), d, Init::Zeros);
-    Norm::Layer { weight, bias, eps: config.eps }
+    let mut vector = |part: &str, init: Init| {
+        builder.vector(format!("{ours}.{part}"), format!("{theirs}.{part}"), Vector::Outer(d, init))
+    };
+    let (weight, bias) = (vector("weight", Init::Ones), vector("bias", Init::Zeros));
+    StreamNorm::new(Norm::Layer { weight, bias, eps: config.eps }, d, &builder.flow)
 }
 
 impl Block {
-    fn build(
-        config: &Gpt2Config,
-        layer: usize,
-        mesh: &Mesh,
-        builder: &mut Builder,
-    ) -> Result<Block, ConfigError> {
-        let (d, f) = (config.width, config.ffn);
+    fn build(config: &Gpt2Config, layer: usize, builder: &mut Builder) -> Result<Block, ConfigError> {
+        let (d, f, n, h) = (config.width, config.ffn, config.heads, config.width / config.heads);
         let stored = format!("transformer.h.{layer}");
-        let linear = |builder: &mut Builder, ours: &str, theirs: &str, inputs, outputs, std| {
-            let spec = LinearSpec {
-                name: format!("layers.{layer}.{ours}"),
-                inputs,
-                outputs,
-                bias: true,
-                std,
-                parts: &[(format!("{stored}.{theirs}"), outputs)],
-                place: Place::Transposed,
-            };
-            Linear::build(&spec, mesh, builder)
+        let parts = |theirs: &str, outputs: &Dim| vec![(format!("{stored}.{theirs}"), outputs.len())];
+        let spec = |ours: &str, inputs, outputs, std, parts| LinearSpec {
+            name: format!("layers.{layer}.{ours}"),
+            inputs,
+            outputs,
+            bias: true,
+            std,
+            parts,
+            place: Place::Transposed,
+        };
+        let opening = |builder: &mut Builder, ours: &str, theirs: &str, outputs: Dim| {
+            let parts = parts(theirs, &outputs);
+            Linear::opening(&spec(ours, Dim::plain(d), outputs, INIT_STD, parts), builder)
         };
         let residual_std = INIT_STD / (2.0 * config.layers as f32).sqrt();
+        let closing = |builder: &mut Builder, ours: &str, theirs: &str, inputs: Dim| {
+            let parts = parts(theirs, &Dim::plain(d));
+            Linear::closing(&spec(ours, inputs, Dim::plain(d), residual_std, parts), builder)
+        };
         let norm = |builder: &mut Builder, ours: &str, theirs: &str| {
             layer_norm(builder, &format!("layers.{layer}.{ours}"), &format!("{stored}.{theirs}"), config)
         };
         Ok(Block {
             layer,
             attention_norm: norm(builder, "attention_norm", "ln_1"),
-            qkv: linear(builder, "qkv", "attn.c_attn", d, 3 * d, INIT_STD)?,
-            out: linear(builder, "out", "attn.c_proj", d, d, residual_std)?,
+            qkv: opening(builder, "qkv", "attn.c_attn", Dim::of_parts(&[(n, h); 3]))?,
+            out: closing(builder, "out", "attn.c_proj", Dim::of_parts(&[(n, h)]))?,
             mlp_norm: norm(builder, "mlp_norm", "ln_2"),
-            up: linear(builder, "up", "mlp.c_fc", d, f, INIT_STD)?,
-            down: linear(builder, "down", "mlp.c_proj", f, d, residual_std)?,
-            heads: config.heads,
-            head_dim: d / config.heads,
+            up: opening(builder, "up", "mlp.c_fc", Dim::plain(f))?,
+            down: closing(builder, "down", "mlp.c_proj", Dim::plain(f))?,
+            heads: local_heads(&builder.flow, n, n).0,
+            head_dim: h,
             gelu: if config.exact_gelu { GeluKind::Erf } else { GeluKind::Tanh },
         })
     }
@@ -275,13 +286,13 @@ impl Block {
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
     ) -> Result<Var, Fault> {
-        let h = tape.norm(x, self.attention_norm)?;
+        let h = self.attention_norm.forward(tape, x)?;
         let qkv = self.qkv.forward(tape, &h, None)?;
         drop(h);
         let attended = attend(tape, qkv, shape, cache)?;
         let x = self.out.forward(tape, &attended, Some(x))?;
-        let h = tape.norm(&x, self.mlp_norm)?;
-        let act = tape.linear_gelu(&h, self.up.weight(), self.up.bias(), self.gelu)?;
+        let h = self.mlp_norm.forward(tape, &x)?;
+        let act = self.up.forward_gelu(tape, &h, self.gelu)?;
         self.down.forward(tape, &act, Some(&x))
     }
 }

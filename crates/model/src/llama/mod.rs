@@ -7,10 +7,10 @@ mod moe;
 pub use config::{Family, LlamaConfig};
 pub use moe::MoeConfig;
 
-use crate::layers::{LinearSpec, attend, vector};
-use crate::names::{Builder, Place};
+use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
+use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
-use dist::Mesh;
+use dist::{Dim, Flow, Table};
 use std::sync::Arc;
 use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
 
@@ -22,21 +22,22 @@ const INIT_STD: f32 = 0.02;
 #[derive(Clone)]
 pub struct Llama {
     config: Box<LlamaConfig>,
-    embedding: ParamRef,
+    flow: Flow,
+    embedding: (ParamRef, Table),
     blocks: Vec<Block>,
-    norm: Norm,
-    head: ParamRef,
+    norm: StreamNorm,
+    head: (ParamRef, Table),
     rope: Arc<RopeTable>,
 }
 
 #[derive(Clone)]
 struct Block {
     layer: usize,
-    attention_norm: Norm,
+    attention_norm: StreamNorm,
     qkv: Linear,
     qk_norm: Option<(ParamRef, ParamRef)>,
     out: Linear,
-    mlp_norm: Norm,
+    mlp_norm: StreamNorm,
     mlp: Mlp,
     heads: (usize, usize, usize),
     eps: f32,
@@ -50,11 +51,15 @@ enum Mlp {
     Experts(moe::Moe),
 }
 
+/// Standard deviation of initial weights that lead back into the residual stream.
+fn residual_std(config: &LlamaConfig) -> f32 {
+    INIT_STD / (2.0 * config.layers as f32).sqrt()
+}
+
 impl Llama {
     pub(crate) fn build(
         config: &LlamaConfig,
         context: usize,
-        mesh: &Mesh,
         builder: &mut Builder,
     ) -> Result<Llama, ConfigError> {
         let (v, d) = (config.vocab, config.width);
@@ -64,19 +69,19 @@ impl Llama {
             init: Init::Normal(INIT_STD),
             decay: true,
         };
-        let embedding = builder.whole(matrix("embedding"), "model.embed_tokens.weight".into(), vec![v, d]);
-        let blocks = (0..config.layers)
-            .map(|layer| Block::build(config, layer, mesh, builder))
-            .collect::<Result<_, _>>()?;
-        let weight = vector(builder, "norm".into(), "model.norm.weight".into(), d, Init::Ones);
+        let embedding = builder.table(matrix("embedding"), "model.embed_tokens.weight".into());
+        let blocks =
+            (0..config.layers).map(|layer| Block::build(config, layer, builder)).collect::<Result<_, _>>()?;
+        let weight = builder.vector("norm".into(), "model.norm.weight".into(), Vector::Outer(d, Init::Ones));
         let head = match config.tied {
-            true => embedding,
-            false => builder.whole(matrix("head"), "lm_head.weight".into(), vec![v, d]),
+            true => embedding.clone(),
+            false => builder.table(matrix("head"), "lm_head.weight".into()),
         };
-        let norm = Norm::Rms { weight, eps: config.eps };
+        let flow = builder.flow.clone();
+        let norm = StreamNorm::new(Norm::Rms { weight, eps: config.eps }, d, &flow);
         let rope =
             Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, context));
-        Ok(Llama { config: Box::new(config.clone()), embedding, blocks, norm, head, rope })
+        Ok(Llama { config: Box::new(config.clone()), flow, embedding, blocks, norm, head, rope })
     }
 
     fn attention_shape(&self, block: &Block, tokens: &Tokens) -> AttentionShape {
@@ -100,11 +105,13 @@ impl Llama {
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
+        let tokens = tokens.padded(&self.flow);
+        let (ids, inner) = (self.ids(&tokens), tokens.local(&self.flow, self.flow.inner.rows));
         tape.set_layer(0);
-        let mut x = tape.embedding(&[(tokens.ids.clone(), self.embedding)])?;
+        let mut x = dist::embed(tape, &[(ids, self.embedding.0, &self.embedding.1)])?;
         for block in &self.blocks {
             tape.set_layer(block.layer);
-            let shape = self.attention_shape(block, tokens);
+            let shape = self.attention_shape(block, &inner);
             x = if recompute.applies_to(block.layer) {
                 let block = block.clone();
                 tape.recompute(&x, move |tape, x| block.forward(tape, x, &shape, None))?
@@ -113,7 +120,12 @@ impl Llama {
             };
         }
         tape.set_layer(self.config.layers);
-        tape.norm(&x, self.norm)
+        self.norm.forward(tape, &x)
+    }
+
+    /// Ids of the tokens whose rows of the embedding this rank looks up.
+    fn ids(&self, tokens: &Tokens) -> Arc<[u32]> {
+        tokens.local(&self.flow, self.embedding.1.tokens()).ids
     }
 
     pub(crate) fn hidden_cached(
@@ -122,78 +134,102 @@ impl Llama {
         tokens: &Tokens,
         caches: &mut [KvCache],
     ) -> Result<Var, Fault> {
-        let mut x = tape.embedding(&[(tokens.ids.clone(), self.embedding)])?;
+        let mut x = dist::embed(tape, &[(self.ids(tokens), self.embedding.0, &self.embedding.1)])?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, tokens);
             x = block.forward(tape, &x, &shape, Some(cache))?;
         }
-        tape.norm(&x, self.norm)
+        self.norm.forward(tape, &x)
     }
 
     pub(crate) fn head(&self) -> ParamRef {
-        self.head
+        self.head.0
+    }
+
+    pub(crate) fn loss_parts(&self) -> (&Flow, &Table) {
+        (&self.flow, &self.head.1)
+    }
+}
+
+impl Mlp {
+    fn build(config: &LlamaConfig, layer: usize, builder: &mut Builder) -> Result<Mlp, ConfigError> {
+        if let Some(moe) = config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
+            return Ok(Mlp::Experts(moe::Moe::build(config, moe, layer, builder)?));
+        }
+        let (d, f) = (config.width, config.ffn);
+        let part = |path: &str, rows: usize| (format!("model.layers.{layer}.mlp.{path}"), rows);
+        let gate_up = LinearSpec {
+            name: format!("layers.{layer}.gate_up"),
+            inputs: Dim::plain(d),
+            outputs: Dim::of_parts(&[(f, 1), (f, 1)]),
+            bias: false,
+            std: INIT_STD,
+            parts: vec![part("gate_proj", f), part("up_proj", f)],
+            place: Place::Rows,
+        };
+        let gate_up = Linear::opening(&gate_up, builder)?;
+        let down = LinearSpec {
+            name: format!("layers.{layer}.down"),
+            inputs: Dim::plain(f),
+            outputs: Dim::plain(d),
+            bias: false,
+            std: residual_std(config),
+            parts: vec![part("down_proj", d)],
+            place: Place::Rows,
+        };
+        Ok(Mlp::Dense { gate_up, down: Linear::closing(&down, builder)? })
     }
 }
 
 impl Block {
-    fn build(
-        config: &LlamaConfig,
-        layer: usize,
-        mesh: &Mesh,
-        builder: &mut Builder,
-    ) -> Result<Block, ConfigError> {
+    fn build(config: &LlamaConfig, layer: usize, builder: &mut Builder) -> Result<Block, ConfigError> {
         let (n, k, h) = (config.heads, config.kv_heads, config.head_dim);
-        let (d, f) = (config.width, config.ffn);
+        let (d, eps) = (config.width, config.eps);
         let stored = format!("model.layers.{layer}");
         let name = |part: &str| format!("layers.{layer}.{part}");
         let part = |path: &str, rows: usize| (format!("{stored}.{path}"), rows);
-        let norm = |builder: &mut Builder, ours: &str, theirs: &str, width: usize| {
-            vector(builder, name(ours), format!("{stored}.{theirs}.weight"), width, Init::Ones)
+        let norm = |builder: &mut Builder, ours: &str, theirs: &str, of: Vector| {
+            builder.vector(name(ours), format!("{stored}.{theirs}.weight"), of)
         };
-        let linear = |builder: &mut Builder, ours: &str, inputs, bias, std, parts: &[(String, usize)]| {
-            let outputs = parts.iter().map(|(_, rows)| rows).sum();
-            let place = Place::Rows;
-            let spec = LinearSpec { name: name(ours), inputs, outputs, bias, std, parts, place };
-            Linear::build(&spec, mesh, builder)
+        let stream_norm = |builder: &mut Builder, ours: &str, theirs: &str| {
+            let weight = norm(builder, ours, theirs, Vector::Outer(d, Init::Ones));
+            StreamNorm::new(Norm::Rms { weight, eps }, d, &builder.flow)
         };
-        let residual_std = INIT_STD / (2.0 * config.layers as f32).sqrt();
-        let qkv_parts = [
+        let spec = |ours: &str, inputs, outputs, bias, std, parts| LinearSpec {
+            name: name(ours),
+            inputs,
+            outputs,
+            bias,
+            std,
+            parts,
+            place: Place::Rows,
+        };
+        let residual_std = residual_std(config);
+        let width = || Dim::plain(d);
+        // A kv head and the query heads it serves stay together.
+        let query_heads = Dim::of_parts(&[(k, n / k * h)]);
+        let heads = Dim::of_parts(&[(k, n / k * h), (k, h), (k, h)]);
+        let qkv_parts = vec![
             part("self_attn.q_proj", n * h),
             part("self_attn.k_proj", k * h),
             part("self_attn.v_proj", k * h),
         ];
-        let attention_norm = norm(builder, "attention_norm", "input_layernorm", d);
-        let qkv = linear(builder, "qkv", d, config.qkv_bias, INIT_STD, &qkv_parts)?;
+        let attention_norm = stream_norm(builder, "attention_norm", "input_layernorm");
+        let qkv = spec("qkv", width(), heads, config.qkv_bias, INIT_STD, qkv_parts);
+        let qkv = Linear::opening(&qkv, builder)?;
         let qk_norm = config.qk_norm.then(|| {
-            let q = norm(builder, "q_norm", "self_attn.q_norm", h);
-            (q, norm(builder, "k_norm", "self_attn.k_norm", h))
+            let q = norm(builder, "q_norm", "self_attn.q_norm", Vector::Head(h, Init::Ones));
+            (q, norm(builder, "k_norm", "self_attn.k_norm", Vector::Head(h, Init::Ones)))
         });
-        let out_parts = [part("self_attn.o_proj", d)];
-        let out = linear(builder, "out", n * h, config.out_bias, residual_std, &out_parts)?;
-        let mlp_norm = norm(builder, "mlp_norm", "post_attention_layernorm", d);
-        let mlp = match config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
-            Some(moe) => Mlp::Experts(moe::Moe::build(config, moe, layer, builder)),
-            None => {
-                let parts = [part("mlp.gate_proj", f), part("mlp.up_proj", f)];
-                let gate_up = linear(builder, "gate_up", d, false, INIT_STD, &parts)?;
-                let parts = [part("mlp.down_proj", d)];
-                Mlp::Dense { gate_up, down: linear(builder, "down", f, false, residual_std, &parts)? }
-            }
-        };
-        let eps = config.eps;
-        Ok(Block {
-            layer,
-            attention_norm: Norm::Rms { weight: attention_norm, eps },
-            qkv,
-            qk_norm,
-            out,
-            mlp_norm: Norm::Rms { weight: mlp_norm, eps },
-            mlp,
-            heads: (n, k, h),
-            eps,
-            window: config.window_of(layer),
-        })
+        let out_parts = vec![part("self_attn.o_proj", d)];
+        let out = spec("out", query_heads, width(), config.out_bias, residual_std, out_parts);
+        let out = Linear::closing(&out, builder)?;
+        let mlp_norm = stream_norm(builder, "mlp_norm", "post_attention_layernorm");
+        let mlp = Mlp::build(config, layer, builder)?;
+        let (n, k) = local_heads(&builder.flow, n, k);
+        let (heads, window) = ((n, k, h), config.window_of(layer));
+        Ok(Block { layer, attention_norm, qkv, qk_norm, out, mlp_norm, mlp, heads, eps, window })
     }
 
     /// x [M, D] -> [M, D].
@@ -204,7 +240,7 @@ impl Block {
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
     ) -> Result<Var, Fault> {
-        let h = tape.norm(x, self.attention_norm)?;
+        let h = self.attention_norm.forward(tape, x)?;
         let mut qkv = self.qkv.forward(tape, &h, None)?;
         drop(h);
         if let Some(weights) = self.qk_norm {
@@ -213,13 +249,13 @@ impl Block {
         let attended = attend(tape, qkv, shape, cache)?;
         let x = self.out.forward(tape, &attended, Some(x))?;
         drop(attended);
-        let h = tape.norm(&x, self.mlp_norm)?;
+        let h = self.mlp_norm.forward(tape, &x)?;
         match &self.mlp {
             Mlp::Experts(experts) => experts.forward(tape, &h, &x),
             Mlp::Dense { gate_up, down } => {
                 let gate_up = gate_up.forward(tape, &h, None)?;
                 drop(h);
-                tape.swiglu_linear(&gate_up, down.weight(), &x)
+                down.forward_swiglu(tape, &gate_up, &x)
             }
         }
     }

@@ -1,11 +1,12 @@
 //! A mixture of experts in the place of a layer's feed-forward part: Mixtral, Qwen2-MoE, Qwen3-MoE.
 
 use super::config::LlamaConfig;
-use super::{Family, INIT_STD};
+use super::{Family, INIT_STD, residual_std};
 use crate::ConfigError;
 use crate::config::Keys;
 use crate::layers::LinearSpec;
 use crate::names::{Builder, Place};
+use dist::Dim;
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tensor::{Fault, Order, ParamRef, Router, Tape, Var};
@@ -145,7 +146,18 @@ struct Shared {
 }
 
 impl Moe {
-    pub(super) fn build(config: &LlamaConfig, moe: &MoeConfig, layer: usize, builder: &mut Builder) -> Moe {
+    /// On one rank; a larger mesh is refused.
+    pub(super) fn build(
+        config: &LlamaConfig,
+        moe: &MoeConfig,
+        layer: usize,
+        builder: &mut Builder,
+    ) -> Result<Moe, ConfigError> {
+        let mesh = &builder.flow.mesh;
+        if mesh.world_size() > 1 {
+            let (family, mesh) = (config.family.name(), *mesh.shape());
+            return Err(ConfigError::ExpertsOnMesh { family, mesh });
+        }
         let sparse = (0..config.layers).filter(|layer| moe.applies_to(*layer)).count().max(1);
         let (d, e) = (config.width, moe.experts);
         let mixtral = config.family == Family::Mixtral;
@@ -154,15 +166,15 @@ impl Moe {
         let names = if mixtral { ["w1", "w3", "w2"] } else { ["gate_proj", "up_proj", "down_proj"] };
         let of = |i: usize| format!("{stored}.experts.{i}");
         let each: Vec<String> = (0..e).map(of).collect();
-        let mut part = Parts { builder, layer, d, std: INIT_STD / (2.0 * config.layers as f32).sqrt() };
-        let route = part.matrix("router", d, INIT_STD, &[(format!("{stored}.gate"), e)]);
+        let mut part = Parts { builder, layer, d, std: residual_std(config) };
+        let route = part.matrix("router", d, INIT_STD, vec![(format!("{stored}.gate"), e)]);
         let experts = part.experts("experts", &each, names, moe.ffn);
         let shared = moe.shared_ffn.map(|ffn| {
             let folder = [format!("{stored}.shared_expert")];
             let names = ["gate_proj", "up_proj", "down_proj"];
             let expert = part.experts("shared_expert", &folder, names, ffn);
-            let gate = [(format!("{stored}.shared_expert_gate"), 1)];
-            Shared { expert, gate: part.matrix("shared_expert_gate", d, INIT_STD, &gate) }
+            let gate = vec![(format!("{stored}.shared_expert_gate"), 1)];
+            Shared { expert, gate: part.matrix("shared_expert_gate", d, INIT_STD, gate) }
         });
         let router = Router {
             experts: e,
@@ -170,7 +182,7 @@ impl Moe {
             normalise: moe.normalise,
             balance: moe.balance / sparse as f32,
         };
-        Moe { router, route, experts, shared }
+        Ok(Moe { router, route, experts, shared })
     }
 
     /// h [M, D], the normed input, and residual [M, D] -> [M, D].
@@ -198,10 +210,10 @@ struct Parts<'a> {
 
 impl Parts<'_> {
     /// [rows of all parts, inputs].
-    fn matrix(&mut self, name: &str, inputs: usize, std: f32, parts: &[(String, usize)]) -> ParamRef {
+    fn matrix(&mut self, name: &str, inputs: usize, std: f32, parts: Vec<(String, usize)>) -> ParamRef {
         let (name, place) = (format!("layers.{}.{name}", self.layer), Place::Rows);
-        let outputs = parts.iter().map(|(_, rows)| rows).sum();
-        self.builder.matrix(&LinearSpec { name, inputs, outputs, bias: false, std, parts, place })
+        let (inputs, outputs) = (Dim::plain(inputs), Dim::plain(parts.iter().map(|(_, rows)| rows).sum()));
+        self.builder.whole_matrix(&LinearSpec { name, inputs, outputs, bias: false, std, parts, place })
     }
 
     /// Gate and up of every expert [E 2F, D], and down [E D, F].
@@ -219,7 +231,7 @@ impl Parts<'_> {
             .collect();
         let downs: Vec<_> = folders.iter().map(|folder| (format!("{folder}.{down}"), self.d)).collect();
         let (d, std) = (self.d, self.std);
-        let gate_up = self.matrix(&format!("{name}.gate_up"), d, INIT_STD, &gate_up);
-        (gate_up, self.matrix(&format!("{name}.down"), f, std, &downs))
+        let gate_up = self.matrix(&format!("{name}.gate_up"), d, INIT_STD, gate_up);
+        (gate_up, self.matrix(&format!("{name}.down"), f, std, downs))
     }
 }

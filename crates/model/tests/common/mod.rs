@@ -14,6 +14,12 @@ use tensor::{DType, Device, KvCache, ParamStore, Tape, Targets, Tensor};
 pub const FAMILIES: [&str; 10] =
     ["llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "gpt2", "mixtral", "qwen2_moe", "qwen3_moe"];
 
+/// Those without experts: the ones that run on meshes.
+pub const DENSE: [&str; 7] = ["llama2", "llama3", "smollm2", "mistral", "qwen2", "qwen3", "gpt2"];
+
+/// Those with experts.
+pub const SPARSE: [&str; 3] = ["mixtral", "qwen2_moe", "qwen3_moe"];
+
 /// Longest sequence the models are built for.
 pub const CONTEXT: usize = 32;
 
@@ -163,13 +169,13 @@ impl Golden {
     pub fn train(&mut self, tokens: &Tokens, recompute: Recompute) -> f32 {
         let targets = self.targets();
         let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
-        self.store.clear_grads();
+        self.store.clear_grads().unwrap();
         let mut tape = Tape::recording(&mut self.store);
         let hidden = self.built.model.hidden(&mut tape, tokens, recompute).unwrap();
         let targets = Targets { ids: &targets, scale };
         let losses = tape.head_loss(&hidden, self.built.model.head(), targets).unwrap();
         tape.backward().unwrap();
-        self.store.settle_grads();
+        self.store.settle_grads().unwrap();
         losses.to_f32().iter().sum::<f32>() * scale
     }
 

@@ -10,9 +10,12 @@ use device::{Buffer, DType, ViewMut};
 use kernels::cross_entropy;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
-/// Tokens whose logits are held at a time: enough rows to amortise packing the head's weights,
-/// few enough that 256 x 128k logits stay at 128 MiB.
-const SLICE_TOKENS: usize = 256;
+/// Tokens whose logits are held at a time: as many as keep them near 64 MiB, for every slice reads
+/// the head's weights and adds to its gradient; at least 256, to amortise packing.
+pub fn loss_slice_tokens(vocab: usize) -> usize {
+    const LOGIT_BYTES: usize = 64 << 20;
+    (LOGIT_BYTES / (4 * vocab.max(1))).clamp(256, 1024).next_multiple_of(256)
+}
 
 /// What the model should have said.
 #[derive(Clone, Copy)]
@@ -31,12 +34,12 @@ impl Tape<'_> {
     /// Losses of every position in nats, 0 where ignored. x [M, D], head [V, D] -> [M] f32.
     /// On a recording tape this is also where the backward pass will begin.
     pub fn head_loss(&mut self, x: &Var, head: ParamRef, targets: Targets<'_>) -> Result<Tensor, Fault> {
-        self.moment("head_loss", &[head])?;
+        self.moment_with_grads("head_loss", &[head], self.is_recording())?;
         let (m, d) = (x.value.rows(), x.value.cols());
         let v = self.params.spec(head).shape[0];
         let (device, dtype) = (x.value.device(), x.value.dtype());
         let mut losses = Tensor::new(device, DType::F32, &[m])?;
-        let slice = SLICE_TOKENS.min(m.max(1));
+        let slice = loss_slice_tokens(v).min(m.max(1));
         let mut buffer = Buffer::new(device, slice * v * 4)?;
         let recording = self.is_recording();
         let mut dx = if recording { Some(Tensor::new(device, dtype, &[m, d])?) } else { None };
@@ -62,9 +65,15 @@ impl Tape<'_> {
             }
         }
         if let Some(dx) = dx {
-            self.push(&[x.id], losses.clone(), || Op::HeadLoss(Saved { dx }));
+            self.seed(x, &losses, dx);
         }
         Ok(losses)
+    }
+
+    /// `losses` of `x` that an op of another room computed together with the gradient `dx` of x:
+    /// where the backward pass will begin.
+    pub fn seed(&mut self, x: &Var, losses: &Tensor, dx: Tensor) {
+        self.push(&[x.id], losses.clone(), || Op::HeadLoss(Saved { dx }));
     }
 
     /// dx [rows, D] = dlogits [rows, V] head [V, D]; head.grad += dlogits^T x.

@@ -1,5 +1,6 @@
 //! The ops of the tape, one file each: a method on `Tape` that runs it, and its way back.
 
+mod activation;
 mod attention;
 mod embedding;
 mod experts;
@@ -10,7 +11,7 @@ mod swiglu_linear;
 
 pub use attention::{AttentionShape, KvCache};
 pub use experts::{Order, Router};
-pub use loss::Targets;
+pub use loss::{Targets, loss_slice_tokens};
 pub use norm::Norm;
 
 use crate::Fault;

@@ -18,6 +18,8 @@ pub enum Kind {
     Paths,
     /// One of some words.
     Choice(&'static [&'static str]),
+    /// A number of bytes, as "4GiB", or "auto".
+    Bytes,
 }
 
 /// One key.
@@ -45,7 +47,7 @@ const fn key(
     Key { path, kind, default, unit, doc }
 }
 
-use Kind::{Choice, Flag, Float, Int, Path, Paths, Text};
+use Kind::{Bytes, Choice, Flag, Float, Int, Path, Paths, Text};
 
 const MANY: u64 = 1 << 40;
 const SIZE: u64 = 1 << 24;
@@ -277,6 +279,45 @@ pub const KEYS: &[Key] = &[
         "Between nodes, a device's share, each way.",
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
+    key(
+        "mesh.dp",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "Replicas: each learns from its share of the rows of train.batch.",
+    ),
+    key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
+    key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),
+    key("mesh.z", Int(1, 65536), "1", "ranks", "Third tensor axis."),
+    key(
+        "mesh.scheme",
+        Choice(&["auto", "1d", "1d-sequence", "summa", "2.5d", "3d", "weight-stationary"]),
+        "\"auto\"",
+        "",
+        "How products are spread over x, y and z (docs/parallelism.md); auto goes by the axes: 1d, summa or 3d.",
+    ),
+    key(
+        "memory.dram",
+        Bytes,
+        "",
+        "",
+        "Memory the run may take, activations included; what does not fit lies in memory.dir. auto takes what the system or its control group allows. Absent: everything stays in memory. Never changes a result.",
+    ),
+    key("memory.nvme", Bytes, "\"auto\"", "", "Space on the drive of memory.dir; auto takes what is free."),
+    key(
+        "memory.dir",
+        Path,
+        "",
+        "",
+        "Folder on a fast local drive for the offload file, which is gone when the run ends. Absent: run.dir.",
+    ),
+    key(
+        "memory.policy",
+        Choice(&["dynamic", "belady", "static", "lru"]),
+        "\"dynamic\"",
+        "",
+        "Who leaves memory: dynamic plans the whole step, belady goes by what is needed last, static keeps a fixed part, lru what was used last.",
+    ),
     key("log.tensorboard", Flag, "true", "", "Write TensorBoard event files beside metrics.jsonl."),
 ];
 
@@ -299,6 +340,7 @@ impl Kind {
             Path => "a path in quotes".into(),
             Paths => "a path in quotes, or a list of them".into(),
             Choice(words) => format!("one of \"{}\"", words.join("\", \"")),
+            Bytes => "a number of bytes with its unit, as \"4GiB\", or \"auto\"".into(),
         }
     }
 
@@ -320,8 +362,30 @@ impl Kind {
                 some(value) || value.as_array().is_some_and(|list| !list.is_empty() && list.iter().all(some))
             }
             Choice(words) => value.as_str().is_some_and(|word| words.contains(&word)),
+            Bytes => value.as_str().is_some_and(|text| text == "auto" || parse_bytes(text).is_some()),
         }
     }
+}
+
+/// Bytes of a text like "512MiB", "1.5GB" or "4096B".
+pub fn parse_bytes(text: &str) -> Option<u64> {
+    let text = text.trim();
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let scale = match unit.trim() {
+        "B" => 1.0,
+        "KiB" => 1024.0,
+        "MiB" => 1_048_576.0,
+        "GiB" => 1_073_741_824.0,
+        "TiB" => 1_099_511_627_776.0,
+        "kB" | "KB" => 1e3,
+        "MB" => 1e6,
+        "GB" => 1e9,
+        "TB" => 1e12,
+        _ => return None,
+    };
+    let bytes = number.parse::<f64>().ok()? * scale;
+    (1.0..1e18).contains(&bytes).then_some(bytes as u64)
 }
 
 /// The reference of all keys, as Markdown.
@@ -352,6 +416,23 @@ mod tests {
         for key in KEYS.iter().filter(|key| !key.default.is_empty()) {
             let value: toml::Table = toml::from_str(&format!("x = {}", key.default)).unwrap();
             assert!(key.kind.accepts(&value["x"]), "{} = {}", key.path, key.default);
+        }
+    }
+
+    #[test]
+    fn bytes_have_a_unit() {
+        for (text, want) in [
+            ("4096B", Some(4096)),
+            ("1.5GiB", Some(3 << 29)),
+            ("2 MB", Some(2_000_000)),
+            ("12", None),
+            ("GiB", None),
+            ("-1GiB", None),
+            ("1..2GiB", None),
+            ("1e3MiB", None),
+            ("0B", None),
+        ] {
+            assert_eq!(parse_bytes(text), want, "{text}");
         }
     }
 

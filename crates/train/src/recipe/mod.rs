@@ -4,8 +4,8 @@ pub mod keys;
 mod values;
 
 pub use values::{
-    CheckpointRecipe, ClusterRecipe, DataRecipe, EvalRecipe, ModelRecipe, Recipe, RunRecipe, SampleRecipe,
-    TokenizerRecipe, TrainRecipe,
+    CheckpointRecipe, ClusterRecipe, DataRecipe, EvalRecipe, MemoryRecipe, MeshRecipe, ModelRecipe, Recipe,
+    RunRecipe, SampleRecipe, TokenizerRecipe, TrainRecipe,
 };
 
 use keys::{KEYS, Key, Kind};
@@ -112,7 +112,7 @@ impl Settings {
         let parsed = format!("x = {value}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("x"));
         let text_wanted = matches!(
             keys::find(key).map(|key| key.kind),
-            Some(Kind::Text | Kind::Path | Kind::Paths | Kind::Choice(_))
+            Some(Kind::Text | Kind::Path | Kind::Paths | Kind::Choice(_) | Kind::Bytes)
         );
         let value = match parsed {
             Some(parsed) if !text_wanted || parsed.is_str() || parsed.is_array() => parsed,
@@ -256,6 +256,7 @@ mod tests {
             ("[model]\nfrom = \"m\"\nwidth = 64", "model.from"),
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
+            ("[memory]\ndir = \"x\"", "memory.dram"),
         ] {
             let message = refused(&format!("{base}{more}"));
             assert!(message.contains(want), "{more}: {message}");

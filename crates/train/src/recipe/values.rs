@@ -1,10 +1,13 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
+use super::keys::parse_bytes;
 use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
+use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
+use memory::pager::Policy;
 use model::Recompute;
 use serde_json::json;
 use std::path::PathBuf;
@@ -21,6 +24,8 @@ pub struct Recipe {
     pub tokenizer: TokenizerRecipe,
     /// `[data]`
     pub data: DataRecipe,
+    /// `[mesh]`
+    pub mesh: MeshRecipe,
     /// `[train]`
     pub train: TrainRecipe,
     /// `[eval]`
@@ -31,6 +36,8 @@ pub struct Recipe {
     pub checkpoint: CheckpointRecipe,
     /// `[cluster]`
     pub cluster: ClusterRecipe,
+    /// `[memory]`; none: everything stays in memory.
+    pub memory: Option<MemoryRecipe>,
     /// `log.tensorboard`
     pub tensorboard: bool,
 }
@@ -53,6 +60,22 @@ pub enum ModelRecipe {
     From(PathBuf),
     /// A new one: its `config.json` without the vocabulary.
     New(serde_json::Value),
+}
+
+/// `[mesh]`
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MeshRecipe {
+    /// Ranks along each axis.
+    pub shape: MeshShape,
+    /// How products are spread; none: by the axes.
+    pub scheme: Option<Scheme>,
+}
+
+impl MeshRecipe {
+    /// How activations and weights lie on `mesh`.
+    pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
+        Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))
+    }
 }
 
 /// `[tokenizer]`
@@ -150,6 +173,19 @@ pub struct ClusterRecipe {
     pub cluster: Cluster,
 }
 
+/// `[memory]`
+#[derive(Clone, Debug, PartialEq)]
+pub struct MemoryRecipe {
+    /// DRAM in bytes; none: what is available.
+    pub dram_bytes: Option<u64>,
+    /// Space on the drive in bytes; none: what is free.
+    pub nvme_bytes: Option<u64>,
+    /// Folder of the offload file.
+    pub dir: PathBuf,
+    /// Who leaves.
+    pub policy: Policy,
+}
+
 /// Typed look-ups; the settings were checked against the table, so types are as it says.
 struct Get<'a>(&'a Settings);
 
@@ -217,6 +253,7 @@ impl Recipe {
                 valid_fraction: need(get.float("data.valid_fraction"), "data.valid_fraction")?,
                 shuffle: get.flag("data.shuffle"),
             },
+            mesh: mesh(&get, &train)?,
             train,
             eval: EvalRecipe { every: int("eval.every")?, batches: int("eval.batches")? as usize },
             sample: SampleRecipe {
@@ -232,6 +269,7 @@ impl Recipe {
                 background: get.flag("checkpoint.background"),
             },
             cluster: cluster(&get)?,
+            memory: memory(settings, &get)?,
             tensorboard: get.flag("log.tensorboard"),
         })
     }
@@ -256,6 +294,33 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
         inter: link("cluster.inter_latency", "cluster.inter_rate")?,
     };
     Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
+}
+
+fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
+    let Some(dram) = get.text("memory.dram") else {
+        if settings.gives("memory.dir") {
+            return impossible(
+                "memory.dir is given but memory.dram is not".into(),
+                "memory.dram is what turns tiers on; set it to \"auto\" or a number of bytes",
+            );
+        }
+        return Ok(None);
+    };
+    let dir = match get.text("memory.dir") {
+        Some(dir) => dir,
+        None => need(get.text("run.dir"), "run.dir")?,
+    };
+    Ok(Some(MemoryRecipe {
+        dram_bytes: parse_bytes(&dram),
+        nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
+        dir: dir.into(),
+        policy: match get.text("memory.policy").as_deref() {
+            Some("belady") => Policy::Belady,
+            Some("static") => Policy::Static,
+            Some("lru") => Policy::Lru,
+            _ => Policy::Dynamic,
+        },
+    }))
 }
 
 fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
@@ -308,6 +373,44 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
         recompute,
         max_skipped: int("train.max_skipped")?,
     })
+}
+
+fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
+    let size = |axis, key| need(get.int(key), key).map(|size| (axis, size as usize));
+    let sizes = [
+        size(Axis::Dp, "mesh.dp")?,
+        size(Axis::X, "mesh.x")?,
+        size(Axis::Y, "mesh.y")?,
+        size(Axis::Z, "mesh.z")?,
+    ];
+    let shape = match MeshShape::new(&sizes) {
+        Ok(shape) => shape,
+        Err(error) => return impossible(error.to_string(), "lower mesh.dp, mesh.x, mesh.y or mesh.z"),
+    };
+    let replicas = shape.size(Axis::Dp);
+    if !train.batch.is_multiple_of(replicas) {
+        return impossible(
+            format!("train.batch = {} does not divide by mesh.dp = {replicas}", train.batch),
+            "every replica learns from the same number of rows; choose a multiple",
+        );
+    }
+    let scheme = Scheme::from_name(&get.text("mesh.scheme").unwrap_or_default());
+    for axis in [Axis::X, Axis::Y, Axis::Z] {
+        let idle = |scheme: &Scheme| shape.size(axis) > 1 && !scheme.axes().contains(&axis);
+        if let Some(scheme) = scheme.filter(idle) {
+            return impossible(
+                format!("mesh.scheme = \"{}\" has no use for mesh.{}", scheme.name(), axis.name()),
+                "set that axis to 1, or choose another scheme",
+            );
+        }
+    }
+    if shape.world_size() > 1 && get.text("memory.dram").is_some() {
+        return impossible(
+            format!("memory.dram is given for mesh `{shape}`"),
+            "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
+        );
+    }
+    Ok(MeshRecipe { shape, scheme })
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.

@@ -91,10 +91,19 @@ pub fn log(dir: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     let without_clock = |line: &str| {
         let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-        for key in ["seconds", "tokens_per_s", "gflops", "mfu"] {
+        for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers"] {
             line.as_object_mut().unwrap().remove(key);
         }
         line
     };
     text.lines().map(without_clock).collect()
+}
+
+/// What the tiers did in the last step: bytes up and down the lowest link, and their bound.
+pub fn moved(dir: &Path) -> (u64, u64, Option<u64>) {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let mut steps = text.lines().rev().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let last = steps.find(|line| line["kind"] == "step").unwrap();
+    let link = &last["tiers"]["links"][0];
+    (link["up_bytes"].as_u64().unwrap(), link["down_bytes"].as_u64().unwrap(), link["bound_bytes"].as_u64())
 }

@@ -1,0 +1,192 @@
+//! Collectives that run beside computation: `start_...` returns at once, `finish` waits for what
+//! is not done yet. They own their buffers, so nobody can touch what is under way.
+//!
+//! A thread of the rank makes the calls, one after the other, in the order they were started; that
+//! order must be the same on every member. Their numbers are apart from those of calls in the
+//! foreground. A broadcast between threads needs no thread: the root hands out its buffer's handle.
+
+use crate::Group;
+use crate::error::CommError;
+use crate::threads::Seat;
+use crate::traffic::{Tally, Traffic};
+use device::{Buffer, DType, Device};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+/// Calls that may be under way for one rank; whoever starts more waits.
+const UNDER_WAY: usize = 256;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// The thread that makes a rank's calls beside its computation; started by the first of them, ended
+/// when the mesh and its groups are gone.
+#[derive(Default)]
+pub(crate) struct Lane {
+    jobs: OnceLock<Option<SyncSender<Job>>>,
+}
+
+impl Lane {
+    fn run(&self, job: Job) -> Result<(), CommError> {
+        let jobs = self.jobs.get_or_init(|| {
+            let (sender, receiver) = sync_channel::<Job>(UNDER_WAY);
+            let work = move || receiver.into_iter().for_each(|job| job());
+            std::thread::Builder::new().name("beside".to_string()).spawn(work).ok().map(|_| sender)
+        });
+        let sent = jobs.as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        if sent { Ok(()) } else { Err(gone()) }
+    }
+}
+
+fn gone() -> CommError {
+    CommError::Transport("the thread for calls beside computation is gone; is memory short?".to_string())
+}
+
+/// `len` elements of `dtype` at the start of a buffer.
+#[derive(Clone)]
+pub struct Array {
+    /// Holds them.
+    pub buffer: Buffer,
+    /// Their type.
+    pub dtype: DType,
+    /// How many.
+    pub len: usize,
+}
+
+impl Array {
+    /// `len` elements of unspecified contents.
+    pub fn new(dtype: DType, len: usize) -> Result<Array, CommError> {
+        Ok(Array { buffer: Buffer::new(Device::Cpu, len * dtype.size_bytes())?, dtype, len })
+    }
+
+    /// Read them.
+    pub fn view(&self) -> device::View<'_> {
+        self.buffer.view(self.dtype, 0, self.len)
+    }
+
+    /// Write them; panics when the buffer is shared.
+    pub fn view_mut(&mut self) -> device::ViewMut<'_> {
+        self.buffer.view_mut(self.dtype, 0, self.len)
+    }
+}
+
+/// A call under way. Dropping it gives up the result, not the call.
+#[must_use = "a call under way ends with finish()"]
+pub struct Pending {
+    state: State,
+    tally: Arc<Tally>,
+}
+
+enum State {
+    Ready(Array),
+    Lane(Receiver<Result<Array, CommError>>),
+    /// A broadcast whose handle is on its way to us.
+    Handle {
+        seat: Seat,
+        dtype: DType,
+        len: usize,
+        /// The root and the number of its letter.
+        from: (usize, u64),
+    },
+}
+
+impl Pending {
+    /// Waits for the end of the call and returns its result.
+    pub fn finish(self) -> Result<Array, CommError> {
+        let start = Instant::now();
+        let done = match self.state {
+            State::Ready(array) => return Ok(array),
+            State::Lane(result) => result.recv().map_err(|_| gone())?,
+            State::Handle { seat, dtype, len, from } => seat.take_handle((dtype, len), from),
+        };
+        self.tally.expose(start.elapsed());
+        done
+    }
+}
+
+impl Group {
+    /// [`Group::all_reduce_sum`] beside computation; gives the array back as the sum. The handle
+    /// must be the only one.
+    pub fn start_all_reduce_sum(&self, mut data: Array) -> Result<Pending, CommError> {
+        self.start(move |group| {
+            group.all_reduce_sum(data.view_mut())?;
+            Ok(data)
+        })
+    }
+
+    /// [`Group::all_gather`] beside computation; the result is `size` times as long.
+    pub fn start_all_gather(&self, mine: Array) -> Result<Pending, CommError> {
+        let mut out = Array::new(mine.dtype, mine.len * self.size())?;
+        self.start(move |group| {
+            group.all_gather(mine.view(), out.view_mut())?;
+            Ok(out)
+        })
+    }
+
+    /// [`Group::reduce_scatter_sum`] beside computation; the result is our piece.
+    pub fn start_reduce_scatter_sum(&self, mine: Array) -> Result<Pending, CommError> {
+        let mut out = Array::new(mine.dtype, mine.len / self.size())?;
+        self.start(move |group| {
+            group.reduce_scatter_sum(mine.view(), out.view_mut())?;
+            Ok(out)
+        })
+    }
+
+    /// [`Group::broadcast`] of `len` elements beside computation; the root gives `data`, the others
+    /// nothing. Between threads the result is the root's own buffer, shared: read it only, and the
+    /// root writes it again only when every member has dropped its handle.
+    pub fn start_broadcast(
+        &self,
+        data: Option<Array>,
+        (dtype, len): (DType, usize),
+        root: usize,
+    ) -> Result<Pending, CommError> {
+        let data = self.expect_root_data(data, (dtype, len), root)?;
+        if let Some(seat) = self.sharing_seat() {
+            let bytes = len * dtype.size_bytes();
+            let traffic = Traffic::broadcast(self.size(), self.index(), bytes, root);
+            self.tally().add(traffic, self.size(), self.index());
+            return match data {
+                Some(data) => {
+                    seat.post_handles(&data)?;
+                    Ok(self.pending(State::Ready(data)))
+                }
+                None => {
+                    let (seat, from) = (seat.clone(), (root, seat.ask(root)));
+                    Ok(self.pending(State::Handle { seat, dtype, len, from }))
+                }
+            };
+        }
+        let mut data = match data {
+            Some(data) => data,
+            None => Array::new(dtype, len)?,
+        };
+        self.start(move |group| {
+            if group.index() == root && !data.buffer.is_unique() {
+                let mut own = Array::new(dtype, len)?;
+                own.view_mut().bytes().copy_from_slice(data.view().bytes());
+                data = own;
+            }
+            group.broadcast(data.view_mut(), root)?;
+            Ok(data)
+        })
+    }
+
+    fn start(
+        &self,
+        call: impl FnOnce(&Group) -> Result<Array, CommError> + Send + 'static,
+    ) -> Result<Pending, CommError> {
+        let group = self.beside();
+        if !group.waits() {
+            return Ok(self.pending(State::Ready(call(&group)?)));
+        }
+        let (sender, receiver) = sync_channel(1);
+        // The receiver may be gone: whoever started the call gave its result up.
+        self.lane().run(Box::new(move || drop(sender.send(call(&group)))))?;
+        Ok(self.pending(State::Lane(receiver)))
+    }
+
+    fn pending(&self, state: State) -> Pending {
+        Pending { state, tally: self.tally().clone() }
+    }
+}

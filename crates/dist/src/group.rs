@@ -1,0 +1,349 @@
+//! Collectives of a group of ranks over flat arrays. Arguments are checked and bytes counted here,
+//! once for every communicator.
+//!
+//! Sums are taken in the order of members, in f32 (bf16 is rounded once at the end), so a result
+//! has the same bits on every communicator and run after run.
+
+use crate::beside::{Array, Lane};
+use crate::call::{Members, Op};
+use crate::error::CommError;
+use crate::traffic::{Counts, Peers, Tally, Traffic};
+use crate::{Communicator, threads, wire};
+use device::{DType, View, ViewMut};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Some ranks, ourselves among them, that communicate with each other. Cheap to clone. Every member
+/// must make the same calls in the same order.
+#[derive(Clone)]
+pub struct Group {
+    members: Arc<Members>,
+    index: usize,
+    carrier: Carrier,
+    /// The same for calls beside computation.
+    carrier_beside: Carrier,
+    lane: Arc<Lane>,
+    tally: Arc<Tally>,
+}
+
+#[derive(Clone)]
+enum Carrier {
+    /// Moves nothing; also what a group of one needs.
+    Null,
+    Threads(threads::Seat),
+    Processes(wire::Seat),
+}
+
+impl Carrier {
+    fn is_beside(&self) -> bool {
+        match self {
+            Carrier::Null => true,
+            Carrier::Threads(seat) => seat.is_beside(),
+            Carrier::Processes(seat) => seat.is_beside(),
+        }
+    }
+}
+
+impl Group {
+    pub(crate) fn new(to: &Communicator, axes: &str, ranks: Vec<usize>, lane: Arc<Lane>) -> Group {
+        let own = to.rank();
+        let index = ranks.iter().position(|rank| *rank == own).expect("we are a member of our group");
+        let members = Arc::new(Members { axes: axes.to_string(), ranks });
+        let carrier = |beside| match to {
+            Communicator::Threads(rank) if members.ranks.len() > 1 => {
+                Carrier::Threads(rank.seat(members.clone(), index, beside))
+            }
+            Communicator::Processes(process) if members.ranks.len() > 1 => {
+                Carrier::Processes(process.seat(members.clone(), index, beside))
+            }
+            _ => Carrier::Null,
+        };
+        let (carrier, carrier_beside) = (carrier(false), carrier(true));
+        Group { members, index, carrier, carrier_beside, lane, tally: Arc::new(Tally::new()) }
+    }
+
+    /// Members.
+    pub fn size(&self) -> usize {
+        self.members.ranks.len()
+    }
+
+    /// Our place among the members.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// World ranks of the members, ascending.
+    pub fn ranks(&self) -> &[usize] {
+        &self.members.ranks
+    }
+
+    /// Names of the axes, like `x` or `dp+fsdp`.
+    pub fn axes(&self) -> &str {
+        &self.members.axes
+    }
+
+    /// What we have communicated over this group so far.
+    pub fn counts(&self) -> Counts {
+        self.tally.counts(&self.members)
+    }
+
+    /// `data` becomes the sum over members, on every member. f32 or bf16, any length.
+    pub fn all_reduce_sum(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        self.expect_float(Op::AllReduce, data.dtype())?;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let traffic = Traffic::all_reduce(self.size(), self.index, data.len(), data.dtype().size_bytes());
+        self.counted(traffic, |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.all_reduce_sum(data),
+            Carrier::Processes(seat) => seat.all_reduce_sum(data),
+        })
+    }
+
+    /// `out` becomes every member's `mine`, one after the other. `out.len() == size * mine.len()`.
+    pub fn all_gather(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
+        self.expect_pieces(Op::AllGather, (mine.dtype(), mine.len()), (out.dtype(), out.len()))?;
+        if self.size() == 1 {
+            out.bytes().copy_from_slice(mine.bytes());
+            return Ok(());
+        }
+        self.counted(Traffic::pieces(self.size(), mine.bytes().len()), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.all_gather(mine, out),
+            Carrier::Processes(seat) => seat.all_gather(mine, out),
+        })
+    }
+
+    /// `out` becomes our piece of the sum over members of `mine`. `mine.len() == size * out.len()`.
+    pub fn reduce_scatter_sum(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
+        self.expect_float(Op::ReduceScatter, mine.dtype())?;
+        self.expect_pieces(Op::ReduceScatter, (out.dtype(), out.len()), (mine.dtype(), mine.len()))?;
+        if self.size() == 1 {
+            out.bytes().copy_from_slice(mine.bytes());
+            return Ok(());
+        }
+        let piece_bytes = out.len() * out.dtype().size_bytes();
+        self.counted(Traffic::pieces(self.size(), piece_bytes), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.reduce_scatter_sum(mine, out),
+            Carrier::Processes(seat) => seat.reduce_scatter_sum(mine, out),
+        })
+    }
+
+    /// `data` becomes what it is on member `root`, on every member.
+    pub fn broadcast(&self, data: ViewMut<'_>, root: usize) -> Result<(), CommError> {
+        self.expect_member(Op::Broadcast, root)?;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let bytes = data.len() * data.dtype().size_bytes();
+        self.counted(Traffic::broadcast(self.size(), self.index, bytes, root), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.broadcast(data, root),
+            Carrier::Processes(seat) => seat.broadcast(data, root),
+        })
+    }
+
+    /// `data` of member `root` becomes the sum over members; the others' stays as it is.
+    pub fn reduce_sum(&self, data: ViewMut<'_>, root: usize) -> Result<(), CommError> {
+        self.expect_member(Op::Reduce, root)?;
+        self.expect_float(Op::Reduce, data.dtype())?;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        let bytes = data.len() * data.dtype().size_bytes();
+        self.counted(Traffic::reduce(self.size(), self.index, bytes, root), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.reduce_sum(data, root),
+            Carrier::Processes(seat) => seat.reduce_sum(data, root),
+        })
+    }
+
+    /// Member i gets the i-th run of `mine`, `send[i]` elements; the i-th run of `out`, `receive[i]`
+    /// elements, comes from member i, whose `send` must say the same.
+    pub fn all_to_all(
+        &self,
+        (mine, send): (View<'_>, &[usize]),
+        (out, receive): (ViewMut<'_>, &[usize]),
+    ) -> Result<(), CommError> {
+        self.expect_runs((mine.dtype(), mine.len(), send), (out.dtype(), out.len(), receive))?;
+        if self.size() == 1 {
+            out.bytes().copy_from_slice(mine.bytes());
+            return Ok(());
+        }
+        let traffic = Traffic::all_to_all(self.index, send, receive, mine.dtype().size_bytes());
+        self.counted(traffic, |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.all_to_all((mine, send), (out, receive)),
+            Carrier::Processes(seat) => seat.all_to_all((mine, send), (out, receive)),
+        })
+    }
+
+    /// Gives `data` to member `to`, which must [`Group::receive`] it. Returns when `data` may be
+    /// written again; the receiver may come later.
+    pub fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
+        self.expect_other(Op::Send, to)?;
+        let traffic = Traffic { sent: data.bytes().len() as u64, received: 0, peers: Peers::One(to) };
+        self.counted(traffic, |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.send(data, to),
+            Carrier::Processes(seat) => seat.send_to(data, to),
+        })
+    }
+
+    /// Takes what member `from` sends next. Length and type must be the sender's.
+    pub fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
+        self.expect_other(Op::Receive, from)?;
+        let received = (data.len() * data.dtype().size_bytes()) as u64;
+        self.counted(Traffic { sent: 0, received, peers: Peers::One(from) }, |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.receive(data, from),
+            Carrier::Processes(seat) => seat.receive(data, from),
+        })
+    }
+
+    /// Returns when every member has come.
+    pub fn barrier(&self) -> Result<(), CommError> {
+        if self.size() == 1 {
+            return Ok(());
+        }
+        self.counted(Traffic::pieces(self.size(), 0), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.barrier(),
+            Carrier::Processes(seat) => seat.barrier(),
+        })
+    }
+
+    /// This group as the lane sees it.
+    pub(crate) fn beside(&self) -> Group {
+        Group { carrier: self.carrier_beside.clone(), ..self.clone() }
+    }
+
+    /// Whether a call can wait for anybody.
+    pub(crate) fn waits(&self) -> bool {
+        !matches!(self.carrier, Carrier::Null)
+    }
+
+    /// Our seat for calls beside computation, where members can hand each other buffers.
+    pub(crate) fn sharing_seat(&self) -> Option<&threads::Seat> {
+        match &self.carrier_beside {
+            Carrier::Threads(seat) => Some(seat),
+            Carrier::Null | Carrier::Processes(_) => None,
+        }
+    }
+
+    pub(crate) fn lane(&self) -> &Lane {
+        &self.lane
+    }
+
+    pub(crate) fn tally(&self) -> &Arc<Tally> {
+        &self.tally
+    }
+
+    /// Makes a call and counts it; the time of a call beside computation is exposed in `finish`.
+    fn counted(
+        &self,
+        traffic: Traffic,
+        body: impl FnOnce(&Carrier) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let start = Instant::now();
+        body(&self.carrier)?;
+        self.tally.add(traffic, self.size(), self.index);
+        if !self.carrier.is_beside() {
+            self.tally.expose(start.elapsed());
+        }
+        Ok(())
+    }
+
+    /// What a broadcast beside computation starts from: data at the root, nothing elsewhere.
+    pub(crate) fn expect_root_data(
+        &self,
+        data: Option<Array>,
+        (dtype, len): (DType, usize),
+        root: usize,
+    ) -> Result<Option<Array>, CommError> {
+        self.expect_member(Op::Broadcast, root)?;
+        match &data {
+            Some(data) if self.index == root && (data.dtype, data.len) == (dtype, len) => {}
+            None if self.index != root => {}
+            _ => {
+                let problem = format!("member {root} alone gives {len} {dtype}, the others give nothing");
+                return Err(self.refuse(Op::Broadcast, problem));
+            }
+        }
+        Ok(data)
+    }
+
+    fn refuse(&self, op: Op, problem: String) -> CommError {
+        let axes = self.members.axes.clone();
+        CommError::Argument { op: op.name(), axes, ranks: self.size(), problem }
+    }
+
+    fn expect_float(&self, op: Op, dtype: DType) -> Result<(), CommError> {
+        match dtype {
+            DType::F32 | DType::Bf16 => Ok(()),
+            other => Err(self.refuse(op, format!("no sum of {other}; convert to f32 or bf16"))),
+        }
+    }
+
+    fn expect_member(&self, op: Op, member: usize) -> Result<(), CommError> {
+        if member < self.size() {
+            return Ok(());
+        }
+        Err(self.refuse(op, format!("member {member} does not exist; members count from 0")))
+    }
+
+    fn expect_other(&self, op: Op, member: usize) -> Result<(), CommError> {
+        self.expect_member(op, member)?;
+        if member != self.index {
+            return Ok(());
+        }
+        Err(self.refuse(op, format!("member {member} is this rank itself; copy instead")))
+    }
+
+    fn expect_pieces(
+        &self,
+        op: Op,
+        (piece_type, piece): (DType, usize),
+        (whole_type, whole): (DType, usize),
+    ) -> Result<(), CommError> {
+        if piece_type == whole_type && self.size().checked_mul(piece) == Some(whole) {
+            return Ok(());
+        }
+        let problem = format!(
+            "a piece of {piece} {piece_type} and a whole of {whole} {whole_type}; \
+             the whole is one piece a member, so pad to a multiple"
+        );
+        Err(self.refuse(op, problem))
+    }
+
+    fn expect_runs(
+        &self,
+        (send_type, sent, send): (DType, usize, &[usize]),
+        (receive_type, received, receive): (DType, usize, &[usize]),
+    ) -> Result<(), CommError> {
+        let fits = |runs: &[usize], len: usize| {
+            runs.len() == self.size()
+                && runs.iter().try_fold(0usize, |sum, n| sum.checked_add(*n)) == Some(len)
+        };
+        if send_type == receive_type && fits(send, sent) && fits(receive, received) {
+            if send[self.index] == receive[self.index] {
+                return Ok(());
+            }
+            let problem = format!("{} to ourselves, {} from", send[self.index], receive[self.index]);
+            return Err(self.refuse(Op::AllToAll, problem));
+        }
+        let problem = format!(
+            "runs {send:?} of {sent} {send_type} and {receive:?} of {received} {receive_type}; \
+             one run a member, adding up to the array"
+        );
+        Err(self.refuse(Op::AllToAll, problem))
+    }
+}
+
+impl std::fmt::Debug for Group {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Group({}, {:?}, member {})", self.members.axes, self.members.ranks, self.index)
+    }
+}

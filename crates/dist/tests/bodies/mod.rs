@@ -1,0 +1,188 @@
+//! What every collective must do, whoever carries the messages: the same checks run on threads, on
+//! processes and under `mpirun`.
+
+use device::{DType, View, ViewMut};
+use dist::{Array, CommError, Group, Mesh};
+use half::bf16;
+
+/// A check, run by every rank of a group.
+pub type Body = fn(&Mesh, &Group) -> Result<(), CommError>;
+
+/// All of them, by name.
+pub const BODIES: &[(&str, Body)] = &[
+    ("all_reduce_is_the_sum_in_the_order_of_ranks", all_reduce_is_the_sum_in_the_order_of_ranks),
+    ("all_gather_puts_pieces_in_order", all_gather_puts_pieces_in_order),
+    ("reduce_scatter_gives_each_its_piece_of_the_sum", reduce_scatter_gives_each_its_piece_of_the_sum),
+    ("broadcast_and_reduce_from_and_to_every_root", broadcast_and_reduce_from_and_to_every_root),
+    ("all_to_all_moves_runs_of_any_length", all_to_all_moves_runs_of_any_length),
+    ("letters_travel_around_a_ring_in_order", letters_travel_around_a_ring_in_order),
+    (
+        "calls_beside_computation_give_the_same_as_calls_in_the_foreground",
+        calls_beside_computation_give_the_same_as_calls_in_the_foreground,
+    ),
+    (
+        "panels_broadcast_beside_computation_arrive_by_number",
+        panels_broadcast_beside_computation_arrive_by_number,
+    ),
+];
+
+const LENS: [usize; 6] = [0, 1, 3, 64, 1001, 5000];
+
+/// Owned by a call beside computation.
+pub fn array(data: &[f32]) -> Array {
+    let mut array = Array::new(DType::F32, data.len()).unwrap();
+    array.view_mut().f32().copy_from_slice(data);
+    array
+}
+
+fn value(rank: usize, i: usize) -> f32 {
+    ((rank * 7919 + i * 104_729) % 1000) as f32 * 0.37 - 180.0
+}
+
+fn data(rank: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| value(rank, i)).collect()
+}
+
+fn narrow(x: &[f32]) -> Vec<bf16> {
+    x.iter().map(|x| bf16::from_f32(*x)).collect()
+}
+
+/// In the order of ranks, in f32.
+fn sum(ranks: usize, len: usize) -> Vec<f32> {
+    (0..len).map(|i| (1..ranks).fold(value(0, i), |sum, rank| sum + value(rank, i))).collect()
+}
+
+fn sum_bf16(ranks: usize, len: usize) -> Vec<bf16> {
+    let wide = |rank, i| bf16::from_f32(value(rank, i)).to_f32();
+    (0..len).map(|i| bf16::from_f32((1..ranks).fold(wide(0, i), |sum, rank| sum + wide(rank, i)))).collect()
+}
+
+fn all_reduce_is_the_sum_in_the_order_of_ranks(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    for len in LENS {
+        let mut wide = data(mesh.rank(), len);
+        let mut short = narrow(&wide);
+        group.all_reduce_sum(ViewMut::of_f32(&mut wide))?;
+        group.all_reduce_sum(ViewMut::of_bf16(&mut short))?;
+        assert_eq!(wide, sum(ranks, len), "{ranks} ranks, {len}");
+        assert_eq!(short, sum_bf16(ranks, len), "{ranks} ranks, {len}");
+    }
+    Ok(())
+}
+
+fn all_gather_puts_pieces_in_order(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    for len in LENS {
+        let mine = data(mesh.rank(), len);
+        let want: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, len)).collect();
+        let mut all = vec![0f32; ranks * len];
+        group.all_gather(View::of_f32(&mine), ViewMut::of_f32(&mut all))?;
+        assert_eq!(all, want);
+        let mut all = vec![bf16::ZERO; ranks * len];
+        group.all_gather(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut all))?;
+        assert_eq!(all, narrow(&want));
+    }
+    Ok(())
+}
+
+fn reduce_scatter_gives_each_its_piece_of_the_sum(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    for len in LENS {
+        let own = mesh.rank() * len..(mesh.rank() + 1) * len;
+        let mine = data(mesh.rank(), ranks * len);
+        let mut out = vec![0f32; len];
+        group.reduce_scatter_sum(View::of_f32(&mine), ViewMut::of_f32(&mut out))?;
+        assert_eq!(out, sum(ranks, ranks * len)[own.clone()]);
+        let mut out = vec![bf16::ZERO; len];
+        group.reduce_scatter_sum(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut out))?;
+        assert_eq!(out, sum_bf16(ranks, ranks * len)[own]);
+    }
+    Ok(())
+}
+
+fn broadcast_and_reduce_from_and_to_every_root(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    for (root, len) in (0..ranks).flat_map(|root| LENS.map(|len| (root, len))) {
+        let mut copy = data(mesh.rank(), len);
+        group.broadcast(ViewMut::of_f32(&mut copy), root)?;
+        assert_eq!(copy, data(root, len));
+        let mut total = data(mesh.rank(), len);
+        group.reduce_sum(ViewMut::of_f32(&mut total), root)?;
+        let want = if mesh.rank() == root { sum(ranks, len) } else { data(mesh.rank(), len) };
+        assert_eq!(total, want);
+        let mut total = narrow(&data(mesh.rank(), len));
+        group.reduce_sum(ViewMut::of_bf16(&mut total), root)?;
+        if mesh.rank() == root {
+            assert_eq!(total, sum_bf16(ranks, len));
+        }
+    }
+    Ok(())
+}
+
+fn all_to_all_moves_runs_of_any_length(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    let run = |from: usize, to: usize| (from * 31 + to * 17) % 40;
+    let content = |from: usize, to: usize| data(from * 100 + to, run(from, to));
+    let me = mesh.rank();
+    let send: Vec<usize> = (0..ranks).map(|to| run(me, to)).collect();
+    let receive: Vec<usize> = (0..ranks).map(|from| run(from, me)).collect();
+    let mine: Vec<f32> = (0..ranks).flat_map(|to| content(me, to)).collect();
+    let mut out = vec![0f32; receive.iter().sum()];
+    group.all_to_all((View::of_f32(&mine), &send), (ViewMut::of_f32(&mut out), &receive))?;
+    assert_eq!(out, (0..ranks).flat_map(|from| content(from, me)).collect::<Vec<_>>());
+    Ok(())
+}
+
+fn letters_travel_around_a_ring_in_order(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    if ranks == 1 {
+        return Ok(());
+    }
+    let (next, before) = ((mesh.rank() + 1) % ranks, (mesh.rank() + ranks - 1) % ranks);
+    for len in LENS {
+        group.send(View::of_f32(&data(mesh.rank(), len)), next)?;
+    }
+    group.barrier()?;
+    for len in LENS {
+        let mut got = vec![0f32; len];
+        group.receive(ViewMut::of_f32(&mut got), before)?;
+        assert_eq!(got, data(before, len));
+    }
+    Ok(())
+}
+
+fn calls_beside_computation_give_the_same_as_calls_in_the_foreground(
+    mesh: &Mesh,
+    group: &Group,
+) -> Result<(), CommError> {
+    let ranks = group.size();
+    let me = mesh.rank();
+    let len = 240;
+    let reduced = group.start_all_reduce_sum(array(&data(me, len)))?;
+    let gathered = group.start_all_gather(array(&data(me, 7)))?;
+    let scattered = group.start_reduce_scatter_sum(array(&data(me, ranks * 5)))?;
+    // In the foreground meanwhile, over the same group.
+    let mut other = data(me + 1, 33);
+    group.all_reduce_sum(ViewMut::of_f32(&mut other))?;
+    // Finished in another order than started.
+    assert_eq!(scattered.finish()?.view().f32(), &sum(ranks, ranks * 5)[me * 5..me * 5 + 5]);
+    let all: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, 7)).collect();
+    assert_eq!(gathered.finish()?.view().f32(), all);
+    assert_eq!(reduced.finish()?.view().f32(), sum(ranks, len));
+    Ok(())
+}
+
+fn panels_broadcast_beside_computation_arrive_by_number(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    let panel = |root: usize, k: usize| data(root * 10 + k, 50);
+    let start = |root: usize, k: usize| {
+        let mine = (mesh.rank() == root).then(|| array(&panel(root, k)));
+        group.start_broadcast(mine, (DType::F32, 50), root)
+    };
+    for root in 0..ranks {
+        let (first, second) = (start(root, 0)?, start(root, 1)?);
+        assert_eq!(second.finish()?.view().f32(), panel(root, 1));
+        assert_eq!(first.finish()?.view().f32(), panel(root, 0));
+    }
+    Ok(())
+}

@@ -1,0 +1,279 @@
+//! The flat arrays of a model, one a class, all of the same number of elements: the one place that
+//! knows where a weight, a gradient or a moment lies.
+//!
+//! Without a pager everything is here for good. With one, chunks come and go behind addresses that
+//! stay, and whoever opens a window has said so before with `visit`.
+
+use crate::pager::{About, Pager, PagerError, Setup, TierReport};
+use crate::trace::{Access, ChunkId, Trace};
+use crate::{Class, STATES};
+use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
+use std::ops::Range;
+
+struct Array {
+    dtype: DType,
+    region: Region,
+}
+
+impl Array {
+    fn open(&mut self, elements: &Range<usize>) -> ViewMut<'_> {
+        self.region.view_mut(self.dtype, elements.start, elements.len())
+    }
+}
+
+/// The regions by class.
+#[derive(Default)]
+pub(crate) struct Regions([Option<Array>; STATES]);
+
+impl Regions {
+    fn region(&mut self, class: usize) -> &mut Region {
+        &mut self.0[class].as_mut().expect("a chunk of a class that was added").region
+    }
+
+    pub fn is_here(&self, (class, i): (usize, usize)) -> bool {
+        self.0[class].as_ref().is_some_and(|array| array.region.is_here(i))
+    }
+
+    pub fn is_lent(&self, (class, i): (usize, usize)) -> bool {
+        self.0[class].as_ref().is_some_and(|array| array.region.is_lent(i))
+    }
+
+    pub fn bring(&mut self, (class, i): (usize, usize)) {
+        self.region(class).bring(i);
+    }
+
+    pub fn send_away(&mut self, (class, i): (usize, usize)) {
+        self.region(class).send_away(i);
+    }
+
+    pub fn lend(&mut self, (class, i): (usize, usize)) -> device::Loan {
+        self.region(class).lend(i)
+    }
+}
+
+/// A run of elements of one class that a moment needs.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Need {
+    /// Which array.
+    pub class: Class,
+    /// Which elements.
+    pub elements: Range<usize>,
+    /// For what.
+    pub access: Access,
+}
+
+/// Windows on the same elements of every class, for one optimizer update.
+pub struct Update<'a> {
+    /// Weights in the compute type.
+    pub param: ViewMut<'a>,
+    /// f32
+    pub grad: View<'a>,
+    /// u16, where weights are no f32.
+    pub master: Option<ViewMut<'a>>,
+    /// f32
+    pub m: ViewMut<'a>,
+    /// f32
+    pub v: ViewMut<'a>,
+}
+
+/// Weights, gradients and optimizer state.
+pub struct Arrays {
+    device: Device,
+    len: usize,
+    regions: Regions,
+    pager: Option<Pager>,
+    /// The list of a visit, kept so that no visit allocates.
+    scratch: Vec<(ChunkId, Access)>,
+}
+
+impl Arrays {
+    /// No array yet; each will have `len` elements and stay in memory.
+    pub fn new(device: Device, len: usize) -> Arrays {
+        Arrays { device, len, regions: Regions::default(), pager: None, scratch: Vec::new() }
+    }
+
+    /// The same over tiers, with all its arrays.
+    pub fn paged(
+        device: Device,
+        len: usize,
+        setup: Setup,
+        classes: &[(Class, DType)],
+    ) -> Result<Arrays, PagerError> {
+        let mut arrays = Arrays::new(device, len);
+        let mut sizes = Vec::new();
+        for (class, dtype) in classes {
+            let size = dtype.size_bytes();
+            let region = Region::reserve(device, len * size, setup.chunk_elements * size)?;
+            sizes.push((*class, (0..region.granules()).map(|i| region.granule_bytes(i)).collect()));
+            arrays.regions.0[*class as usize] = Some(Array { dtype: *dtype, region });
+        }
+        arrays.pager = Some(Pager::new(setup, &sizes)?);
+        Ok(arrays)
+    }
+
+    /// Reserve an array of zeros; nothing happens when it is there.
+    pub fn add(&mut self, class: Class, dtype: DType) -> Result<(), OutOfMemory> {
+        if !self.has(class) {
+            assert!(self.pager.is_none(), "arrays over tiers have all classes from the beginning");
+            let region = Region::zeroed(self.device, self.len * dtype.size_bytes())?;
+            self.regions.0[class as usize] = Some(Array { dtype, region });
+        }
+        Ok(())
+    }
+
+    /// Whether an array was added.
+    pub fn has(&self, class: Class) -> bool {
+        self.regions.0[class as usize].is_some()
+    }
+
+    /// Elements of every array.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Where windows open.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    fn array(&self, class: Class) -> &Array {
+        let array = self.regions.0[class as usize].as_ref();
+        array.unwrap_or_else(|| panic!("an array of class {class} was never added"))
+    }
+
+    /// Read elements of a class.
+    pub fn view(&self, class: Class, elements: Range<usize>) -> View<'_> {
+        let Array { dtype, region } = self.array(class);
+        region.view(*dtype, elements.start, elements.len())
+    }
+
+    /// Write elements of a class.
+    pub fn view_mut(&mut self, class: Class, elements: Range<usize>) -> ViewMut<'_> {
+        let array = self.regions.0[class as usize].as_mut();
+        array.unwrap_or_else(|| panic!("an array of class {class} was never added")).open(&elements)
+    }
+
+    /// Read elements of `read`, write the same ones of `write`.
+    pub fn view_and_mut(
+        &mut self,
+        read: Class,
+        write: Class,
+        elements: Range<usize>,
+    ) -> (View<'_>, ViewMut<'_>) {
+        let (start, len) = (elements.start, elements.len());
+        let pair = self.regions.0.get_disjoint_mut([read as usize, write as usize]);
+        let Ok([Some(read), Some(write)]) = pair else { panic!("arrays {read} and {write} were added") };
+        (read.region.view(read.dtype, start, len), write.region.view_mut(write.dtype, start, len))
+    }
+
+    /// Write the same elements of two classes.
+    pub fn views_mut(&mut self, classes: [Class; 2], elements: Range<usize>) -> [ViewMut<'_>; 2] {
+        let pair = self.regions.0.get_disjoint_mut(classes.map(|class| class as usize));
+        let Ok([Some(a), Some(b)]) = pair else { panic!("arrays {classes:?} were added") };
+        [a.open(&elements), b.open(&elements)]
+    }
+
+    /// Element type of a class.
+    pub fn dtype(&self, class: Class) -> DType {
+        self.array(class).dtype
+    }
+
+    /// Bytes of a class.
+    pub fn bytes(&self, class: Class) -> usize {
+        self.array(class).region.len_bytes()
+    }
+
+    /// Windows on the same elements of every class.
+    pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
+        let [param, grad, master, m, v] = &mut self.regions.0;
+        let (Some(param), Some(grad), Some(m), Some(v)) = (param, grad, m, v) else {
+            panic!("weights, gradients and moments were added")
+        };
+        Update {
+            param: param.open(&elements),
+            grad: grad.region.view(grad.dtype, elements.start, elements.len()),
+            master: master.as_mut().map(|master| master.open(&elements)),
+            m: m.open(&elements),
+            v: v.open(&elements),
+        }
+    }
+
+    /// Runs of `elements` that lie in one chunk each.
+    pub fn pieces(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
+        let mut start = elements.start;
+        std::iter::from_fn(move || {
+            let end = (start / chunk + 1).saturating_mul(chunk).min(elements.end);
+            let piece = start..end;
+            start = end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
+    /// The pieces of everything that hold some of `elements`, by their count.
+    pub fn chunks_of(&self, elements: &Range<usize>) -> Range<usize> {
+        let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
+        if elements.is_empty() { 0..0 } else { elements.start / chunk..(elements.end - 1) / chunk + 1 }
+    }
+
+    /// An op is about to run: make what it needs resident.
+    pub fn visit(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        let list = &mut self.scratch;
+        list.clear();
+        for need in needs.iter().filter(|need| !need.elements.is_empty()) {
+            let chunk = pager.chunk_elements();
+            for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
+                let id = pager.id(need.class, i);
+                match list.iter_mut().find(|(known, _)| *known == id) {
+                    Some((_, access)) => *access = access.then(need.access),
+                    None => list.push((id, need.access)),
+                }
+            }
+        }
+        pager.visit(&mut self.regions, about, list)
+    }
+
+    /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
+    /// forgotten; the others keep what they have.
+    pub fn discard(&mut self, class: Class, elements: Range<usize>) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        let chunk = pager.chunk_elements();
+        let last = if elements.end == self.len { self.len.div_ceil(chunk) } else { elements.end / chunk };
+        for i in elements.start.div_ceil(chunk)..last {
+            let id = pager.id(class, i);
+            pager.discard(&mut self.regions, id)?;
+        }
+        Ok(())
+    }
+
+    /// Whether chunks come and go.
+    pub fn is_paged(&self) -> bool {
+        self.pager.is_some()
+    }
+
+    /// A training step begins.
+    pub fn begin_step(&mut self) -> Result<(), PagerError> {
+        self.pager.as_mut().map_or(Ok(()), |pager| pager.begin_step(&mut self.regions))
+    }
+
+    /// A training step has ended.
+    pub fn end_step(&mut self) -> Result<(), PagerError> {
+        self.pager.as_mut().map_or(Ok(()), |pager| pager.end_step(&mut self.regions))
+    }
+
+    /// What was moved since the last report; none without a pager.
+    pub fn report(&mut self) -> Option<TierReport> {
+        self.pager.as_mut().map(Pager::report)
+    }
+
+    /// The training step as it was last recorded; none without a pager.
+    pub fn trace(&self) -> Option<Trace> {
+        self.pager.as_ref().map(Pager::trace)
+    }
+}

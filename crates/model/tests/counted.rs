@@ -1,0 +1,154 @@
+//! Elements a rank receives for one transformer layer, forward and backward, against the closed
+//! formulas of docs/parallelism.md: GPT-2's layer (products of 12 h^2 weights) on a rank that only
+//! counts, on squares, rectangles and boxes.
+
+use dist::{Communicator, Counts, Flow, Mesh, MeshShape, Scheme};
+use model::{Config, Model, Recompute, Tokens};
+use serde_json::json;
+use tensor::{DType, Device, ParamStore, Tape, Targets};
+
+/// Rows, tokens a row, width h.
+const B: usize = 48;
+const T: usize = 8;
+const H: usize = 96;
+const M: u64 = (B * T) as u64;
+
+/// Bytes per axis after the passes, and after the sums that end a step.
+fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<Counts>) {
+    let shape: MeshShape = mesh_text.parse().unwrap();
+    let last = shape.world_size() - 1;
+    let mesh = Mesh::new(shape, Communicator::null(last, shape.world_size())).unwrap();
+    let config = json!({
+        "model_type": "gpt2", "vocab_size": 64, "n_embd": H, "n_head": 48, "n_layer": layers, "n_positions": T,
+    });
+    let config = Config::from_json(&config).unwrap();
+    let built = Model::build_on(&config, T, &Flow::new(&mesh, scheme).unwrap()).unwrap();
+    let mut store = ParamStore::new(Device::Cpu, DType::F32, &built.params).unwrap();
+    store.enable_grads().unwrap();
+    let ids = vec![1u32; B * T];
+    let positions = (0..B).flat_map(|_| 0..T as u32).collect();
+    let tokens = Tokens { b: B, ids: ids.clone().into(), positions, starts: None };
+    let mut tape = Tape::recording(&mut store);
+    let hidden = built.model.hidden(&mut tape, &tokens, Recompute::Never).unwrap();
+    built.model.loss(&mut tape, &hidden, Targets { ids: &ids, scale: 1.0 }, B).unwrap();
+    tape.backward().unwrap();
+    let passes = mesh.counts();
+    store.settle_grads().unwrap();
+    for (param, spread) in store.refs().zip(&built.spreads) {
+        let mut grad = store.grad(param).f32().to_vec();
+        for axis in &spread.sums {
+            mesh.group(*axis).all_reduce_sum(device::ViewMut::of_f32(&mut grad)).unwrap();
+        }
+    }
+    (passes, mesh.counts())
+}
+
+fn elements(counts: &[Counts]) -> u64 {
+    counts.iter().map(|counts| counts.bytes_received / 4).sum()
+}
+
+/// What the second layer adds: (products and norms, sums that end a step).
+fn of_a_layer(mesh: &str, scheme: Scheme) -> (u64, u64) {
+    let (one, two) = (counts(1, mesh, scheme), counts(2, mesh, scheme));
+    let passes = elements(&two.0) - elements(&one.0);
+    (passes, elements(&two.1) - elements(&one.1) - passes)
+}
+
+fn sizes(mesh: &str) -> (u64, u64, u64) {
+    let shape: MeshShape = mesh.parse().unwrap();
+    let size = |axis| shape.size(axis) as u64;
+    (size(dist::Axis::X), size(dist::Axis::Y), size(dist::Axis::Z))
+}
+
+/// An all-reduce of `len` elements over `ranks`.
+fn all_reduce(len: u64, ranks: u64) -> u64 {
+    assert!(len.is_multiple_of(ranks), "{len} over {ranks}");
+    2 * (ranks - 1) * len / ranks
+}
+
+/// Two LayerNorms: mean and deviation forward, two sums backward, one number a token each.
+fn norms(tokens: u64, axes: &[u64]) -> u64 {
+    axes.iter().map(|ranks| 4 * all_reduce(tokens, *ranks) + 2 * all_reduce(2 * tokens, *ranks)).sum()
+}
+
+/// The closed formulas for h = width, M tokens.
+fn formula(scheme: Scheme, mesh: &str) -> u64 {
+    let (x, y, z) = sizes(mesh);
+    let h = H as u64;
+    let (mh, hh) = (M * h, 12 * h * h);
+    match scheme {
+        Scheme::OneD | Scheme::OneDSequence => 8 * (x - 1) * mh / x,
+        Scheme::Summa => 3 * ((y - 1) * 7 * mh + (x - 1) * hh) / (x * y) + norms(M / x, &[y]),
+        Scheme::TwoPointFiveD => 3 * ((y - 1) * 7 * mh / z + (x - 1) * hh) / (x * y) + norms(M / x / z, &[y]),
+        Scheme::ThreeD => {
+            let products = (y - 1) * 4 * mh + (z - 1) * 12 * mh + (x - 1) * hh;
+            2 * products / (x * y * z) + norms(M / x / y, &[z])
+        }
+        Scheme::WeightStationary => 2 * ((y - 1) * 4 * mh + (x - 1) * 12 * mh) / (x * y) + norms(M, &[x, y]),
+    }
+}
+
+#[test]
+fn a_layer_receives_what_the_formula_says() {
+    for (scheme, meshes) in [
+        (Scheme::OneD, &["x=2", "x=8", "x=16"][..]),
+        (Scheme::OneDSequence, &["x=2", "x=16"]),
+        (Scheme::Summa, &["x=2,y=2", "x=4,y=4", "x=2,y=4", "x=4,y=2", "x=8,y=2", "x=8,y=3", "x=3,y=8"]),
+        (Scheme::TwoPointFiveD, &["x=2,y=2,z=2", "x=4,y=2,z=2", "x=2,y=4,z=4"]),
+        (Scheme::ThreeD, &["x=2,y=2,z=2", "x=4,y=4,z=4", "x=2,y=4,z=2", "x=4,y=2,z=2", "x=1,y=2,z=4"]),
+        (Scheme::WeightStationary, &["x=2,y=2", "x=4,y=4", "x=2,y=4", "x=8,y=2", "x=3,y=4"]),
+    ] {
+        for mesh in meshes {
+            assert_eq!(of_a_layer(mesh, scheme).0, formula(scheme, mesh), "{} on {mesh}", scheme.name());
+        }
+    }
+}
+
+/// On squares and cubes the general forms are the ones of the design: 8(p-1)/p, 3(q-1)/q^2 (7, 12),
+/// 2(q-1)/q^3 (16, 12) and 32(q-1)/q^2.
+#[test]
+fn on_squares_and_cubes_the_general_forms_are_the_usual_ones() {
+    let h = H as u64;
+    let (q, mh, hh) = (4, M * h, 12 * h * h);
+    let usual = |scheme: Scheme, mesh: &str, elements: u64, norms: u64| {
+        assert_eq!(formula(scheme, mesh) - norms, elements, "{}", scheme.name());
+    };
+    usual(Scheme::Summa, "x=4,y=4", 3 * (q - 1) * (7 * mh + hh) / (q * q), norms(M / q, &[q]));
+    let box_of_two = norms(M / q / 2, &[q]);
+    usual(Scheme::TwoPointFiveD, "x=4,y=4,z=2", 3 * (q - 1) * (7 * mh / 2 + hh) / (q * q), box_of_two);
+    usual(Scheme::ThreeD, "x=4,y=4,z=4", 2 * (q - 1) * (16 * mh + hh) / (q * q * q), norms(M / q / q, &[q]));
+    usual(Scheme::WeightStationary, "x=4,y=4", 32 * (q - 1) * mh / (q * q), norms(M, &[q, q]));
+}
+
+/// What ends a step: copies of weights along z are summed in 2.5D; biases and norms, 13 h numbers a
+/// layer, wherever tokens are cut.
+#[test]
+fn the_sums_that_end_a_step_are_those_of_copies() {
+    let h = H as u64;
+    // Norms 4 h, biases of closing products 2 h, of opening products 7 h.
+    let vectors = 13 * h;
+    let of = |mesh, scheme| of_a_layer(mesh, scheme).1;
+    assert_eq!(of("x=4", Scheme::OneD), 0);
+    assert_eq!(of("x=4", Scheme::OneDSequence), all_reduce(6 * h, 4));
+    assert_eq!(of("x=4,y=2", Scheme::Summa), all_reduce(vectors / 2, 4));
+    let depth = all_reduce(12 * h * h / 4, 2) + all_reduce(vectors / 2, 2) + all_reduce(vectors / 2, 2);
+    assert_eq!(of("x=2,y=2,z=2", Scheme::TwoPointFiveD), depth);
+    assert_eq!(of("x=2,y=2", Scheme::WeightStationary), 0);
+}
+
+#[test]
+fn a_rank_of_a_square_meets_its_row_and_its_column_only() {
+    for (scheme, mesh, want) in [
+        (Scheme::OneD, "x=48", 47),
+        (Scheme::Summa, "x=8,y=6", 12),
+        (Scheme::WeightStationary, "x=8,y=6", 12),
+        (Scheme::TwoPointFiveD, "x=4,y=4,z=3", 8),
+        (Scheme::ThreeD, "x=4,y=4,z=3", 8),
+    ] {
+        let all = counts(1, mesh, scheme).1;
+        let peers: std::collections::BTreeSet<usize> =
+            all.iter().flat_map(|c| c.peers.iter().copied()).collect();
+        assert_eq!(peers.len(), want, "{} on {mesh}", scheme.name());
+        assert!(all.iter().all(|counts| !counts.axes.contains('+')), "groups of more than one axis");
+    }
+}

@@ -1,0 +1,164 @@
+//! Every family without experts on every scheme: the loss and the gradients of one rank and of `transformers`, and
+//! what is refused when a model is built.
+
+mod common;
+
+use common::{BF16, CONTEXT, DENSE, F32, Golden, SPARSE, Tolerances, assert_close, config_json};
+use dist::{Axis, Flow, Mesh, MeshShape, Options, Scheme, launch};
+use model::{Built, Config, Model, Recompute};
+use std::collections::BTreeMap;
+use tensor::{DType, Device, Fault, ParamStore, Piece, Tape, Targets};
+
+/// Rectangles, boxes and sizes that divide nothing: the models have 4 or 6 heads, 2 or 4 kv heads.
+const MESHES: [(Scheme, &str); 14] = [
+    (Scheme::OneD, "x=2"),
+    (Scheme::OneD, "x=3"),
+    (Scheme::OneDSequence, "x=2"),
+    (Scheme::OneDSequence, "x=4"),
+    (Scheme::Summa, "x=2,y=2"),
+    (Scheme::Summa, "x=3,y=2"),
+    (Scheme::Summa, "x=2,y=3"),
+    (Scheme::TwoPointFiveD, "x=2,y=2,z=2"),
+    (Scheme::TwoPointFiveD, "y=2,z=3"),
+    (Scheme::ThreeD, "x=2,y=2,z=2"),
+    (Scheme::ThreeD, "x=3,y=1,z=2"),
+    (Scheme::ThreeD, "y=3,z=2"),
+    (Scheme::WeightStationary, "x=2,y=2"),
+    (Scheme::WeightStationary, "x=3,y=2"),
+];
+
+/// Mean loss, and the whole gradient of every parameter by name.
+struct Outcome {
+    loss: f32,
+    grads: BTreeMap<String, Vec<f32>>,
+}
+
+/// What one rank has of the gradients: (name, piece, row length, values).
+type Parts = Vec<(String, Option<Piece>, usize, Vec<f32>)>;
+
+fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f32, Parts), Fault> {
+    let flow = Flow::new(mesh, scheme).unwrap();
+    let Built { model, params, stored, spreads } = Model::build_on(&golden.config, CONTEXT, &flow).unwrap();
+    let mut store = ParamStore::new(Device::Cpu, dtype, &params)?;
+    store.enable_grads()?;
+    let read = |name: &str, _: &[usize]| Ok::<_, Fault>(golden.weights[name].f32());
+    model::fill(&params, &stored, read, |param, first, values| {
+        store.set_weights(param, first, device::View::of_f32(values));
+        Ok(())
+    })?;
+    let targets = golden.targets();
+    let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
+    let tokens = golden.tokens();
+    let mut tape = Tape::recording(&mut store);
+    let recompute = if scheme == Scheme::Summa { Recompute::First(1) } else { Recompute::Never };
+    let hidden = model.hidden(&mut tape, &tokens, recompute)?;
+    let losses = model.loss(&mut tape, &hidden, Targets { ids: &targets, scale }, tokens.b)?;
+    tape.backward()?;
+    store.settle_grads()?;
+    let mut parts = Parts::new();
+    for (param, spread) in store.refs().zip(&spreads) {
+        let mut grad = store.grad(param).f32().to_vec();
+        for axis in &spread.sums {
+            mesh.group(*axis).all_reduce_sum(device::ViewMut::of_f32(&mut grad))?;
+        }
+        let spec = store.spec(param);
+        let ld = spec.shape.get(1).copied().unwrap_or(1);
+        parts.push((spec.name.clone(), params.piece(param).cloned(), ld, grad));
+    }
+    Ok((losses.to_f32().iter().sum::<f32>() * scale, parts))
+}
+
+fn on_mesh(golden: &Golden, mesh: &str, scheme: Scheme, dtype: DType) -> Outcome {
+    let shape: MeshShape = mesh.parse().unwrap();
+    let ranks = launch(&shape, &Options::default(), |mesh| rank(golden, mesh, scheme, dtype)).unwrap();
+    let loss = ranks[0].0;
+    let mut grads: BTreeMap<String, Vec<f32>> = BTreeMap::new();
+    for (other, parts) in ranks {
+        assert_eq!(other, loss, "ranks disagree on the loss");
+        for (name, piece, ld, values) in parts {
+            let len = piece.as_ref().map_or(values.len(), Piece::whole_len);
+            let whole = grads.entry(name.clone()).or_insert_with(|| vec![f32::NAN; len]);
+            let mut put = |at: usize, from: usize, len: usize| {
+                for (new, old) in values[at..at + len].iter().zip(&mut whole[from..from + len]) {
+                    assert!(old.is_nan() || old == new, "copies of {name} differ: {old} and {new}");
+                    *old = *new;
+                }
+            };
+            match &piece {
+                None => put(0, 0, len),
+                Some(piece) => piece.stretches(ld, put),
+            }
+        }
+    }
+    Outcome { loss, grads }
+}
+
+fn check(golden: &Golden, what: &str, got: &Outcome, tolerances: &Tolerances) {
+    assert_close(&format!("{what} loss"), &[got.loss], &golden.expected["loss"].f32(), tolerances.loss);
+    let specs = golden.built.params.specs();
+    for stored in &golden.built.stored {
+        let grad = stored.to_stored(&got.grads[&specs[stored.param.index()].name]);
+        let expected = golden.expected[&format!("grad.{}", stored.name)].f32();
+        assert_close(&format!("{what} grad {}", stored.name), &grad, &expected, tolerances.grads);
+    }
+}
+
+#[test]
+fn every_dense_family_on_every_scheme_computes_what_transformers_does() {
+    for family in DENSE {
+        let golden = Golden::open(family, DType::F32);
+        for (scheme, mesh) in MESHES {
+            let got = on_mesh(&golden, mesh, scheme, DType::F32);
+            check(&golden, &format!("{family}, {} on {mesh}", scheme.name()), &got, &F32);
+        }
+    }
+}
+
+#[test]
+fn bf16_on_every_scheme_stays_within_what_bf16_is_allowed_on_one_rank() {
+    for family in ["llama3", "gpt2"] {
+        let golden = Golden::open(family, DType::Bf16);
+        for (scheme, mesh) in MESHES {
+            let got = on_mesh(&golden, mesh, scheme, DType::Bf16);
+            check(&golden, &format!("{family} bf16, {} on {mesh}", scheme.name()), &got, &BF16);
+        }
+    }
+}
+
+/// The loss is a sum over tokens; cut tokens are gathered before it is taken, and nothing of a token
+/// is summed over ranks when only tokens are cut.
+#[test]
+fn cutting_tokens_alone_leaves_the_loss_bit_for_bit() {
+    for family in ["llama3", "gpt2"] {
+        for dtype in [DType::F32, DType::Bf16] {
+            let golden = Golden::open(family, dtype);
+            let solo = on_mesh(&golden, "solo", Scheme::OneD, dtype);
+            for (scheme, mesh) in [(Scheme::TwoPointFiveD, "z=2"), (Scheme::ThreeD, "x=2")] {
+                assert_eq!(on_mesh(&golden, mesh, scheme, dtype).loss, solo.loss, "{family} on {mesh}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_mesh_the_scheme_cannot_use_is_refused_with_a_remedy() {
+    let shape = MeshShape::new(&[(Axis::X, 2), (Axis::Z, 2)]).unwrap();
+    let mesh = Mesh::new(shape, dist::Communicator::null(0, 4)).unwrap();
+    let refused = Flow::new(&mesh, Scheme::Summa).unwrap_err().to_string();
+    assert!(refused.contains("`summa`") && refused.contains("mesh.z = 1"), "{refused}");
+}
+
+#[test]
+fn experts_on_more_than_one_rank_are_refused_with_a_remedy() {
+    for family in SPARSE {
+        let config = Config::from_json(&config_json(family)).unwrap();
+        for text in ["x=2", "dp=2"] {
+            let shape: MeshShape = text.parse().unwrap();
+            let mesh = Mesh::new(shape, dist::Communicator::null(0, 2)).unwrap();
+            let refused = Model::build(&config, CONTEXT, &mesh).err().unwrap().to_string();
+            let expected = format!("`{family}` on mesh {text}: experts run on one rank only");
+            assert!(refused.starts_with(&expected), "{refused}");
+            assert!(refused.contains("set every mesh axis to 1"), "{refused}");
+        }
+    }
+}

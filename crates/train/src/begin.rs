@@ -1,0 +1,161 @@
+//! Where a run begins: the newest state or fresh weights, on one rank or on many. Rank 0 looks into
+//! the folder and says what it found; every rank then takes its pieces.
+
+use crate::TrainError;
+use crate::files::Files;
+use crate::learner::Learner;
+use crate::metrics::Metrics;
+use crate::prepare::Prepared;
+use crate::ranks::first_says;
+use crate::recipe::Recipe;
+use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
+use crate::whole::Whole;
+use checkpoint::{Checkpoint, StateDir};
+use dist::Flow;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// How to treat a run that is already in the folder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// Refuse.
+    New,
+    /// Go on with its newest whole state; begin when there is none.
+    Resume,
+    /// Throw it away.
+    Overwrite,
+}
+
+/// What a run is set up from; every rank gets the same.
+#[derive(Clone)]
+pub struct Begin {
+    /// What is wanted.
+    pub recipe: Recipe,
+    /// The recipe with every default written out.
+    pub resolved: String,
+    /// What the run is made of.
+    pub prepared: Arc<Prepared>,
+    /// How to treat a run that is already there.
+    pub start: Start,
+    /// Of the machine, for utilisation.
+    pub peak_gflops: f64,
+}
+
+/// A run about to go on.
+pub(crate) struct Begun {
+    pub learner: Learner,
+    pub step: u64,
+    pub meta: StateMeta,
+    /// On rank 0.
+    pub files: Option<Files>,
+    pub skipped_states: Vec<(PathBuf, String)>,
+}
+
+/// What rank 0 found.
+struct Found {
+    folder: RunFolder,
+    states: StateDir,
+    state: Option<Checkpoint>,
+    skipped: Vec<(PathBuf, String)>,
+}
+
+pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result<Begun, TrainError> {
+    let Begin { recipe, resolved, prepared, start, .. } = begin;
+    let identity = identity(recipe, prepared);
+    let mut found = match flow.mesh.rank() {
+        0 => Some(look(recipe, *start)?),
+        _ => None,
+    };
+    let state = agree(recipe, flow, found.as_mut())?;
+    let meta = state.as_ref().map(|state| meta_of(state, &identity)).transpose()?;
+    let mut learner = prepared.learner(recipe, flow)?;
+    match (&state, whole) {
+        (Some(state), None) => restore(&mut learner, state)?,
+        (Some(state), Some(whole)) => whole.restore(&mut learner, state)?,
+        (None, _) => prepared.fill(recipe, &mut learner)?,
+    }
+    let step = state.map_or(0, |state| state.step);
+    let (samples, tokens, applied, skipped_in_row, validated, metrics_bytes) = (0, 0, 0, 0, 0, 0);
+    let fresh = || StateMeta {
+        samples,
+        tokens,
+        applied,
+        skipped_in_row,
+        validated,
+        metrics_bytes,
+        identity: identity.clone(),
+    };
+    let meta = meta.unwrap_or_else(fresh);
+    learner.optimizer.steps = meta.applied;
+    let Some(Found { folder, states, skipped: skipped_states, .. }) = found else {
+        return Ok(Begun { learner, step, meta, files: None, skipped_states: Vec::new() });
+    };
+    let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
+    folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
+    folder.write(&prepared.tokenizer.files()?)?;
+    // Within a budget there is no room for a copy: a save streams from where things lie.
+    let background = recipe.checkpoint.background && recipe.memory.is_none();
+    let files = Files::new(folder, metrics, states, background, identity)?;
+    Ok(Begun { learner, step, meta, files: Some(files), skipped_states })
+}
+
+/// Open the folder and find the newest whole state.
+fn look(recipe: &Recipe, start: Start) -> Result<Found, TrainError> {
+    let folder = RunFolder::open(&recipe.run.dir)?;
+    let states = folder.states(recipe.checkpoint.keep_last)?;
+    if start == Start::Overwrite {
+        folder.clear()?;
+    }
+    let newest = states.newest()?;
+    let skipped: Vec<(PathBuf, String)> =
+        newest.skipped.iter().map(|(path, error)| (path.clone(), error.to_string())).collect();
+    let path = || folder.path().to_path_buf();
+    match (newest.checkpoint, skipped.first(), start) {
+        (Some(state), _, Start::New) => Err(TrainError::Exists { path: path(), step: state.step }),
+        (None, Some((_, first)), _) => Err(TrainError::NoWholeState { path: path(), first: first.clone() }),
+        (state, ..) => Ok(Found { folder, states, state, skipped }),
+    }
+}
+
+/// The state every rank goes on from.
+fn agree(recipe: &Recipe, flow: &Flow, found: Option<&mut Found>) -> Result<Option<Checkpoint>, TrainError> {
+    let state = found.and_then(|found| found.state.take());
+    if flow.mesh.world_size() == 1 {
+        return Ok(state);
+    }
+    let step = state.as_ref().map_or(u64::MAX, |state| state.step);
+    let mut words: [u16; 4] = std::array::from_fn(|i| (step >> (16 * i)) as u16);
+    first_says(&flow.mesh, &mut words)?;
+    let step = words.iter().rev().fold(0, |step, word| step << 16 | u64::from(*word));
+    match (state, step) {
+        (_, u64::MAX) => Ok(None),
+        (Some(state), _) => Ok(Some(state)),
+        (None, step) => {
+            let states = StateDir::new(&recipe.run.dir.join("state"), recipe.checkpoint.keep_last)?;
+            Ok(Some(states.open(step)?))
+        }
+    }
+}
+
+fn restore(learner: &mut Learner, state: &Checkpoint) -> Result<(), TrainError> {
+    let Learner { optimizer, store, .. } = learner;
+    for (name, bytes) in optimizer.arrays(store) {
+        state.check_size(name, bytes)?;
+        state.for_each_block(name, |first, bytes| {
+            optimizer.write(store, name, first, bytes).map_err(TrainError::from)
+        })?;
+    }
+    Ok(())
+}
+
+fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {
+    let precision = prepared.precision(recipe);
+    Identity {
+        model: prepared.config.to_json(precision),
+        precision: precision.to_string(),
+        context: recipe.train.context,
+        data: prepared.train.fingerprint(),
+        seed: recipe.run.seed,
+        shuffle: recipe.data.shuffle,
+    }
+}

@@ -1,0 +1,85 @@
+//! What the ranks of a run tell each other outside of the model: gradients of copies, scalars, and
+//! what the first rank decides. Everything goes along one axis at a time, so that a rank meets its
+//! own lines of the mesh only, and sums have one order.
+
+use device::{Buffer, DType, Device, ViewMut};
+use dist::{Axis, Mesh};
+use memory::pager::About;
+use memory::trace::{Access, Phase};
+use memory::{Class, Need};
+use model::Spread;
+use tensor::{Fault, ParamStore, Tensor};
+
+/// Axes of replicas: each sees other rows of the batch.
+const REPLICAS: [Axis; 1] = [Axis::Dp];
+
+const SUM: About = About { phase: Phase::Optimizer, op: "sum_grads", layer: 0 };
+
+/// Add the gradients up that ranks hold summands of; copies are equal afterwards, bit for bit.
+pub(crate) fn sum_grads(mesh: &Mesh, store: &mut ParamStore, spreads: &[Spread]) -> Result<(), Fault> {
+    let axes_of = |spread: &Spread| -> Vec<Axis> {
+        let axes = spread.sums.iter().copied().chain(REPLICAS);
+        axes.filter(|axis| mesh.size(*axis) > 1).collect()
+    };
+    let params: Vec<_> = store.refs().zip(spreads.iter().map(axes_of)).collect();
+    // Neighbours that are summed over the same axes travel as one, where nothing has to be brought.
+    let paged = store.arrays().is_paged();
+    for run in params.chunk_by(|a, b| !paged && a.1 == b.1) {
+        let (Some((first, axes)), Some((last, _))) = (run.first(), run.last()) else { continue };
+        let elements = store.range(*first).start..store.range(*last).end;
+        if axes.is_empty() || elements.is_empty() {
+            continue;
+        }
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        store.bring(SUM, &[need])?;
+        for axis in axes {
+            let grads = store.arrays_mut().view_mut(Class::Grad, elements.clone());
+            mesh.group(*axis).all_reduce_sum(grads)?;
+        }
+    }
+    Ok(())
+}
+
+/// Whether this rank is the first of those that hold the same piece of a parameter.
+pub(crate) fn is_first(mesh: &Mesh, spread: &Spread) -> bool {
+    Axis::ALL.iter().all(|axis| spread.cut.contains(axis) || mesh.coord(*axis) == 0)
+}
+
+/// `x` of every rank of an axis, in their order.
+pub(crate) fn gather_over(mesh: &Mesh, axis: Axis, x: f64) -> Result<Vec<f64>, Fault> {
+    if mesh.size(axis) == 1 {
+        return Ok(vec![x]);
+    }
+    let mut mine = Buffer::new(Device::Cpu, 8)?;
+    mine.view_mut(DType::U16, 0, 4).bytes().copy_from_slice(&x.to_ne_bytes());
+    let mut all = Buffer::new(Device::Cpu, 8 * mesh.size(axis))?;
+    let words = all.len_bytes() / 2;
+    mesh.group(axis).all_gather(mine.view(DType::U16, 0, 4), all.view_mut(DType::U16, 0, words))?;
+    let bytes = all.view(DType::U16, 0, words).bytes();
+    Ok(bytes.as_chunks().0.iter().map(|word| f64::from_ne_bytes(*word)).collect())
+}
+
+/// Sum of `x` over the ranks of `axes`, the same bits on every one of them.
+pub(crate) fn sum_over(mesh: &Mesh, axes: &[Axis], x: f64) -> Result<f64, Fault> {
+    axes.iter().try_fold(x, |x, axis| Ok(gather_over(mesh, *axis, x)?.into_iter().sum()))
+}
+
+/// Sum of the losses of every row of a microbatch, of which this replica has `losses` [M]: taken in
+/// the order of the rows, so that it does not depend on how many replicas there are.
+pub(crate) fn sum_of_losses(mesh: &Mesh, losses: &Tensor) -> Result<f64, Fault> {
+    let sum = |losses: &Tensor| losses.view().f32().iter().map(|loss| f64::from(*loss)).sum();
+    if mesh.size(Axis::Dp) == 1 {
+        return Ok(sum(losses));
+    }
+    let mut all = Tensor::new(losses.device(), DType::F32, &[mesh.size(Axis::Dp) * losses.len()])?;
+    mesh.group(Axis::Dp).all_gather(losses.view(), all.view_mut())?;
+    Ok(sum(&all))
+}
+
+/// `words` become what they are on rank 0, on every rank.
+pub(crate) fn first_says(mesh: &Mesh, words: &mut [u16]) -> Result<(), Fault> {
+    for axis in Axis::ALL.into_iter().filter(|axis| mesh.size(*axis) > 1) {
+        mesh.group(axis).broadcast(ViewMut::of_u16(words), 0)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,302 @@
+//! One training step: microbatches there and back, the global norm, the update.
+//!
+//! Where chunks come and go, a gradient is summed for the norm the moment it is final, while it is
+//! at hand, and without clipping its chunk is updated at once, while the backward pass is still
+//! going: then no gradient ever leaves. When a gradient is final is known from the pass before.
+
+use crate::learner::{Learner, sum, tokens_of};
+use crate::optimizer::{AdamW, squared_norm};
+use crate::ranks;
+use data::Batch;
+use dist::Axis;
+use memory::pager::About;
+use memory::trace::{Access, Phase};
+use memory::{Class, Need};
+use std::cell::Cell;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::ops::Range;
+use tensor::{Fault, Moment, ParamRef, ParamStore, Tape, Targets};
+
+/// What a step is to do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepPlan {
+    /// Learning rate.
+    pub lr: f32,
+    /// Largest global norm of the gradient; infinite: no clipping.
+    pub clip: f64,
+}
+
+/// What a step did.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct StepDone {
+    /// Mean over the learned targets of the global batch, in nats.
+    pub loss: f64,
+    /// Global norm before clipping.
+    pub grad_norm: f64,
+    /// Whether the gradients were applied: loss and norm were finite.
+    pub applied: bool,
+}
+
+/// A step that was half applied when it could not go on.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the gradient of {param} is not finite after other parameters were updated already; resume from the last state with a lower train.lr, or set train.clip so that the update waits for all gradients"
+)]
+pub struct HalfApplied {
+    /// First such parameter.
+    pub param: String,
+}
+
+/// The last pass over a last microbatch: what came when, and which gradients were final after it.
+#[derive(Default)]
+pub(crate) struct Pass {
+    moments: Vec<u64>,
+    final_after: Vec<Vec<ParamRef>>,
+}
+
+const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
+
+impl Learner {
+    /// One step over the microbatches of a global batch.
+    pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
+        self.store.clear_grads()?;
+        self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
+        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
+        let learned = ranks::sum_over(&self.mesh, &[Axis::Dp], learned as f64)? as usize;
+        let scale = 1.0 / learned.max(1) as f32;
+        let mut loss = 0.0;
+        let (last, others) = batches.split_last().expect("a step has a microbatch");
+        for batch in others {
+            loss += self.accumulate(batch, scale)?;
+        }
+        self.optimizer.steps += 1;
+        // Gradients of several ranks are final only when they are added up, at the end.
+        let done = match self.store.arrays().is_paged() && self.mesh.world_size() == 1 {
+            true => self.finish_paged(last, (loss, learned), plan)?,
+            false => {
+                loss += self.accumulate(last, scale)?;
+                self.store.settle_grads()?;
+                ranks::sum_grads(&self.mesh, &mut self.store, &self.spreads)?;
+                let squares = self.squared_norm()?;
+                let done = done(loss / learned.max(1) as f64, squares);
+                self.update_all(done, plan)?;
+                done
+            }
+        };
+        if !done.applied {
+            self.optimizer.steps -= 1;
+        }
+        self.store.arrays_mut().end_step().map_err(Fault::outside)?;
+        Ok(done)
+    }
+
+    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
+    fn squared_norm(&mut self) -> Result<f64, Fault> {
+        let mut squares = 0.0;
+        for (param, spread) in self.store.refs().zip(&self.spreads) {
+            if ranks::is_first(&self.mesh, spread) {
+                let need =
+                    Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
+                self.store.bring(NORM, &[need])?;
+                squares += squared_norm(&self.store, param);
+            }
+        }
+        ranks::sum_over(&self.mesh, &Axis::ALL, squares)
+    }
+
+    fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {
+        if !done.applied {
+            return Ok(());
+        }
+        let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 };
+        self.optimizer.update_all(&mut self.store, plan.lr, factor as f32)
+    }
+
+    /// The last microbatch, the norm and the update; `before` is the loss so far and the learned
+    /// targets of the step.
+    fn finish_paged(
+        &mut self,
+        batch: &Batch,
+        (before, learned): (f64, usize),
+        plan: StepPlan,
+    ) -> Result<StepDone, Fault> {
+        let known = std::mem::take(&mut self.pass);
+        let learned = learned.max(1) as f64;
+        // Updates may begin once the loss is known to be finite, which is before the way back.
+        let early = Cell::new(false);
+        let mut finisher = Finisher::new(&known, &self.store, &self.optimizer, (&early, plan.lr));
+        let tokens = tokens_of(batch);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| finisher.moment(moment, store);
+        let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
+        let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
+        let targets = Targets { ids: &batch.targets, scale: 1.0 / learned as f32 };
+        let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
+        drop(hidden);
+        let loss = (before + sum(losses.view().f32())) / learned;
+        early.set(plan.clip.is_infinite() && loss.is_finite());
+        tape.backward()?;
+        drop(tape);
+        let Ended { squares, updated, pass } = finisher.end(&mut self.store)?;
+        self.pass = pass.unwrap_or(known);
+        let done = done(loss, squares.iter().sum());
+        if !updated.contains(&true) {
+            self.update_all(done, plan)?;
+            return Ok(done);
+        }
+        if !done.applied {
+            return Err(half_applied(&self.store, &squares));
+        }
+        for (chunk, _) in chunks(&self.store).zip(updated).filter(|(_, updated)| !updated) {
+            self.optimizer.update(&mut self.store, chunk, plan.lr, 1.0)?;
+        }
+        Ok(done)
+    }
+}
+
+/// Sums gradients, and updates chunks, as they become final in the pass of a last microbatch.
+struct Finisher<'a> {
+    known: &'a Pass,
+    optimizer: &'a AdamW,
+    /// Whether chunks may be updated at once, and the learning rate.
+    update: (&'a Cell<bool>, f32),
+    /// Whether this pass was the known one up to now.
+    followed: bool,
+    seen: Vec<u64>,
+    /// By parameter: the moment that wrote its gradient last.
+    last_write: Vec<Option<usize>>,
+    /// By parameter: squared norm of its gradient, once that is final.
+    squares: Vec<Option<f64>>,
+    chunks: Vec<Range<usize>>,
+    /// By chunk: whether it was updated.
+    updated: Vec<bool>,
+}
+
+/// What a pass came to.
+struct Ended {
+    /// By parameter: squared norm of its gradient.
+    squares: Vec<f64>,
+    /// By chunk: whether it was updated.
+    updated: Vec<bool>,
+    /// The pass, if it was another than the known one.
+    pass: Option<Pass>,
+}
+
+impl<'a> Finisher<'a> {
+    fn new(
+        known: &'a Pass,
+        store: &ParamStore,
+        optimizer: &'a AdamW,
+        update: (&'a Cell<bool>, f32),
+    ) -> Finisher<'a> {
+        let (params, chunks) = (store.refs().count(), chunks(store).collect::<Vec<_>>());
+        Finisher {
+            known,
+            optimizer,
+            update,
+            followed: true,
+            seen: Vec::new(),
+            last_write: vec![None; params],
+            squares: vec![None; params],
+            updated: vec![false; chunks.len()],
+            chunks,
+        }
+    }
+
+    /// A moment is about to run; the one before has ended.
+    fn moment(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
+        let (at, signature) = (self.seen.len(), signature(moment));
+        self.followed &= self.known.moments.get(at) == Some(&signature);
+        // A way back follows from the way there: it cannot differ after the first update.
+        assert!(self.followed || !self.updated.contains(&true), "the way back differs from the known one");
+        if self.followed && at > 0 {
+            self.settle(at - 1, store)?;
+        }
+        self.seen.push(signature);
+        if moment.writes_grads {
+            moment.params.iter().for_each(|param| self.last_write[param.index()] = Some(at));
+        }
+        Ok(())
+    }
+
+    /// What was final after moment `at`: sum it, and update the chunks that are complete.
+    fn settle(&mut self, at: usize, store: &mut ParamStore) -> Result<(), Fault> {
+        let known = self.known;
+        for param in &known.final_after[at] {
+            self.sum(*param, store)?;
+        }
+        if !self.update.0.get() {
+            return Ok(());
+        }
+        for param in &known.final_after[at] {
+            for chunk in store.pieces_of(*param) {
+                self.update(chunk, store)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn sum(&mut self, param: ParamRef, store: &mut ParamStore) -> Result<(), Fault> {
+        let need = Need { class: Class::Grad, elements: store.range(param), access: Access::Read };
+        store.bring(NORM, &[need])?;
+        self.squares[param.index()] = Some(squared_norm(store, param));
+        Ok(())
+    }
+
+    fn update(&mut self, chunk: usize, store: &mut ParamStore) -> Result<(), Fault> {
+        let elements = self.chunks[chunk].clone();
+        let squares: Option<Vec<f64>> =
+            store.params_in(&elements).map(|param| self.squares[param.index()]).collect();
+        // Not all of them are final yet.
+        let Some(squares) = squares else { return Ok(()) };
+        if !squares.iter().all(|squares| squares.is_finite()) {
+            self.update.0.set(false);
+            return Ok(());
+        }
+        if !std::mem::replace(&mut self.updated[chunk], true) {
+            self.optimizer.update(store, elements, self.update.1, 1.0)?;
+        }
+        Ok(())
+    }
+
+    /// The pass is over: sum what nobody wrote or was not known to be final.
+    fn end(mut self, store: &mut ParamStore) -> Result<Ended, Fault> {
+        let same = self.followed && self.seen.len() == self.known.moments.len();
+        store.settle_grads()?;
+        for param in store.refs() {
+            if self.squares[param.index()].is_none() {
+                self.sum(param, store)?;
+            }
+        }
+        let pass = (!same).then(|| {
+            let mut final_after = vec![Vec::new(); self.seen.len()];
+            for (param, last) in store.refs().zip(&self.last_write) {
+                if let Some(last) = last {
+                    final_after[*last].push(param);
+                }
+            }
+            Pass { moments: self.seen, final_after }
+        });
+        Ok(Ended { squares: self.squares.into_iter().flatten().collect(), updated: self.updated, pass })
+    }
+}
+
+fn done(loss: f64, squares: f64) -> StepDone {
+    let grad_norm = squares.sqrt();
+    StepDone { loss, grad_norm, applied: loss.is_finite() && grad_norm.is_finite() }
+}
+
+fn half_applied(store: &ParamStore, squares: &[f64]) -> Fault {
+    let param = store.refs().find(|param| !squares[param.index()].is_finite());
+    let param = param.map_or("the loss".into(), |param| store.spec(param).name.clone());
+    Fault::outside(HalfApplied { param })
+}
+
+fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
+    store.arrays().pieces(0..store.flat_len())
+}
+
+fn signature(moment: &Moment<'_>) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    (moment.phase, moment.op, moment.layer, moment.params, moment.writes_grads).hash(&mut hasher);
+    hasher.finish()
+}

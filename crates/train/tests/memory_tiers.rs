@@ -1,0 +1,173 @@
+//! A run whose state lies in tiers is the run whose state lies in memory, to the last bit, and it
+//! keeps its budget.
+//!
+//! One test after the other: what is held is counted for the whole process.
+
+mod common;
+
+use common::{Place, moved};
+use std::os::unix::fs::FileExt;
+use std::sync::Mutex;
+use train::{Prepared, Progress, Start, TrainError};
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+const MODEL: [&str; 7] = [
+    "model.layers=4",
+    "model.width=64",
+    "tokenizer.vocab=500",
+    "train.steps=5",
+    "eval.every=3",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=1",
+];
+
+/// Bytes of DRAM for a run: activations as predicted, and this part of the state.
+fn budget(place: &Place, sets: &[&str], part: f64) -> u64 {
+    let recipe = place.settings("probe", sets).recipe().unwrap();
+    let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
+    let others = estimate.activation_bytes as f64 * 1.25;
+    ((others + estimate.state_bytes as f64 * part) * 65.0 / 64.0) as u64
+}
+
+/// Run within a budget, which is kept.
+fn run_within(place: &Place, dir: &str, sets: &[&str], start: Start, bytes: u64) -> Result<(), TrainError> {
+    let dram = format!("memory.dram={bytes}B");
+    let sets = [sets, &[dram.as_str()]].concat();
+    device::release_cached();
+    device::reset_peak();
+    let end = place.run(dir, &sets, start, None)?;
+    assert!(matches!(end, Progress::Ended { complete: true, .. }));
+    let held = device::memory_use().peak_held_bytes as u64;
+    assert!(held <= bytes, "{sets:?}: {held} of {bytes} bytes");
+    Ok(())
+}
+
+fn assert_same(place: &Place, whole: &str, tiers: &str, what: &str) {
+    let (whole, tiers) = (place.result(whole), place.result(tiers));
+    assert_eq!(tiers.2, whole.2, "log of {what}");
+    assert!(tiers.0 == whole.0, "weights of {what}");
+    assert!(tiers.1 == whole.1, "state of {what}");
+}
+
+#[test]
+fn every_budget_model_and_policy_gives_the_bits_of_a_run_without_limits() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let variants: &[&[&str]] = &[
+        &[],
+        &["train.clip=0", "model.tied=false"],
+        &["train.clip=0.1", "train.accumulate=3", "train.batch=1"],
+        &["train.recompute=always", "train.clip=0", "train.accumulate=2"],
+        &["model.family=gpt2", "model.kv_heads=0", "train.clip=0", "train.recompute_layers=2"],
+        &["model.family=qwen3", "model.ffn=512", "train.precision=f32"],
+    ];
+    for (i, variant) in variants.iter().enumerate() {
+        let (sets, whole) = ([&MODEL[..], variant].concat(), format!("whole{i}"));
+        place.run(&whole, &sets, Start::New, None).unwrap();
+        for (policy, part) in
+            [("dynamic", 0.3), ("dynamic", 0.7), ("belady", 0.4), ("static", 0.5), ("lru", 0.35)]
+        {
+            let what = format!("{variant:?} {policy} {part}");
+            let bytes = budget(&place, &sets, part);
+            let policy = format!("memory.policy={policy}");
+            let sets = [&sets[..], &[policy.as_str()]].concat();
+            run_within(&place, "tiers", &sets, Start::Overwrite, bytes).unwrap();
+            let (up, down, bound) = moved(&place.path("tiers"));
+            println!("{what}: {up} up, {down} down, bound {bound:?}");
+            assert!(up > 0 && down > 0, "{what} moved nothing");
+            assert_same(&place, &whole, "tiers", &what);
+        }
+    }
+}
+
+#[test]
+fn a_run_goes_on_under_another_budget() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    place.run("whole", &MODEL, Start::New, None).unwrap();
+    let bytes = budget(&place, &MODEL, 0.3);
+    let (small, large) =
+        (format!("memory.dram={bytes}B"), format!("memory.dram={}B", budget(&place, &MODEL, 0.6)));
+    place.run("parts", &[&MODEL[..], &[&small]].concat(), Start::New, Some(1)).unwrap();
+    place.run("parts", &[&MODEL[..], &[&large]].concat(), Start::Resume, Some(2)).unwrap();
+    place.run("parts", &MODEL, Start::Resume, Some(4)).unwrap();
+    run_within(&place, "parts", &MODEL, Start::Resume, bytes).unwrap();
+    assert_same(&place, "whole", "parts", "four parts");
+    // The exported model can be the beginning of another, within a budget, too.
+    let from = format!("model.from={}", place.path("whole").display());
+    let tuned = [&from, "train.steps=2", "eval.every=1"];
+    place.run("tuned", &tuned, Start::New, None).unwrap();
+    run_within(&place, "tuned-within", &tuned, Start::New, bytes).unwrap();
+    assert_same(&place, "tuned", "tuned-within", "a tuned model");
+}
+
+#[test]
+fn a_budget_nothing_fits_in_is_refused_with_the_least_that_does() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let refused = |sets: &[&str]| {
+        let recipe = place.settings("run", &[&MODEL[..], sets].concat()).recipe().unwrap();
+        let prepared = Prepared::new(&recipe, false, &mut |_| {}).unwrap();
+        prepared.check_memory(&recipe).unwrap_err().to_string()
+    };
+    let said = refused(&["memory.dram=300KiB"]);
+    assert!(
+        said.contains("memory.dram = 300.0 KiB is too little") && said.contains("raise memory.dram to"),
+        "{said}"
+    );
+    let said = refused(&["memory.dram=2MiB", "memory.nvme=1MiB"]);
+    assert!(said.contains("memory.nvme = 1.0 MiB, the state takes"), "{said}");
+    let said = refused(&["memory.dram=900TiB", "memory.policy=lru"]);
+    assert!(said.contains("memory.dram = 900.0 TiB") && said.contains("available"), "{said}");
+    // Past the check it is an error of the op, not a panic.
+    let said = run_within(&place, "run", &MODEL, Start::New, 300_000).unwrap_err().to_string();
+    assert!(said.contains("memory.dram = 300000 bytes"), "{said}");
+}
+
+#[test]
+fn damage_on_the_drive_ends_the_run_and_is_never_learnt_from() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let dram = format!("memory.dram={}B", budget(&place, &MODEL, 0.3));
+    let sets = [&MODEL[..], &[&dram, "train.steps=1000", "checkpoint.every=1"]].concat();
+    device::Threads::new(2).unwrap().run(|| {
+        let mut trainer = place.trainer("run", &sets, Start::New).unwrap();
+        let mut error = None;
+        for _ in 0..40 {
+            match trainer.advance() {
+                Ok(_) if trainer.step() >= 2 => damage(&place.path("run")),
+                Ok(_) => {}
+                Err(found) => {
+                    error = Some(found.to_string());
+                    break;
+                }
+            }
+        }
+        let said = error.expect("damaged bytes are noticed");
+        assert!(said.contains("checksum") && said.contains("checkpoint"), "{said}");
+        // Whatever is tried next, nothing comes of it.
+        assert!(trainer.advance().is_err());
+    });
+    // The states saved before are whole.
+    place.run("run", &[&MODEL[..], &["train.steps=4"]].concat(), Start::Resume, None).unwrap();
+    place.run("whole", &[&MODEL[..], &["train.steps=4"]].concat(), Start::New, None).unwrap();
+    assert!(place.result("run").0 == place.result("whole").0);
+}
+
+/// Flip a bit in every page of the nameless offload file of this process below `dir`.
+fn damage(dir: &std::path::Path) {
+    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
+        let fd = entry.unwrap().path();
+        let target = std::fs::read_link(&fd).unwrap_or_default().display().to_string();
+        if target.starts_with(&dir.display().to_string()) && target.ends_with("(deleted)") {
+            let file = std::fs::File::options().read(true).write(true).open(&fd).unwrap();
+            let length = file.metadata().unwrap().len();
+            for page in (0..length).step_by(4096) {
+                let mut byte = [0];
+                file.read_exact_at(&mut byte, page + 100).unwrap();
+                file.write_all_at(&[byte[0] ^ 1], page + 100).unwrap();
+            }
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Runs on meshes of threads: the steps of one rank, and states that know no mesh.
+
+mod common;
+
+use common::{Place, log};
+use dist::{Axis, Flow, Options, launch};
+use std::path::Path;
+use std::sync::Arc;
+use train::{Begin, Prepared, Progress, Start, Trainer};
+
+/// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
+/// width 32, ffn 96, 4 rows.
+const MESHES: [&[&str]; 10] = [
+    &["mesh.x=2"],
+    &["mesh.dp=2"],
+    &["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence"],
+    &["mesh.x=2", "mesh.y=2"],
+    &["mesh.dp=2", "mesh.x=3", "mesh.y=1", "mesh.scheme=summa"],
+    &["mesh.x=1", "mesh.y=2", "mesh.z=2", "mesh.scheme=2.5d"],
+    &["mesh.x=2", "mesh.y=2", "mesh.z=2"],
+    &["mesh.dp=2", "mesh.y=2", "mesh.z=3", "mesh.scheme=3d"],
+    &["mesh.x=2", "mesh.y=2", "mesh.scheme=weight-stationary"],
+    &["mesh.dp=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
+];
+
+fn begin(place: &Place, dir: &str, sets: &[&str], start: Start) -> Begin {
+    let settings = place.settings(dir, sets);
+    let recipe = settings.recipe().unwrap();
+    let prepared = Arc::new(Prepared::new(&recipe, start == Start::Resume, &mut |_| {}).unwrap());
+    Begin { recipe, resolved: settings.resolved(), prepared, start, peak_gflops: 100.0 }
+}
+
+/// Run every rank to the end; with `stop` they end before the next step.
+fn run(place: &Place, dir: &str, sets: &[&str], start: Start, stop: bool) {
+    let begin = begin(place, dir, sets, start);
+    let shape = begin.recipe.mesh.shape;
+    launch(&shape, &Options::default(), |mesh| {
+        let mut trainer = Trainer::on(mesh, begin.clone())?;
+        if stop && mesh.rank() == 0 {
+            trainer.stop();
+        }
+        let mut last = None;
+        while let Some(progress) = trainer.advance()? {
+            last = Some(progress);
+        }
+        assert!(matches!(last, Some(Progress::Ended { complete, .. }) if complete != stop || !stop));
+        Ok::<_, train::TrainError>(())
+    })
+    .unwrap();
+}
+
+/// The arrays of a state as one file, and its f32 arrays by name.
+fn state(dir: &Path, step: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
+    let folder = dir.join(format!("state/step-{step:08}"));
+    let bytes = std::fs::read(folder.join("state.bin")).unwrap();
+    // Behind the manifest stands its checksum.
+    let text = std::fs::read(folder.join("manifest.json")).unwrap();
+    let manifest = serde_json::Deserializer::from_slice(&text).into_iter::<serde_json::Value>().next();
+    let manifest = manifest.unwrap().unwrap();
+    let array = |array: &serde_json::Value| {
+        let (from, len) = (array["offset"].as_u64().unwrap(), array["bytes"].as_u64().unwrap());
+        let words = bytes[from as usize..(from + len) as usize].as_chunks().0;
+        words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+    };
+    let arrays = manifest["arrays"].as_array().unwrap().iter().map(array).collect();
+    (bytes, arrays)
+}
+
+fn losses(dir: &Path) -> Vec<f64> {
+    log(dir).iter().filter_map(|line| line.get("lr").and(line["loss"].as_f64())).collect()
+}
+
+const F32: [&str; 5] =
+    ["train.precision=f32", "train.batch=4", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"];
+
+/// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
+/// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,
+/// each by at most (length of its sum + ranks) units: the longest sum is over the 300 words.
+const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
+
+#[test]
+fn a_step_on_any_mesh_is_the_step_of_one_rank() {
+    let place = Place::new();
+    let steps = ["train.steps=2", "train.clip=0"];
+    let base: Vec<&str> = F32.iter().chain(&steps).copied().collect();
+    run(&place, "solo", &base, Start::New, false);
+    let solo = place.path("solo");
+    let (_, one) = state(&solo, 1);
+    let begin = begin(&place, "solo", &base, Start::Resume);
+    let flow = Flow::solo();
+    let built = model::Model::build_on(&begin.prepared.config, begin.recipe.train.context, &flow).unwrap();
+    let (starts, _) = built.params.layout();
+    let lr = begin.recipe.train.schedule.at(1) as f32;
+    let wanted = losses(&solo);
+    for (i, mesh) in MESHES.iter().enumerate() {
+        let dir = format!("mesh-{i}");
+        let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
+        run(&place, &dir, &sets, Start::New, false);
+        let (_, got) = state(&place.path(&dir), 1);
+        let mut apart = 0f64;
+        for (spec, start) in built.params.specs().iter().zip(&starts) {
+            let at = *start..*start + spec.len();
+            // weights, m, v: after one step m is a tenth of the gradient.
+            let (w, m) = (&one[0][at.clone()], &one[1][at.clone()]);
+            let top = m.iter().fold(0f32, |top, x| top.max(x.abs()));
+            for (j, (w, m)) in w.iter().zip(m).enumerate() {
+                let (w2, m2) = (got[0][start + j], got[1][start + j]);
+                let bound = GRADIENT * top;
+                let name = &spec.name;
+                assert!((m - m2).abs() <= bound, "{mesh:?} {name}[{j}]: gradient {m} and {m2} +- {bound}");
+                // AdamW's first step is lr g / (|g| + eps): it turns an error d of g into at most
+                // lr min(2, 2 d / |g|), and a rounding of the weight.
+                let step = lr * (2.0 * bound / m.abs().max(1e-20)).min(2.0) + 1e-6 * w.abs();
+                assert!((w - w2).abs() <= step, "{mesh:?} {name}[{j}]: weight {w} and {w2} +- {step}");
+                apart += f64::from(w - w2).powi(2);
+            }
+        }
+        let found = losses(&place.path(&dir));
+        let norm = log(&solo)[1]["grad_norm"].as_f64().unwrap();
+        let first = wanted[0] * f64::from(GRADIENT);
+        assert!((found[0] - wanted[0]).abs() <= first, "{mesh:?}: loss {} and {}", found[0], wanted[0]);
+        // Along the way from one set of weights to the other the loss changes by |gradient| |way| to
+        // first order; half as much again for the rest.
+        let second = 1.5 * norm * apart.sqrt() + first;
+        assert!((found[1] - wanted[1]).abs() <= second, "{mesh:?}: loss {} and {}", found[1], wanted[1]);
+    }
+}
+
+#[test]
+fn replicas_alone_leave_the_losses_of_a_step_bit_for_bit() {
+    let place = Place::new();
+    let base = ["train.batch=4", "train.steps=1", "eval.every=1"];
+    run(&place, "solo", &base, Start::New, false);
+    let sets: Vec<&str> = base.iter().copied().chain(["mesh.dp=2"]).collect();
+    run(&place, "dp", &sets, Start::New, false);
+    assert_eq!(losses(&place.path("solo")), losses(&place.path("dp")));
+}
+
+#[test]
+fn the_same_run_twice_has_the_same_bits() {
+    let place = Place::new();
+    for mesh in [MESHES[2], MESHES[3], MESHES[7]] {
+        let base = ["train.batch=4", "train.steps=3"];
+        let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
+        run(&place, "once", &sets, Start::Overwrite, false);
+        run(&place, "again", &sets, Start::Overwrite, false);
+        assert_eq!(place.result("once"), place.result("again"), "{mesh:?}");
+    }
+}
+
+/// Every copy of every parameter, and of what the optimizer keeps of it, is the same after a step:
+/// those of 2.5D along z above all, whose gradients come from other tokens.
+#[test]
+fn copies_stay_equal_after_steps() {
+    let place = Place::new();
+    for mesh in [MESHES[5], MESHES[4], MESHES[2], &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"]] {
+        let sets: Vec<&str> = ["train.batch=4"].iter().chain(mesh).copied().collect();
+        let begin = begin(&place, "copies", &sets, Start::New);
+        let recipe = &begin.recipe;
+        let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
+        let loader = data::Loader::new(samples, 1, true);
+        let ranks = launch(&recipe.mesh.shape, &Options::default(), |mesh| {
+            let flow = recipe.mesh.flow(mesh).unwrap();
+            let mut learner = begin.prepared.learner(recipe, &flow)?;
+            learner.initialise(1)?;
+            let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
+            for step in 0..2 {
+                let batch = loader.batch(4 * step, 4 / replicas, replica, replicas);
+                learner.step(&[batch], train::StepPlan { lr: 1e-2, clip: 1.0 })?;
+            }
+            let mut pieces = Vec::new();
+            for (param, spread) in learner.store.refs().zip(&learner.spreads) {
+                // Ranks that agree on these coordinates hold one piece.
+                let place: Vec<usize> = spread.cut.iter().map(|axis| mesh.coord(*axis)).collect();
+                pieces.push((place, learner.store.weight(param).bytes().to_vec()));
+            }
+            Ok::<_, train::TrainError>(pieces)
+        })
+        .unwrap();
+        let mut copies = 0;
+        let mut seen = std::collections::BTreeMap::new();
+        for pieces in ranks {
+            for (param, (place, bytes)) in pieces.into_iter().enumerate() {
+                if let Some(first) = seen.get(&(param, place.clone())) {
+                    copies += 1;
+                    assert!(*first == bytes, "copies of parameter {param} differ on {mesh:?}");
+                }
+                seen.entry((param, place)).or_insert(bytes);
+            }
+        }
+        assert!(copies > 0, "{mesh:?} has no copies");
+    }
+}
+
+/// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// byte, and the run goes on with the next samples.
+#[test]
+fn a_state_of_one_mesh_is_gone_on_with_on_another() {
+    let place = Place::new();
+    let solo: &[&str] = &[];
+    let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
+    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let meshes: Vec<&[&str]> = chain.collect();
+    let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
+        let base = [
+            "train.batch=4",
+            "checkpoint.keep_last=2",
+            "eval.every=0",
+            "train.schedule=constant",
+            "train.warmup=1",
+        ];
+        base.into_iter().chain([steps]).chain(mesh.iter().copied()).collect()
+    };
+    let steps: Vec<&'static str> = (1..=meshes.len())
+        .map(|n| -> &'static str { Box::leak(format!("train.steps={n}").into_boxed_str()) })
+        .collect();
+    let dir = place.path("run");
+    for (i, mesh) in meshes.iter().enumerate() {
+        let mesh: Vec<&'static str> = mesh.to_vec();
+        if i > 0 {
+            // Taken over and saved again without a step: every byte comes back.
+            let before = state(&dir, i as u64).0;
+            std::fs::remove_dir_all(dir.join(format!("state/step-{:08}", i + 1))).ok();
+            run(&place, "run", &with(&mesh, steps[i]), Start::Resume, true);
+            assert_eq!(state(&dir, i as u64).0, before, "{:?} taken over by {mesh:?}", meshes[i - 1]);
+        }
+        run(&place, "run", &with(&mesh, steps[i]), Start::Resume, false);
+    }
+    // The same steps on one rank see the same samples: the losses follow each other closely, while
+    // those of other samples differ by tenths.
+    let last = steps[steps.len() - 1];
+    run(&place, "solo", &with(&[], last), Start::New, false);
+    for (step, (a, b)) in losses(&dir).iter().zip(losses(&place.path("solo"))).enumerate() {
+        assert!((a - b).abs() < 0.02, "step {}: loss {a} across meshes, {b} on one", step + 1);
+    }
+}
+
+#[test]
+fn what_cannot_be_spread_is_refused_with_a_remedy() {
+    let place = Place::new();
+    let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
+    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by mesh.dp = 3"));
+    let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
+    assert!(idle.contains("no use for mesh.z"), "{idle}");
+    let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
+    assert!(tiers.contains("memory.dram is given for mesh `x=2`"), "{tiers}");
+    let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
+    assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
+}
