@@ -9,7 +9,7 @@ use crate::tiers;
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
 use device::DType;
-use dist::{Flow, Mesh};
+use dist::{Communicator, Flow, Mesh};
 use memory::pager::Setup;
 use model::{Config, Model};
 use serde_json::json;
@@ -63,6 +63,7 @@ impl Prepared {
         let tokenizer = tokenizer(recipe, files.as_ref(), resume, report)?;
         let config = config(recipe, files.as_ref(), &tokenizer)?;
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
+        check_mesh(recipe, &config)?;
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
         Ok(Prepared { config, params, tokenizer, train, valid, files })
     }
@@ -140,6 +141,15 @@ impl Prepared {
     }
 }
 
+/// Refuse a model that cannot lie on the recipe's mesh before the run's folder is touched.
+fn check_mesh(recipe: &Recipe, config: &Config) -> Result<(), TrainError> {
+    let shape = recipe.mesh.shape;
+    let mesh = Mesh::new(shape, Communicator::null(0, shape.world_size()))
+        .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
+    Model::build_on(config, recipe.train.context, &recipe.mesh.flow(&mesh)?)?;
+    Ok(())
+}
+
 fn tokenizer(
     recipe: &Recipe,
     files: Option<&ModelFiles>,
@@ -203,4 +213,35 @@ fn corpora(recipe: &Recipe, tokenizer: &Tokenizer, report: Report<'_>) -> Result
     }
     let valid = tokenize(&recipe.data.valid)?;
     Ok((Arc::new(train), Some(Arc::new(valid))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Settings;
+
+    #[test]
+    fn experts_on_a_mesh_are_refused_before_a_folder_is_touched() {
+        let config = Config::from_json(&json!({
+            "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4,
+            "num_hidden_layers": 2, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
+        }))
+        .unwrap();
+        let on = |mesh: &str| {
+            let text = "
+                run.dir = 'run'
+                data.path = 'corpus.txt'
+                model = { layers = 2, width = 32, heads = 4 }
+                train.batch = 4
+            ";
+            let mut settings = Settings::parse(text, "a test").unwrap();
+            settings.set(mesh).unwrap();
+            check_mesh(&settings.recipe().unwrap(), &config)
+        };
+        on("mesh.x=1").unwrap();
+        for mesh in ["mesh.x=2", "mesh.dp=2"] {
+            let refused = on(mesh).unwrap_err().to_string();
+            assert!(refused.contains("`mixtral` on mesh") && refused.contains("mesh axis to 1"), "{refused}");
+        }
+    }
 }
