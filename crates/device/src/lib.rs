@@ -15,7 +15,7 @@ mod view;
 pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
 pub use isa::Isa;
-pub use loan::{Borrowed, Exclusive, Loan as WindowLoan};
+pub use loan::{Borrowed, Exclusive, Window};
 pub use memory::{
     MemoryUse, available_bytes, limit_parked, memory_use, release_cached, reset_peak, resident_bytes,
 };

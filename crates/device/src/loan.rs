@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 /// A place where one thread lends windows to others.
 #[derive(Default)]
-pub struct Loan {
+pub struct Window {
     slot: RwLock<Option<Lent>>,
 }
 
@@ -20,12 +20,12 @@ struct Lent {
     exclusive: Vec<Mutex<ViewMut<'static>>>,
 }
 
-impl Loan {
+impl Window {
     /// Lends `shared` windows to read and `exclusive` ones to write while `body` runs. Returns when
     /// `body` has and no borrower looks any more. A borrower that keeps its guard keeps the lender
     /// waiting; a second loan in the same place at the same time is our bug and panics.
     pub fn lend<R>(&self, shared: &[View<'_>], exclusive: Vec<ViewMut<'_>>, body: impl FnOnce() -> R) -> R {
-        struct Withdraw<'a>(&'a Loan);
+        struct Withdraw<'a>(&'a Window);
         impl Drop for Withdraw<'_> {
             fn drop(&mut self) {
                 *self.0.slot.write().unwrap_or_else(PoisonError::into_inner) = None;
@@ -95,7 +95,7 @@ mod tests {
 
     #[test]
     fn two_threads_swap_halves_in_place() {
-        let loans = [Loan::default(), Loan::default()];
+        let loans = [Window::default(), Window::default()];
         let barrier = Barrier::new(2);
         let mut data = [vec![1f32; 100], vec![2f32; 100]];
         std::thread::scope(|scope| {
@@ -122,7 +122,7 @@ mod tests {
 
     #[test]
     fn what_was_lent_is_gone_afterwards_also_after_a_panic() {
-        let loan = Loan::default();
+        let loan = Window::default();
         let data = [1f32, 2.0];
         loan.lend(&[View::of_f32(&data)], vec![], || {
             assert_eq!(loan.borrow().shared(0).unwrap().f32(), data);

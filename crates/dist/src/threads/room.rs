@@ -4,7 +4,7 @@ use super::world::lock;
 use crate::bell::Bell;
 use crate::beside::Array;
 use crate::call::Call;
-use device::WindowLoan as Loan;
+use device::Window;
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::SeqCst};
 pub(super) const LETTERS: usize = 64;
 
 pub(super) struct Room {
-    pub(super) loans: Vec<Loan>,
+    pub(super) loans: Vec<Window>,
     pub(super) members: Vec<Member>,
     pub(super) bell: Bell,
     arrived: AtomicUsize,
@@ -53,7 +53,7 @@ impl Room {
             letters: (0..size).map(|_| Mutex::default()).collect(),
         };
         Room {
-            loans: (0..size).map(|_| Loan::default()).collect(),
+            loans: (0..size).map(|_| Window::default()).collect(),
             members: (0..size).map(member).collect(),
             bell: Bell::default(),
             arrived: AtomicUsize::new(0),

@@ -51,6 +51,8 @@ pub(crate) fn pack_panel(
 ) {
     let start = i0 * src.lane + k0 * src.step;
     let out = &mut out[..tile.steps(kc) * width];
+    // Only AMX packs the two sides differently.
+    let _ = side;
     match src.data.floats() {
         #[cfg(target_arch = "x86_64")]
         Slice::F32(data) if tile.runs() => {
