@@ -148,6 +148,12 @@ fn activations() -> Vec<Case> {
         ("gelu tanh forward", 2.0, 0.0, |r| gelu::forward(GeluKind::Tanh, r.x.v(), r.y.m())),
         ("gelu tanh backward", 3.0, 0.0, |r| gelu::backward(GeluKind::Tanh, r.x.v(), r.dy.v(), r.y.m())),
         ("gelu erf forward", 2.0, 0.0, |r| gelu::forward(GeluKind::Erf, r.x.v(), r.y.m())),
+    ]
+}
+
+/// Of f32 logits only, as the head makes them.
+fn losses() -> Vec<Case> {
+    vec![
         ("cross_entropy forward", 1.0, 0.0, |r| {
             let m = r.losses.len;
             cross_entropy::forward(r.x.v(), &r.positions[..m], r.losses.m());
@@ -226,8 +232,9 @@ fn main() {
             for case in norms().iter().chain(&activations()).chain(&sums()) {
                 report(&mut room, dtype, case);
             }
-            if dtype == DType::Bf16 {
-                report(&mut room, dtype, &split());
+            match dtype {
+                DType::Bf16 => report(&mut room, dtype, &split()),
+                _ => losses().iter().for_each(|case| report(&mut room, dtype, case)),
             }
         }
     });
