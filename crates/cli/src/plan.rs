@@ -128,7 +128,7 @@ fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
 }
 
 /// The model's config, with the vocabulary a new tokenizer would have: no corpus is read.
-fn config(recipe: &Recipe) -> Result<Config> {
+pub fn config(recipe: &Recipe) -> Result<Config> {
     match &recipe.model {
         ModelRecipe::New(json) => {
             let vocab = match &recipe.tokenizer.file {

@@ -2,6 +2,7 @@
 //! machine, what moves between its tiers, what limits the step; or why it cannot run.
 
 use crate::show;
+use ::train::recipe::keys;
 use ::train::{Recipe, Speeds, outlook};
 use anyhow::{Result, anyhow};
 use device::DType;
@@ -47,7 +48,7 @@ pub struct Machine {
 /// Print what a recipe needs, and where that lies on a machine. Errors: what does not fit, with what
 /// would make it fit.
 pub fn print(recipe: &Recipe, machine: &Machine) -> Result<()> {
-    let model = outlook(recipe, &machine.speeds(recipe)?)?;
+    let model = outlook(&crate::plan::config(recipe)?, recipe, &machine.speeds(recipe)?)?;
     let budgets = machine.budgets()?;
     print!("{}", needs(&model, recipe, machine, &budgets));
     print!("{}", placed(&model, &budgets, &machine.rates())?);
@@ -150,25 +151,10 @@ impl Machine {
     }
 }
 
-/// Bytes of a text like 80GB, 1.5TiB or 4096B.
+/// A number of bytes, or what is wrong with it.
 fn parse_bytes(text: &str) -> Result<u64, String> {
-    let remedy = || format!("`{text}` is no number of bytes; write it as 80GB or 512MiB");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(remedy)?;
-    let (number, unit) = text.split_at(digits);
-    let scale = match unit {
-        "B" => 1.0,
-        "kB" => 1e3,
-        "MB" => 1e6,
-        "GB" => 1e9,
-        "TB" => 1e12,
-        "KiB" => 1024.0,
-        "MiB" => 1024.0 * 1024.0,
-        "GiB" => 1024.0 * 1024.0 * 1024.0,
-        "TiB" => 1024.0 * 1024.0 * 1024.0 * 1024.0,
-        _ => return Err(remedy()),
-    };
-    let bytes = number.parse::<f64>().map_err(|_| remedy())? * scale;
-    if (1.0..1e18).contains(&bytes) { Ok(bytes as u64) } else { Err(remedy()) }
+    keys::parse_bytes(text)
+        .ok_or_else(|| format!("`{text}` is no number of bytes; write it as 80GB or 512MiB"))
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use crate::{Algorithm, Axis, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side};
 
 /// How products are spread over the tensor axes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Scheme {
     /// Weights cut over x, the residual stream whole on every rank (Shoeybi et al. 2019).
     OneD,
@@ -69,6 +69,12 @@ impl Scheme {
             Scheme::Summa | Scheme::WeightStationary => &[Axis::X, Axis::Y],
             Scheme::TwoPointFiveD | Scheme::ThreeD => &[Axis::X, Axis::Y, Axis::Z],
         }
+    }
+}
+
+impl std::fmt::Display for Scheme {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 

@@ -3,14 +3,11 @@
 
 use crate::TrainError;
 use crate::estimate::{Activations, USUAL_UTILISATION};
-use crate::recipe::{ModelRecipe, Recipe, TrainRecipe};
-use checkpoint::ModelFiles;
-use data::Tokenizer;
+use crate::recipe::{Recipe, TrainRecipe};
 use device::DType;
 use dist::Mesh;
 use memory::plan::{StateLayout, Transformer, Updates};
 use model::{Config, Model, Recompute};
-use serde_json::json;
 
 /// Bytes an update reads and writes per parameter: weight, master, moments and gradient.
 const UPDATE_BYTES: f64 = 28.0;
@@ -37,28 +34,12 @@ pub struct Speeds {
 
 /// Sizes of the step that `recipe` describes, and its predicted seconds at `speeds`.
 ///
-/// The vocabulary is the tokenizer's where the recipe names one, else `tokenizer.vocab`. Of many
+/// Of many
 /// microbatches four are taken. Errors: files that cannot be read, sizes that make no model.
-pub fn outlook(recipe: &Recipe, speeds: &Speeds) -> Result<Transformer, TrainError> {
-    let config = config(recipe)?;
-    let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
+pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Transformer, TrainError> {
+    let params = Model::build(config, recipe.train.context, &Mesh::solo())?.params;
     let count: u64 = params.specs().iter().map(|spec| spec.len() as u64).sum();
-    Ok(transformer(&config, count, &recipe.train, speeds))
-}
-
-fn config(recipe: &Recipe) -> Result<Config, TrainError> {
-    match &recipe.model {
-        ModelRecipe::From(path) => Ok(Config::from_json(ModelFiles::open(path)?.config())?),
-        ModelRecipe::New(json) => {
-            let vocab = match &recipe.tokenizer.file {
-                Some(file) => Tokenizer::open(file)?.vocab_size(),
-                None => recipe.tokenizer.vocab,
-            };
-            let mut json = json.clone();
-            json["vocab_size"] = json!(vocab);
-            Ok(Config::from_json(&json)?)
-        }
-    }
+    Ok(transformer(config, count, &recipe.train, speeds))
 }
 
 fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Speeds) -> Transformer {

@@ -3,9 +3,9 @@
 use super::{GIB, Question};
 use crate::show;
 use dist::Axis;
+use dist::Scheme;
 use dist::cost::{
-    Contender, Decision, Grid, MeshShape, Price, Scheme, Variation, Zero, layer_flows, peers, pure_grids,
-    title,
+    Contender, Decision, Grid, MeshShape, Price, Variation, Zero, layer_flows, peers, pure_grids, title,
 };
 use train::bytes;
 

@@ -1,9 +1,10 @@
 //! Bytes of the fullest rank, by what they hold.
 
 use super::plan::{Plan, Zero};
-use super::volume::{Half, Scheme, block, inner_cut, overlaps};
+use super::volume::{Half, block, inner_cut, overlaps};
 use super::{Batch, ModelShape, Pair};
 use crate::Axis;
+use crate::Scheme;
 
 /// Bytes a parameter takes.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -23,7 +23,7 @@ pub use price::{AxisTraffic, Price, price};
 pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};
 pub use seconds::Seconds;
 pub use volume::{
-    Flow, Grid, Half, Product, Scheme, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,
+    Flow, Grid, Half, Product, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,
     weight_stationary,
 };
 

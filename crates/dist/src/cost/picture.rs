@@ -1,8 +1,9 @@
 //! Peers and bytes against the number of ranks, for `docs/cost-model.md`: the table and the plot
 //! there are this file's output, which a test compares.
 
-use super::volume::{Flow, Grid, Scheme, peers, volume};
+use super::volume::{Flow, Grid, peers, volume};
 use super::{ModelShape, Pair};
+use crate::Scheme;
 use std::fmt::Write;
 
 /// Ranks of the table and the plot.

@@ -1,8 +1,9 @@
 //! One way to spread a run over devices, and whether it can be.
 
-use super::volume::{Grid, Scheme, inner_cut};
+use super::volume::{Grid, inner_cut};
 use super::{Batch, ModelShape};
 use crate::Axis;
+use crate::Scheme;
 use crate::pipeline::{Pipeline, PipelineError, Schedule};
 use std::fmt;
 

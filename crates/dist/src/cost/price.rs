@@ -7,9 +7,10 @@ use super::memory::{
 };
 use super::plan::{Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flow};
-use super::volume::{Flow, Scheme};
+use super::volume::Flow;
 use super::{Batch, ModelShape};
 use crate::Axis;
+use crate::Scheme;
 use crate::pipeline::{Pipeline, Times};
 
 /// Bytes of a parameter the optimizer reads and writes: gradient, weight, master, two moments.

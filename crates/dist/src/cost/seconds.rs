@@ -3,9 +3,10 @@
 use super::cluster::Cluster;
 use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
 use super::plan::Plan;
-use super::volume::{Flow, Half, Product, Scheme, block, inner_cut, overlaps, panels, volume};
+use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, volume};
 use super::{Batch, ModelShape, Pair};
 use crate::Axis;
+use crate::Scheme;
 
 /// Rate of attention as part of the rate of products: softmax runs between its two products.
 const ATTENTION_RATE: f64 = 0.6;

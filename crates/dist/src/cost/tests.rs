@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::Axis;
+use crate::Scheme;
 use crate::pipeline::Schedule;
 
 /// The layer all published formulas are for: four h x 4h-like products, 12 h^2 weights.

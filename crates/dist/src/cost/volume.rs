@@ -1,30 +1,7 @@
 //! Elements a rank receives for one product, by scheme, phase and axis. `docs/cost-model.md` has
 //! the derivations; tests sum them to the formulas per transformer layer.
 
-use std::fmt;
-
-/// A distributed product.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Scheme {
-    /// Weights cut along x, columns then rows (Shoeybi et al. 2019, arXiv:1909.08053); the residual
-    /// stream whole on every rank.
-    OneD,
-    /// The same, the tokens of the residual stream cut along x (Korthikanti et al. 2022,
-    /// arXiv:2205.05198): the same bytes, less memory.
-    OneDSequence,
-    /// Panels of x broadcast along rows, of w along columns (van de Geijn and Watts 1997; Xu et
-    /// al. 2021, arXiv:2104.05343).
-    Summa,
-    /// SUMMA on z layers that share the tokens, each with a copy of the weights (Wang et al. 2021,
-    /// arXiv:2105.14500).
-    TwoPointFiveD,
-    /// A cube: gather x and w, multiply, scatter the sums (Agarwal et al. 1995; Bian et al. 2021,
-    /// arXiv:2105.14450).
-    ThreeD,
-    /// Weights stay where they are, activations move on rows and columns (Pope et al. 2022,
-    /// arXiv:2211.05102).
-    WeightStationary,
-}
+use crate::Scheme;
 
 /// Sizes of the tensor axes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -79,30 +56,6 @@ pub struct Volume {
     pub backward_input: [Flow; 3],
     /// For the gradient of w.
     pub backward_weight: [Flow; 3],
-}
-
-impl Scheme {
-    /// All of them.
-    pub const ALL: [Scheme; 6] = [
-        Scheme::OneD,
-        Scheme::OneDSequence,
-        Scheme::Summa,
-        Scheme::TwoPointFiveD,
-        Scheme::ThreeD,
-        Scheme::WeightStationary,
-    ];
-
-    /// Name as recipes write it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Scheme::OneD => "1d",
-            Scheme::OneDSequence => "1d-sequence",
-            Scheme::Summa => "summa",
-            Scheme::TwoPointFiveD => "2.5d",
-            Scheme::ThreeD => "3d",
-            Scheme::WeightStationary => "weight-stationary",
-        }
-    }
 }
 
 /// Distinct ranks a rank exchanges data with over the tensor axes.
@@ -293,10 +246,4 @@ fn lcm(a: usize, b: usize) -> usize {
         (high, low) = (low, high % low);
     }
     a / high * b
-}
-
-impl fmt::Display for Scheme {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
 }

@@ -100,66 +100,18 @@ unsafe fn end(c: *mut f32, ldc: usize) {
 /// Eight lines of a panel into L1, from line `$first` of the next run on. Panels stream from L2, and
 /// tile loads wait for every line that is not in L1: asking a run ahead made products 2.9 times as
 /// fast (measured on one core of a Xeon with AMX, panels of 64 KiB to 1 MiB).
+#[rustfmt::skip]
 macro_rules! ask {
     ($panel:literal, $run:literal, $first:literal) => {
         concat!(
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+0)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+1)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+2)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+3)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+4)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+5)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+6)]\n",
-            "prefetcht0 [{",
-            $panel,
-            "} + ",
-            $run,
-            " + 64*(",
-            $first,
-            "+7)]",
+            ask!($panel, $run, $first, 0), ask!($panel, $run, $first, 1),
+            ask!($panel, $run, $first, 2), ask!($panel, $run, $first, 3),
+            ask!($panel, $run, $first, 4), ask!($panel, $run, $first, 5),
+            ask!($panel, $run, $first, 6), ask!($panel, $run, $first, 7),
         )
+    };
+    ($panel:literal, $run:literal, $first:literal, $line:literal) => {
+        concat!("prefetcht0 [{", $panel, "} + ", $run, " + 64*(", $first, "+", $line, ")]\n")
     };
 }
 
