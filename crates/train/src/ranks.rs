@@ -10,15 +10,26 @@ use memory::{Class, Need};
 use model::Spread;
 use tensor::{Fault, ParamStore, Tensor};
 
-/// Axes of replicas: each sees other rows of the batch.
-const REPLICAS: [Axis; 1] = [Axis::Dp];
+/// Axes whose ranks see other rows of the batch, outermost first.
+pub(crate) const ROWS: [Axis; 3] = [Axis::Dp, Axis::Fsdp, Axis::Ep];
+
+/// Axes whose ranks see other tokens of the batch: gradients of what they hold copies of are summands.
+const TOKENS: [Axis; 4] = [Axis::Dp, Axis::Fsdp, Axis::Ep, Axis::Cp];
+
+/// Which of how many shares of the rows of a batch this rank has.
+pub(crate) fn replica(mesh: &Mesh) -> (usize, usize) {
+    ROWS.iter().fold((0, 1), |(at, count), axis| {
+        (at * mesh.size(*axis) + mesh.coord(*axis), count * mesh.size(*axis))
+    })
+}
 
 const SUM: About = About { phase: Phase::Optimizer, op: "sum_grads", layer: 0 };
 
 /// Add the gradients up that ranks hold summands of; copies are equal afterwards, bit for bit.
 pub(crate) fn sum_grads(mesh: &Mesh, store: &mut ParamStore, spreads: &[Spread]) -> Result<(), Fault> {
     let axes_of = |spread: &Spread| -> Vec<Axis> {
-        let axes = spread.sums.iter().copied().chain(REPLICAS);
+        let copies = TOKENS.into_iter().filter(|axis| !spread.cut.contains(axis));
+        let axes = spread.sums.iter().copied().chain(copies);
         axes.filter(|axis| mesh.size(*axis) > 1).collect()
     };
     let params: Vec<_> = store.refs().zip(spreads.iter().map(axes_of)).collect();
@@ -45,6 +56,16 @@ pub(crate) fn is_first(mesh: &Mesh, spread: &Spread) -> bool {
     Axis::ALL.iter().all(|axis| spread.cut.contains(axis) || mesh.coord(*axis) == 0)
 }
 
+/// `x` of every replica, in their order.
+pub(crate) fn gather_replicas(mesh: &Mesh, x: f64) -> Result<Vec<f64>, Fault> {
+    ROWS.iter().rev().try_fold(vec![x], |xs, axis| {
+        let each: Vec<Vec<f64>> =
+            xs.into_iter().map(|x| gather_over(mesh, *axis, x)).collect::<Result<_, Fault>>()?;
+        // [inner][axis] to [axis][inner].
+        Ok((0..mesh.size(*axis)).flat_map(|i| each.iter().map(move |xs| xs[i])).collect())
+    })
+}
+
 /// `x` of every rank of an axis, in their order.
 pub(crate) fn gather_over(mesh: &Mesh, axis: Axis, x: f64) -> Result<Vec<f64>, Fault> {
     if mesh.size(axis) == 1 {
@@ -68,11 +89,12 @@ pub(crate) fn sum_over(mesh: &Mesh, axes: &[Axis], x: f64) -> Result<f64, Fault>
 /// the order of the rows, so that it does not depend on how many replicas there are.
 pub(crate) fn sum_of_losses(mesh: &Mesh, losses: &Tensor) -> Result<f64, Fault> {
     let sum = |losses: &Tensor| losses.view().f32().iter().map(|loss| f64::from(*loss)).sum();
-    if mesh.size(Axis::Dp) == 1 {
-        return Ok(sum(losses));
+    let mut all = losses.clone();
+    for axis in ROWS.into_iter().rev().filter(|axis| mesh.size(*axis) > 1) {
+        let mut wider = Tensor::new(losses.device(), DType::F32, &[mesh.size(axis) * all.len()])?;
+        mesh.group(axis).all_gather(all.view(), wider.view_mut())?;
+        all = wider;
     }
-    let mut all = Tensor::new(losses.device(), DType::F32, &[mesh.size(Axis::Dp) * losses.len()])?;
-    mesh.group(Axis::Dp).all_gather(losses.view(), all.view_mut())?;
     Ok(sum(&all))
 }
 

@@ -62,7 +62,7 @@ impl Learner {
         self.store.clear_grads()?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
-        let learned = ranks::sum_over(&self.mesh, &[Axis::Dp], learned as f64)? as usize;
+        let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)? as usize;
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
         let (last, others) = batches.split_last().expect("a step has a microbatch");

@@ -6,14 +6,14 @@ use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::StepMetrics;
 use crate::prepare::Prepared;
-use crate::ranks::{first_says, gather_over};
+use crate::ranks::{self, first_says};
 use crate::recipe::Recipe;
 use crate::run_folder::StateMeta;
 use crate::step::{StepDone, StepPlan};
 use crate::whole::{Assembled, Whole};
 use crate::{TrainError, export};
 use data::{Batch, Loader, Samples};
-use dist::{Axis, Flow, Mesh};
+use dist::{Flow, Mesh};
 use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -203,7 +203,7 @@ impl Trainer {
         let step = self.step + 1;
         let mesh = &self.flow.mesh;
         mesh.set_place(step, None);
-        let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
+        let (replica, replicas) = ranks::replica(mesh);
         let (first, each) = (self.meta.samples, train.batch / replicas);
         let batches: Vec<Batch> = (0..train.accumulate)
             .map(|i| self.loader.batch(first + (i * train.batch) as u64, each, replica, replicas))
@@ -278,13 +278,13 @@ impl Trainer {
             batches => batches,
         };
         let mesh = self.flow.mesh.clone();
-        let (replica, replicas) = (mesh.coord(Axis::Dp), mesh.size(Axis::Dp));
+        let (replica, replicas) = ranks::replica(&mesh);
         if let Some(valid) = &self.valid {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
             for round in batches.chunks(replicas) {
                 let ours = round.get(replica).map(|batch| self.learner.evaluate(batch)).transpose()?;
-                for sum in gather_over(&mesh, Axis::Dp, ours.unwrap_or(0.0))? {
+                for sum in ranks::gather_replicas(&mesh, ours.unwrap_or(0.0))? {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -279,6 +279,7 @@ pub const KEYS: &[Key] = &[
         "Between nodes, a device's share, each way.",
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
+    key("mesh.pp", Int(1, 65536), "1", "ranks", "Pipeline stages: each has a run of the layers."),
     key(
         "mesh.dp",
         Int(1, 65536),
@@ -286,6 +287,15 @@ pub const KEYS: &[Key] = &[
         "ranks",
         "Replicas: each learns from its share of the rows of train.batch.",
     ),
+    key(
+        "mesh.fsdp",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "Replicas that share the state among them: each keeps its shard of it.",
+    ),
+    key("mesh.cp", Int(1, 65536), "1", "ranks", "Context: every row of tokens is cut among so many ranks."),
+    key("mesh.ep", Int(1, 65536), "1", "ranks", "Replicas that share the experts of a mixture among them."),
     key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
     key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),
     key("mesh.z", Int(1, 65536), "1", "ranks", "Third tensor axis."),

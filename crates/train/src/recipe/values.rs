@@ -3,6 +3,7 @@
 use super::keys::parse_bytes;
 use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
+use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
@@ -378,19 +379,38 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
 fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     let size = |axis, key| need(get.int(key), key).map(|size| (axis, size as usize));
     let sizes = [
+        size(Axis::Pp, "mesh.pp")?,
         size(Axis::Dp, "mesh.dp")?,
+        size(Axis::Fsdp, "mesh.fsdp")?,
+        size(Axis::Cp, "mesh.cp")?,
+        size(Axis::Ep, "mesh.ep")?,
         size(Axis::X, "mesh.x")?,
         size(Axis::Y, "mesh.y")?,
         size(Axis::Z, "mesh.z")?,
     ];
     let shape = match MeshShape::new(&sizes) {
         Ok(shape) => shape,
-        Err(error) => return impossible(error.to_string(), "lower mesh.dp, mesh.x, mesh.y or mesh.z"),
+        Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    let replicas = shape.size(Axis::Dp);
+    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp, Axis::Ep] {
+        if shape.size(axis) > 1 {
+            return impossible(
+                format!(
+                    "mesh.{} = {}: training does not run on this axis yet",
+                    axis.name(),
+                    shape.size(axis)
+                ),
+                "set it to 1",
+            );
+        }
+    }
+    let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
         return impossible(
-            format!("train.batch = {} does not divide by mesh.dp = {replicas}", train.batch),
+            format!(
+                "train.batch = {} does not divide by {replicas}, the product of mesh.dp, mesh.fsdp and mesh.ep",
+                train.batch
+            ),
             "every replica learns from the same number of rows; choose a multiple",
         );
     }
