@@ -47,15 +47,18 @@ pub enum ConfigError {
     /// Layouts that do not multiply.
     #[error(transparent)]
     Layout(#[from] dist::LayoutError),
-    /// A mixture of experts on more than one rank.
+    /// More ranks than experts.
+    #[error(transparent)]
+    FewExperts(#[from] dist::FewExperts),
+    /// Ranks that would share experts, where there are none.
     #[error(
-        "`{family}` on mesh {mesh}: experts run on one rank only; set every mesh axis to 1, or train a model without experts"
+        "mesh.ep = {ranks} shares experts among ranks, and `{family}` has none; use mesh.dp for more replicas"
     )]
-    ExpertsOnMesh {
+    NoExperts {
         /// Its `model_type`.
         family: &'static str,
-        /// The mesh asked for.
-        mesh: dist::MeshShape,
+        /// Ranks along `ep`.
+        ranks: usize,
     },
     /// A mesh the scheme has no use for.
     #[error(transparent)]
@@ -129,6 +132,11 @@ impl Config {
             Config::Llama(LlamaConfig { moe: Some(moe), .. }) => moe.experts,
             _ => 0,
         }
+    }
+
+    /// Whether a layer has experts.
+    pub fn is_sparse(&self, layer: usize) -> bool {
+        matches!(self, Config::Llama(LlamaConfig { moe: Some(moe), .. }) if moe.applies_to(layer))
     }
 
     /// Whether the feed-forward part has a gate beside its input (SwiGLU).
