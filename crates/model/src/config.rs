@@ -1,6 +1,6 @@
 //! Reading `config.json` of a model folder, old spellings and new.
 
-use crate::{Gpt2Config, LlamaConfig};
+use crate::{Gpt2Config, LlamaConfig, MoeConfig};
 use serde_json::Value;
 use tensor::RopeScaling;
 
@@ -128,15 +128,23 @@ impl Config {
 
     /// Experts of a layer; 0 where there are none.
     pub fn experts(&self) -> usize {
+        self.moe().map_or(0, |moe| moe.experts)
+    }
+
+    /// The experts in the place of feed-forward parts, where there are some.
+    pub fn moe(&self) -> Option<&MoeConfig> {
         match self {
-            Config::Llama(LlamaConfig { moe: Some(moe), .. }) => moe.experts,
-            _ => 0,
+            Config::Llama(config) => config.moe.as_ref(),
+            Config::Gpt2(_) => None,
         }
     }
 
-    /// Whether a layer has experts.
-    pub fn is_sparse(&self, layer: usize) -> bool {
-        matches!(self, Config::Llama(LlamaConfig { moe: Some(moe), .. }) if moe.applies_to(layer))
+    /// Parameters of the experts a token does not go to, in all layers.
+    pub fn idle_params(&self) -> usize {
+        self.moe().map_or(0, |moe| {
+            let layers = (0..self.layers()).filter(|layer| moe.applies_to(*layer)).count();
+            layers * (moe.experts - moe.choices) * 3 * self.width() * moe.ffn
+        })
     }
 
     /// Whether the feed-forward part has a gate beside its input (SwiGLU).

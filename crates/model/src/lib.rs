@@ -116,6 +116,14 @@ impl Model {
         Ok(losses.narrow_rows(0, m))
     }
 
+    /// Whether some layer has experts.
+    pub fn has_experts(&self) -> bool {
+        match self {
+            Model::Llama(model) => model.has_experts(),
+            Model::Gpt2(_) => false,
+        }
+    }
+
     /// The matrix [V, D] that turns hidden states into logits.
     pub fn head(&self) -> ParamRef {
         match self {

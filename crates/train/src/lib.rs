@@ -4,6 +4,7 @@
 //! `Trainer` owns the sequence of effects. Knows no HTTP and draws nothing on a screen.
 #![forbid(unsafe_code)]
 
+mod balance;
 mod begin;
 mod error;
 mod estimate;
@@ -24,6 +25,7 @@ mod tiers;
 mod trainer;
 mod whole;
 
+pub use balance::Balance;
 pub use begin::{Begin, Start};
 pub use error::TrainError;
 pub use estimate::Estimate;

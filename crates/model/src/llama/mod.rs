@@ -145,6 +145,10 @@ impl Llama {
         self.norm.forward(tape, &x)
     }
 
+    pub(crate) fn has_experts(&self) -> bool {
+        self.blocks.iter().any(|block| matches!(block.mlp, Mlp::Experts(_)))
+    }
+
     pub(crate) fn head(&self) -> ParamRef {
         self.head.0
     }

@@ -32,6 +32,9 @@ pub struct Load {
     pub balance: f64,
     /// The part of the step's targets this pass has, as the tape was told.
     pub share: f32,
+    /// Least difference on this rank between the probability of an expert a token went to and of one
+    /// it did not: runs that differ by less choose alike.
+    pub margin: f32,
 }
 
 /// Adds up over ranks what is given, f32: each expert's choices, the sums of its probabilities, and the
@@ -83,7 +86,8 @@ impl Tape<'_> {
         if self.learns() {
             pool(&mut sums)?;
         }
-        let pull = self.balance(sums.view().f32(), router);
+        let margin = margin(&probabilities, &ids, tokens);
+        let pull = self.balance(sums.view().f32(), router, margin);
         let chosen = ids.clone();
         let out = self.outside(&[scores], weights, move |tape, dweights| {
             tape.moment("route", &[])?;
@@ -113,7 +117,7 @@ impl Tape<'_> {
 
     /// Add the load-balancing loss to the tape's, from the sums over all ranks; its gradient by each
     /// expert's probability. [E]
-    fn balance(&mut self, sums: &[f32], router: Router) -> Vec<f32> {
+    fn balance(&mut self, sums: &[f32], router: Router, margin: f32) -> Vec<f32> {
         let e = router.experts;
         let (choices, probabilities, m) = (&sums[..e], &sums[e..2 * e], sums[2 * e].max(1.0));
         let factor = router.balance * self.share() * e as f32 / (m * m);
@@ -124,10 +128,24 @@ impl Tape<'_> {
             let balance = both * e as f64 / f64::from(m).powi(2);
             let (layer, share) = (self.layer(), self.share());
             self.balance_loss += f64::from(router.balance * share) * balance;
-            self.loads.push(Load { layer, choices, balance, share });
+            self.loads.push(Load { layer, choices, balance, share, margin });
         }
         choices.iter().map(|count| factor * count).collect()
     }
+}
+
+/// Least difference between the probabilities of a token's last choice and of the likeliest expert it
+/// did not choose.
+fn margin(probabilities: &Tensor, ids: &[u32], tokens: usize) -> f32 {
+    let e = probabilities.cols();
+    let rows = probabilities.view().f32().chunks_exact(e).take(tokens);
+    let each = rows.zip(ids.chunks_exact((ids.len() / probabilities.rows().max(1)).max(1)));
+    let gap = |(row, ids): (&[f32], &[u32])| {
+        let others = (0..e).filter(|expert| !ids.contains(&(*expert as u32)));
+        let next = others.map(|expert| row[expert]).fold(f32::NEG_INFINITY, f32::max);
+        ids.last().map_or(f32::INFINITY, |last| row[*last as usize] - next)
+    };
+    each.map(gap).fold(f32::INFINITY, f32::min)
 }
 
 /// Choices that fell on each expert, the sums of its probabilities over the first `tokens` tokens, and

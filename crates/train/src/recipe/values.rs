@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings};
+use super::{RecipeError, Settings, experts};
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
@@ -220,7 +220,7 @@ fn need<T>(value: Option<T>, key: &'static str) -> Result<T, RecipeError> {
     value.ok_or(RecipeError::Missing(key))
 }
 
-fn impossible<T>(what: String, remedy: &str) -> Result<T, RecipeError> {
+pub(super) fn impossible<T>(what: String, remedy: &str) -> Result<T, RecipeError> {
     Err(RecipeError::Impossible { what, remedy: remedy.to_string() })
 }
 
@@ -392,7 +392,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp, Axis::Ep] {
+    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -434,7 +434,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
-const SIZES: [&str; 11] = [
+const SIZES: [&str; 16] = [
     "model.family",
     "model.layers",
     "model.width",
@@ -442,6 +442,11 @@ const SIZES: [&str; 11] = [
     "model.kv_heads",
     "model.head_dim",
     "model.ffn",
+    "model.experts",
+    "model.experts_per_token",
+    "model.expert_ffn",
+    "model.shared_ffn",
+    "model.balance",
     "model.tied",
     "model.rope_theta",
     "model.norm_eps",
@@ -484,6 +489,7 @@ fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<Mode
         0 => (8 * d).div_ceil(3).next_multiple_of(32),
         f => f,
     };
+    let experts = experts::keys(settings, &family, f)?;
     let tied = get.flag("model.tied");
     if gpt2 {
         if k != n || h * n != d || !tied {
@@ -509,11 +515,13 @@ fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<Mode
         }
         window => Some(window),
     };
-    Ok(ModelRecipe::New(json!({
+    let mut config = json!({
         "model_type": family, "num_hidden_layers": int("model.layers")?, "hidden_size": d,
         "num_attention_heads": n, "num_key_value_heads": k, "head_dim": h, "intermediate_size": f,
         "max_position_embeddings": train.context, "rms_norm_eps": get.float("model.norm_eps"),
         "rope_theta": get.float("model.rope_theta"), "tie_word_embeddings": tied, "hidden_act": "silu",
         "sliding_window": window,
-    })))
+    });
+    experts.into_iter().for_each(|(key, value)| config[key] = value);
+    Ok(ModelRecipe::New(config))
 }
