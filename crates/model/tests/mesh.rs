@@ -193,22 +193,18 @@ fn experts_on_every_scheme_compute_what_transformers_does() {
     }
 }
 
-/// Rows that go to an expert on another rank are multiplied there as they would be here.
+/// An expert sees the rows of both ranks, in the order of the batch: its gradient is one product, as on
+/// one rank, while that of what the ranks hold copies of is the sum of two.
 #[test]
-fn sharing_experts_alone_leaves_the_losses_and_their_gradients_bit_for_bit() {
+fn sharing_experts_alone_leaves_their_gradients_bit_for_bit() {
     for family in SPARSE {
         let golden = Golden::open(family, DType::F32);
-        let dp = on_mesh(&golden, "dp=2", Scheme::OneD, DType::F32);
-        let ep = on_mesh(&golden, "ep=2", Scheme::OneD, DType::F32);
-        assert_eq!(dp.loss, ep.loss, "{family}");
-        let experts = |name: &String| name.contains("experts");
-        for (name, grad) in dp.grads.iter().filter(|(name, _)| !experts(name)) {
-            assert!(*grad == ep.grads[name], "{family} {name}");
-        }
-        // Sums over tokens are one product where an expert has its rows, two summands with replicas.
         let solo = on_mesh(&golden, "solo", Scheme::OneD, DType::F32);
-        for (name, grad) in solo.grads.iter().filter(|(name, _)| experts(name)) {
-            assert!(*grad == ep.grads[name], "{family} {name}");
+        let shared = on_mesh(&golden, "ep=2", Scheme::OneD, DType::F32);
+        let experts = solo.grads.iter().filter(|(name, _)| name.contains(".experts."));
+        assert!(experts.clone().count() > 0, "{family}");
+        for (name, grad) in experts {
+            assert!(*grad == shared.grads[name], "{family} {name}");
         }
     }
 }

@@ -26,7 +26,8 @@ impl Balance {
         }
         let uneven = |sums: &Vec<f64>| {
             let mean = sums.iter().sum::<f64>() / sums.len() as f64;
-            sums.iter().fold(0.0, |top: f64, sum| top.max(*sum)) / mean.max(1.0)
+            let top = sums.iter().fold(0.0, |top: f64, sum| top.max(*sum));
+            if top > 0.0 { top / mean } else { 1.0 }
         };
         let imbalance = layers.values().map(uneven).reduce(f64::max)?;
         Some(Balance { loss: if shares > 0.0 { loss / shares } else { 0.0 }, imbalance })
@@ -39,8 +40,12 @@ mod tests {
 
     #[test]
     fn microbatches_count_by_their_share_and_layers_alike() {
-        let load = |layer, choices: [f64; 2], balance, share| {
-            Load { layer, choices: choices.to_vec(), balance, share, margin: 0.0 }
+        let load = |layer, choices: [f64; 2], balance, share| Load {
+            layer,
+            choices: choices.to_vec(),
+            balance,
+            share,
+            margin: 0.0,
         };
         assert_eq!(Balance::of(&[]), None);
         let loads = [

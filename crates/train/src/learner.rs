@@ -80,7 +80,18 @@ impl Learner {
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
         let (mesh, pass) = (flow.mesh.clone(), Pass::default());
-        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, loads: Vec::new(), recompute, pass })
+        Ok(Learner {
+            model,
+            store,
+            optimizer,
+            params,
+            stored,
+            mesh,
+            spreads,
+            loads: Vec::new(),
+            recompute,
+            pass,
+        })
     }
 
     /// Random initial weights from `seed`.

@@ -198,12 +198,7 @@ impl Moe {
 }
 
 impl Shared {
-    fn build(
-        parts: &Parts,
-        stored: &str,
-        ffn: usize,
-        builder: &mut Builder,
-    ) -> Result<Shared, ConfigError> {
+    fn build(parts: &Parts, stored: &str, ffn: usize, builder: &mut Builder) -> Result<Shared, ConfigError> {
         let names = ["gate_proj", "up_proj", "down_proj"];
         let (mut gate_up, down) =
             parts.experts("shared_expert", &[format!("{stored}.shared_expert")], names, ffn);

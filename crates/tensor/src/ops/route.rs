@@ -75,8 +75,7 @@ impl Tape<'_> {
         tokens: usize,
         pool: Pool<'_>,
     ) -> Result<(Var, Vec<u32>), Fault> {
-        let (m, e, k, normalise) =
-            (scores.value.rows(), router.experts, router.choices, router.normalise);
+        let (m, e, k, normalise) = (scores.value.rows(), router.experts, router.choices, router.normalise);
         self.moment("route", &[])?;
         let mut probabilities = scores.value.duplicate()?;
         let mut weights = Tensor::new(probabilities.device(), DType::F32, &[m, k])?;

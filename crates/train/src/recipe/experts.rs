@@ -5,13 +5,8 @@ use super::{RecipeError, Settings};
 use serde_json::{Value, json};
 
 /// Keys that only mixtures have.
-const KEYS: [&str; 5] = [
-    "model.experts",
-    "model.experts_per_token",
-    "model.expert_ffn",
-    "model.shared_ffn",
-    "model.balance",
-];
+const KEYS: [&str; 5] =
+    ["model.experts", "model.experts_per_token", "model.expert_ffn", "model.shared_ffn", "model.balance"];
 
 /// What to add to the config of a model of `family`, whose feed-forward parts are `ffn` wide.
 pub(super) fn keys(
@@ -49,9 +44,9 @@ pub(super) fn keys(
         );
     }
     let width = int("model.expert_ffn", ffn);
-    let balance = settings.get("model.balance").and_then(|value| {
-        value.as_float().or(value.as_integer().map(|whole| whole as f64))
-    });
+    let balance = settings
+        .get("model.balance")
+        .and_then(|value| value.as_float().or(value.as_integer().map(|whole| whole as f64)));
     let mut keys = vec![
         ("num_experts_per_tok", json!(choices)),
         ("router_aux_loss_coef", json!(balance.unwrap_or(0.01))),
