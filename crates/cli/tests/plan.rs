@@ -17,6 +17,7 @@ fn ten_thousand_devices_for_gpt3() {
         "9999",
         "99 + 99 = 198",
         "predicted",
+        "Counted: one rank",
         "the choice",
         "memory of the fullest rank",
         "2D weight-stationary",
