@@ -30,9 +30,9 @@ pub struct Args {
     /// Plan on this mesh only, as in pp=8,fsdp=16,x=8; axes are pp dp fsdp cp x y z
     #[arg(long, value_parser = mesh_argument::parse)]
     mesh: Option<MeshShape>,
-    /// Leave out the dry runs that count what ranks exchange
+    /// Also run one layer of the model dry on a rank of each tensor mesh, and count what it exchanges
     #[arg(long)]
-    no_count: bool,
+    count: bool,
     /// Leave host memory alone
     #[arg(long)]
     no_offload: bool,
@@ -71,7 +71,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let question = question(&args, &recipe)?;
     print!("{}", report::headline(&question));
     print!("{}", report::schemes(&question));
-    if !args.no_count {
+    if args.count {
         print!("{}", report::counted(&question)?);
     }
     let Question { model, batch, cluster, space, .. } = &question;

@@ -17,7 +17,6 @@ fn ten_thousand_devices_for_gpt3() {
         "9999",
         "99 + 99 = 198",
         "predicted",
-        "Counted: one rank",
         "the choice",
         "memory of the fullest rank",
         "2D weight-stationary",
@@ -26,6 +25,16 @@ fn ten_thousand_devices_for_gpt3() {
         assert!(plan.contains(part), "{part}: {plan}");
     }
     assert!(!place.path("runs").exists());
+}
+
+#[test]
+fn what_ranks_exchange_is_counted_on_request() {
+    let place = Place::new();
+    let small = ["--set", "model.width=768", "--set", "model.heads=96", "--set", "tokenizer.vocab=512"];
+    let recipe = gpt3();
+    let arguments = ["plan", &recipe, "--devices", "64", "--count"];
+    let plan = place.succeeds(&[&arguments[..], &small].concat());
+    assert!(plan.contains("Counted: one rank") && plan.matches("7 + 7 = 14").count() == 4, "{plan}");
 }
 
 #[test]

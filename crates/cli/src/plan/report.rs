@@ -69,15 +69,8 @@ pub fn schemes(question: &Question) -> String {
     )
 }
 
-/// Parameters of a layer on one rank up to which it is run to be counted: seconds, not minutes.
-const MOST_DRY_PARAMS: f64 = 4e6;
-
 /// What the model's own code exchanges on the same meshes: counted, not computed.
 pub fn counted(question: &Question) -> Result<String, train::TrainError> {
-    let held = question.model.layer_params() / question.space.devices as f64;
-    if held > MOST_DRY_PARAMS {
-        return Ok(String::new());
-    }
     let m = (question.rows * question.batch.context) as f64;
     let grids = pure_grids(&question.model, question.space.devices, m);
     let rows: Vec<Vec<String>> = grids
