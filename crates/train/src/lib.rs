@@ -6,6 +6,7 @@
 
 mod balance;
 mod begin;
+mod dry;
 mod error;
 mod estimate;
 mod export;
@@ -27,6 +28,7 @@ mod whole;
 
 pub use balance::Balance;
 pub use begin::{Begin, Start};
+pub use dry::{DryLayer, dry_layer};
 pub use error::TrainError;
 pub use estimate::Estimate;
 pub use learner::{Learner, LearnerError, LearnerOptions, loss_of};
