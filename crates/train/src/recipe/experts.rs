@@ -5,7 +5,7 @@ use super::{RecipeError, Settings};
 use serde_json::{Value, json};
 
 /// Keys that only mixtures have.
-const KEYS: [&str; 5] =
+pub(super) const KEYS: [&str; 5] =
     ["model.experts", "model.experts_per_token", "model.expert_ffn", "model.shared_ffn", "model.balance"];
 
 /// What to add to the config of a model of `family`, whose feed-forward parts are `ffn` wide.

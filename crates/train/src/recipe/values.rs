@@ -434,7 +434,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
-const SIZES: [&str; 16] = [
+const SIZES: [&str; 11] = [
     "model.family",
     "model.layers",
     "model.width",
@@ -442,11 +442,6 @@ const SIZES: [&str; 16] = [
     "model.kv_heads",
     "model.head_dim",
     "model.ffn",
-    "model.experts",
-    "model.experts_per_token",
-    "model.expert_ffn",
-    "model.shared_ffn",
-    "model.balance",
     "model.tied",
     "model.rope_theta",
     "model.norm_eps",
@@ -455,7 +450,7 @@ const SIZES: [&str; 16] = [
 
 fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<ModelRecipe, RecipeError> {
     if let Some(from) = get.text("model.from") {
-        return match SIZES.iter().find(|key| settings.gives(key)) {
+        return match SIZES.iter().chain(&experts::KEYS).find(|key| settings.gives(key)) {
             None => Ok(ModelRecipe::From(from.into())),
             Some(key) => impossible(
                 format!("{key} stands beside model.from = \"{from}\""),
