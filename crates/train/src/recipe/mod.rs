@@ -2,6 +2,7 @@
 
 mod experts;
 pub mod keys;
+mod new_model;
 mod values;
 
 pub use values::{
