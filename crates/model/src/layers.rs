@@ -60,8 +60,8 @@ pub(crate) fn rows_of(flow: &Flow, b: usize) -> usize {
     b.next_multiple_of(common)
 }
 
-/// Of the rows of the residual stream that this rank has, those before the `real` first of `padded`
-/// tokens end.
+/// How many rows of the residual stream this rank has of the first `real` of `padded` tokens; those
+/// that follow are padding.
 pub(crate) fn real_rows(flow: &Flow, real: usize, padded: usize) -> usize {
     let cut = flow.outer.rows;
     let each = padded / cut.pieces(&flow.mesh);
