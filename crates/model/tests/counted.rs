@@ -2,7 +2,7 @@
 //! formulas of docs/parallelism.md: GPT-2's layer (products of 12 h^2 weights) on a rank that only
 //! counts, on squares, rectangles and boxes.
 
-use dist::{Communicator, Counts, Flow, Mesh, MeshShape, Scheme};
+use dist::{Communicator, ContextAttention, Counts, Flow, Mesh, MeshShape, Moved, Scheme};
 use model::{Config, Model, Recompute, Tokens};
 use serde_json::json;
 use tensor::{DType, Device, ParamStore, Tape, Targets};
@@ -21,8 +21,13 @@ fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<C
     let config = json!({
         "model_type": "gpt2", "vocab_size": 64, "n_embd": H, "n_head": 48, "n_layer": layers, "n_positions": T,
     });
-    let config = Config::from_json(&config).unwrap();
-    let built = Model::build_on(&config, T, &Flow::new(&mesh, scheme).unwrap()).unwrap();
+    counts_of(&config, &Flow::new(&mesh, scheme).unwrap())
+}
+
+fn counts_of(config: &serde_json::Value, flow: &Flow) -> (Vec<Counts>, Vec<Counts>) {
+    let mesh = &flow.mesh;
+    let config = Config::from_json(config).unwrap();
+    let built = Model::build_on(&config, T, flow).unwrap();
     let mut store = ParamStore::new(Device::Cpu, DType::F32, &built.params).unwrap();
     store.enable_grads().unwrap();
     let ids = vec![1u32; B * T];
@@ -150,5 +155,77 @@ fn a_rank_of_a_square_meets_its_row_and_its_column_only() {
             all.iter().flat_map(|c| c.peers.iter().copied()).collect();
         assert_eq!(peers.len(), want, "{} on {mesh}", scheme.name());
         assert!(all.iter().all(|counts| !counts.axes.contains('+')), "groups of more than one axis");
+    }
+}
+
+/// Bytes that rank 1 of `ranks` context ranks sends and receives for a layer, and whom it meets in its
+/// attention: a Llama of 96 wide with these heads.
+fn context(ranks: usize, attention: ContextAttention, (n, k): (usize, usize)) -> ([u64; 2], Vec<usize>) {
+    let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
+    let run = |layers: usize| {
+        let mesh = Mesh::new(shape, Communicator::null(1, ranks)).unwrap();
+        let flow = Flow { attention, ..Flow::new(&mesh, Scheme::OneD).unwrap() };
+        let config = json!({
+            "model_type": "llama", "vocab_size": 64, "hidden_size": H, "num_attention_heads": n,
+            "num_key_value_heads": k, "head_dim": 4, "intermediate_size": 8, "num_hidden_layers": layers,
+            "max_position_embeddings": T, "rms_norm_eps": 1e-5,
+        });
+        counts_of(&config, &flow).0
+    };
+    let bytes = |counts: &[Counts]| {
+        counts.iter().fold([0, 0], |[sent, received], c| [sent + c.bytes_sent, received + c.bytes_received])
+    };
+    let (one, two) = (bytes(&run(1)), bytes(&run(2)));
+    ([two[0] - one[0], two[1] - one[1]], peers_of_attention(shape, attention, (n, k)))
+}
+
+/// Ranks that the forward pass alone meets: the loss is gathered from everybody.
+fn peers_of_attention(shape: MeshShape, attention: ContextAttention, (n, k): (usize, usize)) -> Vec<usize> {
+    let mesh = Mesh::new(shape, Communicator::null(1, shape.world_size())).unwrap();
+    let h = 4;
+    let attention_shape = tensor::AttentionShape {
+        b: 1,
+        n,
+        k,
+        h,
+        scale: 1.0,
+        window: None,
+        rope: None,
+        positions: (0..2).collect(),
+        starts: None,
+    };
+    let mut store = ParamStore::new(Device::Cpu, DType::F32, &tensor::ParamList::default()).unwrap();
+    let mut tape = Tape::running(&mut store);
+    let qkv = tensor::Tensor::zeros(Device::Cpu, DType::F32, &[2, (n + 2 * k) * h]).unwrap();
+    let qkv = tape.input(qkv);
+    dist::Context::new(&mesh, attention).attention(&mut tape, qkv, &attention_shape).unwrap();
+    mesh.counts().iter().flat_map(|counts| counts.peers.iter().copied()).collect()
+}
+
+/// Keys and values of all others there, the same again and their gradients back; or q, k, v of a share
+/// of the heads and the outputs, there and back. With as many kv heads as query heads that is
+/// 6 (N-1)/N Mh and 8 (N-1)/N^2 Mh.
+#[test]
+fn attention_on_the_context_axis_receives_what_the_formulas_say() {
+    for ranks in [2, 4] {
+        let own = M as f64 / ranks as f64 * 4.0;
+        for (n, k) in [(8, 8), (8, 2), (8, 4)] {
+            let (bytes, peers) = context(ranks, ContextAttention::Ring, (n, k));
+            let ring = Moved::ring(ranks, k);
+            let want = (4.0 * own * (ring.forward + ring.backward + ring.backward_f32)) as u64;
+            assert_eq!(bytes, [want; 2], "ring of {ranks}, {n} heads on {k}");
+            assert_eq!(want, 4 * 6 * (ranks as u64 - 1) * M * (k as u64 * 4) / ranks as u64);
+            let neighbours = if ranks == 2 { vec![0] } else { vec![0, 2] };
+            assert_eq!(peers, neighbours, "ring of {ranks}");
+            let (bytes, peers) = context(ranks, ContextAttention::AllToAll, (n, k));
+            let all = Moved::all_to_all(ranks, (n, k));
+            let want = (4.0 * own * (all.forward + all.backward)) as u64;
+            assert_eq!(bytes, [want; 2], "all-to-all of {ranks}, {n} heads on {k}");
+            if n == k {
+                let squared = (ranks * ranks) as u64;
+                assert_eq!(want, 4 * 8 * (ranks as u64 - 1) * M * (n as u64 * 4) / squared);
+            }
+            assert_eq!(peers.len(), ranks - 1, "all-to-all of {ranks}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
-use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
+use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use serde_json::json;
@@ -70,12 +70,15 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// How attention sees the tokens of other context ranks.
+    pub attention: ContextAttention,
 }
 
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
-        Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))
+        let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
+        Ok(Flow { attention: self.attention, ..flow })
     }
 }
 
@@ -392,7 +395,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp, Axis::Ep] {
+    for axis in [Axis::Pp, Axis::Fsdp, Axis::Ep] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -430,7 +433,8 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
         );
     }
-    Ok(MeshRecipe { shape, scheme })
+    let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
+    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default() })
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
