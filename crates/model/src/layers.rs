@@ -49,14 +49,14 @@ impl Tokens {
             return self.clone();
         }
         let more = (rows - self.b) * t;
-        let stretch = |x: &Arc<[u32]>, fill: &dyn Fn(usize) -> u32| -> Arc<[u32]> {
-            x.iter().copied().chain((0..more).map(fill)).collect()
+        let stretch = |x: &Arc<[u32]>| -> Arc<[u32]> {
+            x.iter().copied().chain(std::iter::repeat_n(0, more)).collect()
         };
         Tokens {
             b: rows,
-            ids: stretch(&self.ids, &|_| 0),
-            positions: stretch(&self.positions, &|i| (i % t) as u32),
-            starts: self.starts.as_ref().map(|starts| stretch(starts, &|_| 0)),
+            ids: stretch(&self.ids),
+            positions: stretch(&self.positions),
+            starts: self.starts.as_ref().map(stretch),
         }
     }
 

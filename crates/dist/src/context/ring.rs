@@ -3,7 +3,7 @@
 //! order of steps, so a run has the same bits each time.
 
 use super::Context;
-use crate::Array;
+use crate::{Array, Pending};
 use kernels::attention::{
     Given, Heads, Mask, Operands, Seen, Shape, backward_part, forward_part, merge, row_sums,
 };
@@ -171,8 +171,8 @@ impl Here {
     }
 }
 
-/// What comes from before, and ours added to it.
-fn joined(mut ours: Array, before: Option<crate::Pending>) -> Result<Array, Fault> {
+/// Ours with what comes from before added to it.
+fn joined(mut ours: Array, before: Option<Pending>) -> Result<Array, Fault> {
     if let Some(before) = before {
         elementwise::add_assign(ours.view_mut(), before.finish()?.view());
     }

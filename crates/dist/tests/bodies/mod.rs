@@ -20,6 +20,7 @@ pub const BODIES: &[(&str, Body)] = &[
         "calls_beside_computation_give_the_same_as_calls_in_the_foreground",
         calls_beside_computation_give_the_same_as_calls_in_the_foreground,
     ),
+    ("arrays_shift_around_the_ring_beside_computation", arrays_shift_around_the_ring_beside_computation),
     (
         "panels_broadcast_beside_computation_arrive_by_number",
         panels_broadcast_beside_computation_arrive_by_number,
