@@ -4,8 +4,8 @@
 mod common;
 
 use common::{BF16, CONTEXT, DENSE, F32, Golden, SPARSE, Tolerances, assert_close, config_json};
-use dist::{Axis, ContextAttention, Flow, Mesh, MeshShape, Options, Scheme, launch};
-use model::{Built, Config, Model, Recompute, Tokens};
+use dist::{Axis, Flow, Mesh, MeshShape, Options, Scheme, launch};
+use model::{Built, Config, Model, Recompute};
 use std::collections::BTreeMap;
 use tensor::{DType, Device, Fault, ParamStore, Piece, Tape, Targets};
 
@@ -36,9 +36,9 @@ struct Outcome {
 /// What one rank has of the gradients: (name, piece, row length, values).
 type Parts = Vec<(String, Option<Piece>, usize, Vec<f32>)>;
 
-fn rank(golden: &Golden, flow: &Flow, dtype: DType, tokens: &Tokens) -> Result<(f32, Parts), Fault> {
-    let (mesh, scheme) = (&flow.mesh, flow.scheme);
-    let Built { model, params, stored, spreads } = Model::build_on(&golden.config, CONTEXT, flow).unwrap();
+fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f32, Parts), Fault> {
+    let flow = Flow::new(mesh, scheme).unwrap();
+    let Built { model, params, stored, spreads } = Model::build_on(&golden.config, CONTEXT, &flow).unwrap();
     let mut store = ParamStore::new(Device::Cpu, dtype, &params)?;
     store.enable_grads()?;
     let read = |name: &str, _: &[usize]| Ok::<_, Fault>(golden.weights[name].f32());
@@ -48,16 +48,17 @@ fn rank(golden: &Golden, flow: &Flow, dtype: DType, tokens: &Tokens) -> Result<(
     })?;
     let targets = golden.targets();
     let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
+    let tokens = golden.tokens();
     let mut tape = Tape::recording(&mut store);
     let recompute = if scheme == Scheme::Summa { Recompute::First(1) } else { Recompute::Never };
-    let hidden = model.hidden(&mut tape, tokens, recompute)?;
+    let hidden = model.hidden(&mut tape, &tokens, recompute)?;
     let losses = model.loss(&mut tape, &hidden, Targets { ids: &targets, scale }, tokens.b)?;
     tape.backward()?;
     store.settle_grads()?;
     let mut parts = Parts::new();
     for (param, spread) in store.refs().zip(&spreads) {
         let mut grad = store.grad(param).f32().to_vec();
-        for axis in spread.sums.iter().chain(&[Axis::Cp]) {
+        for axis in &spread.sums {
             mesh.group(*axis).all_reduce_sum(device::ViewMut::of_f32(&mut grad))?;
         }
         let spec = store.spec(param);
@@ -68,19 +69,8 @@ fn rank(golden: &Golden, flow: &Flow, dtype: DType, tokens: &Tokens) -> Result<(
 }
 
 fn on_mesh(golden: &Golden, mesh: &str, scheme: Scheme, dtype: DType) -> Outcome {
-    let flow = |mesh: &Mesh| Flow::new(mesh, scheme).unwrap();
-    on_flow(golden, mesh, flow, dtype, &golden.tokens())
-}
-
-fn on_flow(
-    golden: &Golden,
-    mesh: &str,
-    flow: impl Fn(&Mesh) -> Flow + Sync,
-    dtype: DType,
-    tokens: &Tokens,
-) -> Outcome {
     let shape: MeshShape = mesh.parse().unwrap();
-    let ranks = launch(&shape, &Options::default(), |mesh| rank(golden, &flow(mesh), dtype, tokens)).unwrap();
+    let ranks = launch(&shape, &Options::default(), |mesh| rank(golden, mesh, scheme, dtype)).unwrap();
     let loss = ranks[0].0;
     let mut grads: BTreeMap<String, Vec<f32>> = BTreeMap::new();
     for (other, parts) in ranks {
@@ -148,81 +138,6 @@ fn cutting_tokens_alone_leaves_the_loss_bit_for_bit() {
             }
         }
     }
-}
-
-/// Context ranks alone, and beside every kind of tensor axes; rows of 24 tokens, which 5 ranks pad to
-/// 30; 2 kv heads, of which 4 ranks hold copies and 3 or 5 leave some without. SUMMA runs its first
-/// layer again.
-const CONTEXTS: [(ContextAttention, Scheme, &str); 11] = [
-    (ContextAttention::Ring, Scheme::OneD, "cp=2"),
-    (ContextAttention::Ring, Scheme::OneD, "cp=4"),
-    (ContextAttention::Ring, Scheme::OneD, "cp=5"),
-    (ContextAttention::Ring, Scheme::OneD, "cp=2,x=2"),
-    (ContextAttention::Ring, Scheme::OneDSequence, "cp=2,x=2"),
-    (ContextAttention::Ring, Scheme::Summa, "cp=3,x=2,y=2"),
-    (ContextAttention::AllToAll, Scheme::OneD, "cp=2"),
-    (ContextAttention::AllToAll, Scheme::OneD, "cp=4"),
-    (ContextAttention::AllToAll, Scheme::OneD, "cp=5"),
-    (ContextAttention::AllToAll, Scheme::OneDSequence, "cp=2,x=2"),
-    (ContextAttention::AllToAll, Scheme::Summa, "cp=3,x=2,y=2"),
-];
-
-#[test]
-fn rows_cut_among_context_ranks_compute_what_transformers_does() {
-    for family in DENSE {
-        let golden = Golden::open(family, DType::F32);
-        for (attention, scheme, mesh) in CONTEXTS {
-            let flow = |mesh: &Mesh| Flow { attention, ..Flow::new(mesh, scheme).unwrap() };
-            // As rows, and as documents of one row.
-            for (kind, tokens) in [("rows", golden.tokens()), ("packed", golden.packed())] {
-                let got = on_flow(&golden, mesh, flow, DType::F32, &tokens);
-                let what = format!("{family}, {kind}, {} {} on {mesh}", attention.name(), scheme.name());
-                check(&golden, &what, &got, &F32);
-            }
-        }
-    }
-}
-
-#[test]
-fn context_ranks_in_bf16_stay_within_what_bf16_is_allowed_on_one_rank() {
-    for family in ["llama3", "gpt2"] {
-        let golden = Golden::open(family, DType::Bf16);
-        for (attention, scheme, mesh) in CONTEXTS {
-            let flow = |mesh: &Mesh| Flow { attention, ..Flow::new(mesh, scheme).unwrap() };
-            let got = on_flow(&golden, mesh, flow, DType::Bf16, &golden.tokens());
-            check(&golden, &format!("{family} bf16, {} on {mesh}", attention.name()), &got, &BF16);
-        }
-    }
-}
-
-/// Whole rows of a share of the heads are attended as on one rank, and everything else is local in
-/// tokens; losses are added up in the order of the tokens.
-#[test]
-fn heads_against_tokens_leave_the_loss_bit_for_bit() {
-    for family in ["llama3", "gpt2", "mistral"] {
-        for dtype in [DType::F32, DType::Bf16] {
-            let golden = Golden::open(family, dtype);
-            let solo = on_mesh(&golden, "solo", Scheme::OneD, dtype);
-            for mesh in ["cp=2", "cp=4", "cp=5"] {
-                let flow = |mesh: &Mesh| Flow {
-                    attention: ContextAttention::AllToAll,
-                    ..Flow::new(mesh, Scheme::OneD).unwrap()
-                };
-                let got = on_flow(&golden, mesh, flow, dtype, &golden.tokens());
-                assert_eq!(got.loss, solo.loss, "{family} {dtype} on {mesh}");
-            }
-        }
-    }
-}
-
-#[test]
-fn a_ring_has_the_same_bits_each_time() {
-    let golden = Golden::open("llama3", DType::Bf16);
-    let ring =
-        |mesh: &Mesh| Flow { attention: ContextAttention::Ring, ..Flow::new(mesh, Scheme::OneD).unwrap() };
-    let run = || on_flow(&golden, "cp=4", ring, DType::Bf16, &golden.packed());
-    let (one, other) = (run(), run());
-    assert_eq!((one.loss, one.grads), (other.loss, other.grads));
 }
 
 #[test]

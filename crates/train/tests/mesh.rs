@@ -278,6 +278,8 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(idle.contains("no use for mesh.z"), "{idle}");
     let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
     assert!(tiers.contains("memory.dram is given for mesh `x=2`"), "{tiers}");
+    let context = refused(&["mesh.cp=13"]);
+    assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
     assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
 }

@@ -10,7 +10,7 @@ pub use moe::MoeConfig;
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
-use dist::{Context, Dim, Flow, Table};
+use dist::{Axis, Context, Dim, Flow, Table};
 use std::sync::Arc;
 use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
 
@@ -64,6 +64,10 @@ impl Llama {
         builder: &mut Builder,
     ) -> Result<Llama, ConfigError> {
         let (v, d) = (config.vocab, config.width);
+        let mesh = *builder.flow.mesh.shape();
+        if config.moe.is_some() && mesh.size(Axis::Cp) > 1 {
+            return Err(ConfigError::ExpertsOnContext { family: config.family.name(), mesh });
+        }
         let matrix = |name: &str| ParamSpec {
             name: name.to_string(),
             shape: vec![v, d],

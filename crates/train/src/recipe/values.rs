@@ -407,6 +407,13 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             );
         }
     }
+    let (cp, context) = (shape.size(Axis::Cp), train.context);
+    if cp > 1 && 2 * cp > context {
+        return impossible(
+            format!("mesh.cp = {cp} cuts rows of train.context = {context} tokens into {} runs", 2 * cp),
+            "lower mesh.cp, or train longer rows",
+        );
+    }
     let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
         return impossible(
