@@ -21,14 +21,14 @@ fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<C
     let config = json!({
         "model_type": "gpt2", "vocab_size": 64, "n_embd": H, "n_head": 48, "n_layer": layers, "n_positions": T,
     });
-    counts_of(&config, &Flow::new(&mesh, scheme).unwrap())
+    counts_of(&config, &Flow::new(&mesh, scheme).unwrap(), DType::F32)
 }
 
-fn counts_of(config: &serde_json::Value, flow: &Flow) -> (Vec<Counts>, Vec<Counts>) {
+fn counts_of(config: &serde_json::Value, flow: &Flow, dtype: DType) -> (Vec<Counts>, Vec<Counts>) {
     let mesh = &flow.mesh;
     let config = Config::from_json(config).unwrap();
     let built = Model::build_on(&config, T, flow).unwrap();
-    let mut store = ParamStore::new(Device::Cpu, DType::F32, &built.params).unwrap();
+    let mut store = ParamStore::new(Device::Cpu, dtype, &built.params).unwrap();
     store.enable_grads().unwrap();
     let ids = vec![1u32; B * T];
     let positions = (0..B).flat_map(|_| 0..T as u32).collect();
@@ -158,11 +158,11 @@ fn a_rank_of_a_square_meets_its_row_and_its_column_only() {
     }
 }
 
-/// Bytes that rank 1 of `ranks` context ranks sends and receives for a layer, and whom it meets in its
-/// attention: a Llama of 96 wide with these heads.
-fn context(ranks: usize, attention: ContextAttention, (n, k): (usize, usize)) -> ([u64; 2], Vec<usize>) {
-    let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
+/// Bytes that rank 1 of `ranks` context ranks sends and receives for a layer of a Llama of 96 wide with
+/// these heads of 4.
+fn context(ranks: usize, attention: ContextAttention, (n, k): (usize, usize), dtype: DType) -> [u64; 2] {
     let run = |layers: usize| {
+        let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
         let mesh = Mesh::new(shape, Communicator::null(1, ranks)).unwrap();
         let flow = Flow { attention, ..Flow::new(&mesh, Scheme::OneD).unwrap() };
         let config = json!({
@@ -170,62 +170,60 @@ fn context(ranks: usize, attention: ContextAttention, (n, k): (usize, usize)) ->
             "num_key_value_heads": k, "head_dim": 4, "intermediate_size": 8, "num_hidden_layers": layers,
             "max_position_embeddings": T, "rms_norm_eps": 1e-5,
         });
-        counts_of(&config, &flow).0
+        let counts = counts_of(&config, &flow, dtype).0;
+        counts.iter().fold([0, 0], |[sent, got], c| [sent + c.bytes_sent, got + c.bytes_received])
     };
-    let bytes = |counts: &[Counts]| {
-        counts.iter().fold([0, 0], |[sent, received], c| [sent + c.bytes_sent, received + c.bytes_received])
-    };
-    let (one, two) = (bytes(&run(1)), bytes(&run(2)));
-    ([two[0] - one[0], two[1] - one[1]], peers_of_attention(shape, attention, (n, k)))
+    let (one, two) = (run(1), run(2));
+    [two[0] - one[0], two[1] - one[1]]
 }
 
-/// Ranks that the forward pass alone meets: the loss is gathered from everybody.
-fn peers_of_attention(shape: MeshShape, attention: ContextAttention, (n, k): (usize, usize)) -> Vec<usize> {
-    let mesh = Mesh::new(shape, Communicator::null(1, shape.world_size())).unwrap();
-    let h = 4;
-    let attention_shape = tensor::AttentionShape {
-        b: 1,
-        n,
-        k,
-        h,
-        scale: 1.0,
-        window: None,
-        rope: None,
-        positions: (0..2).collect(),
-        starts: None,
-    };
+/// Whom rank 1 meets in its attention alone.
+fn peers_of_attention(ranks: usize, attention: ContextAttention, (n, k): (usize, usize)) -> Vec<usize> {
+    let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
+    let mesh = Mesh::new(shape, Communicator::null(1, ranks)).unwrap();
+    let (positions, h) = ((0..2).collect(), 4);
+    let (scale, window, rope, starts) = (1.0, None, None, None);
+    let shape = tensor::AttentionShape { b: 1, n, k, h, scale, window, rope, positions, starts };
     let mut store = ParamStore::new(Device::Cpu, DType::F32, &tensor::ParamList::default()).unwrap();
     let mut tape = Tape::running(&mut store);
     let qkv = tensor::Tensor::zeros(Device::Cpu, DType::F32, &[2, (n + 2 * k) * h]).unwrap();
     let qkv = tape.input(qkv);
-    dist::Context::new(&mesh, attention).attention(&mut tape, qkv, &attention_shape).unwrap();
+    dist::Context::new(&mesh, attention).attention(&mut tape, qkv, &shape).unwrap();
     mesh.counts().iter().flat_map(|counts| counts.peers.iter().copied()).collect()
 }
 
-/// Keys and values of all others there, the same again and their gradients back; or q, k, v of a share
-/// of the heads and the outputs, there and back. With as many kv heads as query heads that is
-/// 6 (N-1)/N Mh and 8 (N-1)/N^2 Mh.
+/// Keys and values of all others there, the same again and their gradients, in f32, back; or q, k, v of
+/// a share of the heads and the outputs, there and back. With as many kv heads as query heads that is
+/// 6 (N-1)/N Mh and 8 (N-1)/N^2 Mh elements.
 #[test]
 fn attention_on_the_context_axis_receives_what_the_formulas_say() {
-    for ranks in [2, 4] {
-        let own = M as f64 / ranks as f64 * 4.0;
-        for (n, k) in [(8, 8), (8, 2), (8, 4)] {
-            let (bytes, peers) = context(ranks, ContextAttention::Ring, (n, k));
-            let ring = Moved::ring(ranks, k);
-            let want = (4.0 * own * (ring.forward + ring.backward + ring.backward_f32)) as u64;
-            assert_eq!(bytes, [want; 2], "ring of {ranks}, {n} heads on {k}");
-            assert_eq!(want, 4 * 6 * (ranks as u64 - 1) * M * (k as u64 * 4) / ranks as u64);
-            let neighbours = if ranks == 2 { vec![0] } else { vec![0, 2] };
-            assert_eq!(peers, neighbours, "ring of {ranks}");
-            let (bytes, peers) = context(ranks, ContextAttention::AllToAll, (n, k));
-            let all = Moved::all_to_all(ranks, (n, k));
-            let want = (4.0 * own * (all.forward + all.backward)) as u64;
-            assert_eq!(bytes, [want; 2], "all-to-all of {ranks}, {n} heads on {k}");
-            if n == k {
-                let squared = (ranks * ranks) as u64;
-                assert_eq!(want, 4 * 8 * (ranks as u64 - 1) * M * (n as u64 * 4) / squared);
-            }
-            assert_eq!(peers.len(), ranks - 1, "all-to-all of {ranks}");
+    let methods = [ContextAttention::Ring, ContextAttention::AllToAll];
+    for (ranks, heads, dtype) in [
+        (2, (8, 8), DType::F32),
+        (4, (8, 8), DType::Bf16),
+        (4, (8, 2), DType::F32),
+        (2, (8, 2), DType::Bf16),
+        (4, (8, 4), DType::Bf16),
+    ] {
+        let bytes = |moved: Moved| {
+            let own = M as f64 / ranks as f64 * 4.0;
+            let of_type = (moved.forward + moved.backward) * dtype.size_bytes() as f64;
+            [(own * (of_type + moved.backward_f32 * 4.0)) as u64; 2]
+        };
+        let (ring, exchange) = (Moved::ring(ranks, heads.1), Moved::all_to_all(ranks, heads));
+        for (method, moved) in methods.into_iter().zip([ring, exchange]) {
+            let what = format!("{} of {ranks}, {heads:?} heads, {dtype}", method.name());
+            assert_eq!(context(ranks, method, heads, dtype), bytes(moved), "{what}");
         }
     }
+    let (n, mh) = (4, M * 8 * 4);
+    let of = |method| context(n as usize, method, (8, 8), DType::F32)[1] / 4;
+    assert_eq!(of(ContextAttention::Ring), 6 * (n - 1) * mh / n);
+    assert_eq!(of(ContextAttention::AllToAll), 8 * (n - 1) * mh / (n * n));
+}
+
+#[test]
+fn a_ring_meets_its_neighbours_and_an_exchange_the_line() {
+    assert_eq!(peers_of_attention(6, ContextAttention::Ring, (8, 2)), [0, 2]);
+    assert_eq!(peers_of_attention(6, ContextAttention::AllToAll, (12, 6)), [0, 2, 3, 4, 5]);
 }
