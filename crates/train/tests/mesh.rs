@@ -187,7 +187,8 @@ fn the_same_run_twice_has_the_same_bits() {
 #[test]
 fn copies_stay_equal_after_steps() {
     let place = Place::new();
-    for mesh in [MESHES[5], MESHES[4], MESHES[2], &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"]] {
+    let plane: &[&str] = &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"];
+    for mesh in [MESHES[5], MESHES[4], MESHES[2], plane, CONTEXTS[4]] {
         let sets: Vec<&str> = ["train.batch=4"].iter().chain(mesh).copied().collect();
         let begin = begin(&place, "copies", &sets, Start::New);
         let recipe = &begin.recipe;
@@ -226,14 +227,14 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// 14 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let place = Place::new();
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
-    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6], CONTEXTS[5]]);
     let meshes: Vec<&[&str]> = chain.collect();
     let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
         let base = [

@@ -52,7 +52,7 @@ impl Here {
         Shape { b, t, s: t, n, k, h }
     }
 
-    /// Ranks before us in the ring whose block we have in step `step`.
+    /// The rank whose block we have in step `step`.
     fn owner(&self, step: usize) -> usize {
         let (ranks, own) = (self.context.group.size(), self.context.group.index());
         (own + ranks - step) % ranks
