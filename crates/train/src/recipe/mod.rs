@@ -1,5 +1,6 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
+mod context;
 pub mod keys;
 mod values;
 

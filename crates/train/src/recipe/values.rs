@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings};
+use super::{RecipeError, Settings, context};
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
@@ -407,13 +407,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             );
         }
     }
-    let (cp, context) = (shape.size(Axis::Cp), train.context);
-    if cp > 1 && 2 * cp > context {
-        return impossible(
-            format!("mesh.cp = {cp} cuts rows of train.context = {context} tokens into {} runs", 2 * cp),
-            "lower mesh.cp, or train longer rows",
-        );
-    }
+    context::check(&shape, train.context)?;
     let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
         return impossible(
