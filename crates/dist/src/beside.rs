@@ -6,9 +6,10 @@
 //! foreground. A broadcast between threads needs no thread: the root hands out its buffer's handle.
 
 use crate::Group;
+use crate::call::Op;
 use crate::error::CommError;
 use crate::threads::Seat;
-use crate::traffic::{Tally, Traffic};
+use crate::traffic::{Peers, Tally, Traffic};
 use device::{Buffer, DType, Device};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -80,12 +81,13 @@ pub struct Pending {
 enum State {
     Ready(Array),
     Lane(Receiver<Result<Array, CommError>>),
-    /// A broadcast whose handle is on its way to us.
+    /// An array whose handle is on its way to us.
     Handle {
+        op: Op,
         seat: Seat,
         dtype: DType,
         len: usize,
-        /// The root and the number of its letter.
+        /// The sender and the number of its letter.
         from: (usize, u64),
     },
 }
@@ -97,7 +99,7 @@ impl Pending {
         let done = match self.state {
             State::Ready(array) => return Ok(array),
             State::Lane(result) => result.recv().map_err(|_| gone())?,
-            State::Handle { seat, dtype, len, from } => seat.take_handle((dtype, len), from),
+            State::Handle { op, seat, dtype, len, from } => seat.take_handle(op, (dtype, len), from),
         };
         self.tally.expose(start.elapsed());
         done
@@ -153,7 +155,7 @@ impl Group {
                 }
                 None => {
                     let (seat, from) = (seat.clone(), (root, seat.ask(root)));
-                    Ok(self.pending(State::Handle { seat, dtype, len, from }))
+                    Ok(self.pending(State::Handle { op: Op::Broadcast, seat, dtype, len, from }))
                 }
             };
         }
@@ -169,6 +171,39 @@ impl Group {
             }
             group.broadcast(data.view_mut(), root)?;
             Ok(data)
+        })
+    }
+
+    /// Around the ring of members: `data` goes to the next one, and the result is what the one before
+    /// started with, as long and of the same type. Between threads handles travel: of a result that
+    /// its sender kept a handle of, the receiver may only read.
+    pub fn start_shift(&self, data: Array) -> Result<Pending, CommError> {
+        let (size, own) = (self.size(), self.index());
+        if size == 1 {
+            return Ok(self.pending(State::Ready(data)));
+        }
+        let (to, from) = ((own + 1) % size, (own + size - 1) % size);
+        let (dtype, len) = (data.dtype, data.len);
+        let (seat, waits) = (self.sharing_seat(), self.beside().waits());
+        if seat.is_some() || !waits {
+            let bytes = (len * dtype.size_bytes()) as u64;
+            self.tally().add(Traffic { sent: bytes, received: 0, peers: Peers::One(to) }, size, own);
+            self.tally().add(Traffic { sent: 0, received: bytes, peers: Peers::One(from) }, size, own);
+        }
+        if let Some(seat) = seat {
+            seat.post_handle(data, to)?;
+            let (seat, from) = (seat.clone(), (from, seat.ask(from)));
+            return Ok(self.pending(State::Handle { op: Op::Receive, seat, dtype, len, from }));
+        }
+        if !waits {
+            // Nothing arrives where calls are only counted; what was sent has the right length.
+            return Ok(self.pending(State::Ready(data)));
+        }
+        self.start(move |group| {
+            group.send(data.view(), to)?;
+            let mut out = Array::new(dtype, len)?;
+            group.receive(out.view_mut(), from)?;
+            Ok(out)
         })
     }
 

@@ -5,7 +5,9 @@
 //! inner width (heads, ffn), a *closing* one leads back. Between two products everything is local,
 //! because the inner width is cut where heads and neurons begin.
 
-use crate::{Algorithm, Axis, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side};
+use crate::{
+    Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side,
+};
 
 /// How products are spread over the tensor axes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -91,13 +93,16 @@ pub struct Flow {
     pub inner: Layout,
     /// What products that gather keep for the way back.
     pub keep: Keep,
+    /// How attention sees the tokens of other context ranks.
+    pub attention: ContextAttention,
 }
 
 impl Flow {
     /// Of one rank.
     pub fn solo() -> Flow {
         let (mesh, scheme, keep) = (Mesh::solo(), Scheme::OneD, Keep::default());
-        Flow { mesh, scheme, outer: Layout::REPLICATED, inner: Layout::REPLICATED, keep }
+        let attention = ContextAttention::default();
+        Flow { mesh, scheme, outer: Layout::REPLICATED, inner: Layout::REPLICATED, keep, attention }
     }
 
     /// Refuses axes that the scheme would leave idle.
@@ -118,7 +123,8 @@ impl Flow {
             Scheme::ThreeD => (lay(&[X, Y], &[Z]), lay(&[X, Z], &[Y])),
             Scheme::WeightStationary => (lay(&[], &[X, Y]), lay(&[], &[Y, X])),
         };
-        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep: Keep::default() })
+        let (keep, attention) = (Keep::default(), ContextAttention::default());
+        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep, attention })
     }
 
     /// From the residual stream to the inner width: w [outputs, inputs].

@@ -53,6 +53,32 @@ impl RawFloats {
     }
 }
 
+impl RawFloats {
+    /// Add, in f32, to what is there.
+    ///
+    /// # Safety
+    /// Elements `[start, start + values.len())` are inside and ours.
+    pub(crate) unsafe fn add(self, start: usize, values: &[f32]) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match self {
+                RawFloats::F32(p) => join(values, std::slice::from_raw_parts_mut(p.add(start), values.len())),
+                RawFloats::Bf16(p) => {
+                    join(values, std::slice::from_raw_parts_mut(p.add(start), values.len()))
+                }
+            }
+        }
+    }
+}
+
+multiversion! {
+    fn join<T: Float>(from: &[f32], out: &mut [T]) {
+        for (out, x) in out.iter_mut().zip(from) {
+            *out = T::from_f32(out.to_f32() + *x);
+        }
+    }
+}
+
 multiversion! {
     fn widen<T: Float>(from: &[T], out: &mut [f32]) {
         for (out, x) in out.iter_mut().zip(from) {

@@ -60,6 +60,16 @@ pub enum ConfigError {
         /// Ranks along `ep`.
         ranks: usize,
     },
+    /// Experts, and rows cut among ranks.
+    #[error(
+        "`{family}` on mesh {mesh}: experts do not run on rows that are cut among context ranks; set mesh.cp = 1"
+    )]
+    ExpertsOnContext {
+        /// Its `model_type`.
+        family: &'static str,
+        /// The mesh asked for.
+        mesh: dist::MeshShape,
+    },
     /// A mesh the scheme has no use for.
     #[error(transparent)]
     Flow(#[from] dist::FlowError),

@@ -2,7 +2,7 @@
 
 use crate::ConfigError;
 use crate::names::{Builder, Place};
-use dist::{Cut, Dim, Flow, Product, Weighted, Width};
+use dist::{Context, Cut, Dim, Flow, Product, Weighted, Width, ZigZag};
 use std::sync::Arc;
 use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Tape, Var};
 
@@ -15,26 +15,48 @@ pub struct Tokens {
     pub ids: Arc<[u32]>,
     /// Position of each token in its document. [M]
     pub positions: Arc<[u32]>,
-    /// Where each token's document begins within its row; absent: at 0. [M]
+    /// Where each token's document begins within its row; absent: at 0. [M]; of tokens that were cut
+    /// among context ranks still of whole rows.
     pub starts: Option<Arc<[u32]>>,
 }
 
 impl Tokens {
-    /// Rows added so that the residual stream and the inner values cut into equal runs of rows.
+    /// Rows added so that the residual stream and the inner values cut into equal runs of rows, and
+    /// of each row the tokens of this context rank.
     pub(crate) fn padded(&self, flow: &Flow) -> Tokens {
+        self.with_rows(flow).on_context(ZigZag::of(&flow.mesh))
+    }
+
+    /// Of each row the tokens of one rank. Tokens added behind a row's end are a document of their
+    /// own, so nothing sees them.
+    fn on_context(self, cut: ZigZag) -> Tokens {
+        if cut.ranks() == 1 {
+            return self;
+        }
+        let t = self.ids.len() / self.b.max(1);
+        let part = |x: &Arc<[u32]>| -> Arc<[u32]> { cut.take(&cut.pad(x, self.b, 0), self.b).into() };
+        Tokens {
+            b: self.b,
+            ids: part(&self.ids),
+            positions: part(&self.positions),
+            starts: self.starts.as_ref().map(|starts| cut.pad(starts, self.b, t as u32).into()),
+        }
+    }
+
+    fn with_rows(&self, flow: &Flow) -> Tokens {
         let (t, rows) = (self.ids.len() / self.b.max(1), rows_of(flow, self.b));
         if rows == self.b {
             return self.clone();
         }
         let more = (rows - self.b) * t;
-        let stretch = |x: &Arc<[u32]>, fill: &dyn Fn(usize) -> u32| -> Arc<[u32]> {
-            x.iter().copied().chain((0..more).map(fill)).collect()
+        let stretch = |x: &Arc<[u32]>| -> Arc<[u32]> {
+            x.iter().copied().chain(std::iter::repeat_n(0, more)).collect()
         };
         Tokens {
             b: rows,
-            ids: stretch(&self.ids, &|_| 0),
-            positions: stretch(&self.positions, &|i| (i % t) as u32),
-            starts: self.starts.as_ref().map(|starts| stretch(starts, &|_| 0)),
+            ids: stretch(&self.ids),
+            positions: stretch(&self.positions),
+            starts: self.starts.as_ref().map(stretch),
         }
     }
 
@@ -189,11 +211,11 @@ pub(crate) fn local_heads(flow: &Flow, n: usize, k: usize) -> (usize, usize) {
 pub(crate) fn attend(
     tape: &mut Tape<'_>,
     qkv: Var,
-    shape: &tensor::AttentionShape,
+    (context, shape): (&Context, &tensor::AttentionShape),
     cache: Option<&mut KvCache>,
 ) -> Result<Var, Fault> {
     match cache {
-        None => tape.attention(qkv, shape),
+        None => context.attention(tape, qkv, shape),
         Some(cache) => tape.attention_cached(qkv, shape, cache),
     }
 }

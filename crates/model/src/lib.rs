@@ -18,7 +18,7 @@ pub use layers::{Linear, Recompute, Tokens};
 pub use llama::{Family, Llama, LlamaConfig, MoeConfig};
 pub use names::{Builder, Spread, StoredWeight, fill};
 
-use dist::{Axis, Flow, Mesh, Scheme};
+use dist::{Axis, Flow, Mesh, Scheme, ZigZag};
 use std::sync::Arc;
 use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Targets, Tensor, Var};
 
@@ -68,7 +68,7 @@ impl Model {
     }
 
     /// Final hidden states [M, D] of packed rows of tokens, ready for the head. Every rank of the
-    /// tensor axes passes the same tokens and gets its piece.
+    /// tensor axes and of the context axis passes the same tokens and gets its piece.
     pub fn hidden(&self, tape: &mut Tape<'_>, tokens: &Tokens, recompute: Recompute) -> Result<Var, Fault> {
         match self {
             Model::Llama(model) => model.hidden(tape, tokens, recompute),
@@ -93,7 +93,7 @@ impl Model {
     }
 
     /// Losses of every token in nats, 0 where ignored, from `hidden`: [M] f32, the same on every rank
-    /// of the tensor axes. On a recording tape this is also where the backward pass will begin.
+    /// of the tensor axes and of the context axis, in the order of the tokens. On a recording tape this is also where the backward pass will begin.
     pub fn loss(
         &self,
         tape: &mut Tape<'_>,
@@ -105,15 +105,17 @@ impl Model {
             Model::Llama(model) => model.loss_parts(),
             Model::Gpt2(model) => model.loss_parts(),
         };
-        let (m, rows) = (targets.ids.len(), layers::rows_of(flow, b));
-        if rows == b && table.tokens().is_whole() {
+        let (m, rows, cut) = (targets.ids.len(), layers::rows_of(flow, b), ZigZag::of(&flow.mesh));
+        if rows == b && cut.ranks() == 1 && table.tokens().is_whole() {
             return dist::head_loss(tape, table, hidden, self.head(), targets);
         }
+        let t = m / b.max(1);
         let mut ids = targets.ids.to_vec();
-        ids.resize(m / b.max(1) * rows, IGNORE);
+        ids.resize(t * rows, IGNORE);
+        let ids = cut.take(&cut.pad(&ids, rows, IGNORE), rows);
         let ids = layers::part_of(flow, table.tokens(), &ids);
         let losses = dist::head_loss(tape, table, hidden, self.head(), Targets { ids, ..targets })?;
-        Ok(losses.narrow_rows(0, m))
+        Ok(dist::gather_context(&flow.mesh, &losses, rows, t)?.narrow_rows(0, m))
     }
 
     /// Whether some layer has experts.

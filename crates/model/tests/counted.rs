@@ -2,7 +2,7 @@
 //! formulas of docs/parallelism.md: GPT-2's layer (products of 12 h^2 weights) on a rank that only
 //! counts, on squares, rectangles and boxes.
 
-use dist::{Communicator, Counts, Flow, Mesh, MeshShape, Scheme};
+use dist::{Communicator, ContextAttention, Counts, Flow, Mesh, MeshShape, Moved, Scheme};
 use model::{Config, Model, Recompute, Tokens};
 use serde_json::json;
 use tensor::{DType, Device, ParamStore, Tape, Targets};
@@ -21,9 +21,14 @@ fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<C
     let config = json!({
         "model_type": "gpt2", "vocab_size": 64, "n_embd": H, "n_head": 48, "n_layer": layers, "n_positions": T,
     });
-    let config = Config::from_json(&config).unwrap();
-    let built = Model::build_on(&config, T, &Flow::new(&mesh, scheme).unwrap()).unwrap();
-    let mut store = ParamStore::new(Device::Cpu, DType::F32, &built.params).unwrap();
+    counts_of(&config, &Flow::new(&mesh, scheme).unwrap(), DType::F32)
+}
+
+fn counts_of(config: &serde_json::Value, flow: &Flow, dtype: DType) -> (Vec<Counts>, Vec<Counts>) {
+    let mesh = &flow.mesh;
+    let config = Config::from_json(config).unwrap();
+    let built = Model::build_on(&config, T, flow).unwrap();
+    let mut store = ParamStore::new(Device::Cpu, dtype, &built.params).unwrap();
     store.enable_grads().unwrap();
     let ids = vec![1u32; B * T];
     let positions = (0..B).flat_map(|_| 0..T as u32).collect();
@@ -151,4 +156,74 @@ fn a_rank_of_a_square_meets_its_row_and_its_column_only() {
         assert_eq!(peers.len(), want, "{} on {mesh}", scheme.name());
         assert!(all.iter().all(|counts| !counts.axes.contains('+')), "groups of more than one axis");
     }
+}
+
+/// Bytes that rank 1 of `ranks` context ranks sends and receives for a layer of a Llama of 96 wide with
+/// these heads of 4.
+fn context(ranks: usize, attention: ContextAttention, (n, k): (usize, usize), dtype: DType) -> [u64; 2] {
+    let run = |layers: usize| {
+        let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
+        let mesh = Mesh::new(shape, Communicator::null(1, ranks)).unwrap();
+        let flow = Flow { attention, ..Flow::new(&mesh, Scheme::OneD).unwrap() };
+        let config = json!({
+            "model_type": "llama", "vocab_size": 64, "hidden_size": H, "num_attention_heads": n,
+            "num_key_value_heads": k, "head_dim": 4, "intermediate_size": 8, "num_hidden_layers": layers,
+            "max_position_embeddings": T, "rms_norm_eps": 1e-5,
+        });
+        let counts = counts_of(&config, &flow, dtype).0;
+        counts.iter().fold([0, 0], |[sent, got], c| [sent + c.bytes_sent, got + c.bytes_received])
+    };
+    let (one, two) = (run(1), run(2));
+    [two[0] - one[0], two[1] - one[1]]
+}
+
+/// Whom rank 1 meets in its attention alone.
+fn peers_of_attention(ranks: usize, attention: ContextAttention, (n, k): (usize, usize)) -> Vec<usize> {
+    let shape: MeshShape = format!("cp={ranks}").parse().unwrap();
+    let mesh = Mesh::new(shape, Communicator::null(1, ranks)).unwrap();
+    let (positions, h) = ((0..2).collect(), 4);
+    let (scale, window, rope, starts) = (1.0, None, None, None);
+    let shape = tensor::AttentionShape { b: 1, n, k, h, scale, window, rope, positions, starts };
+    let mut store = ParamStore::new(Device::Cpu, DType::F32, &tensor::ParamList::default()).unwrap();
+    let mut tape = Tape::running(&mut store);
+    let qkv = tensor::Tensor::zeros(Device::Cpu, DType::F32, &[2, (n + 2 * k) * h]).unwrap();
+    let qkv = tape.input(qkv);
+    dist::Context::new(&mesh, attention).attention(&mut tape, qkv, &shape).unwrap();
+    mesh.counts().iter().flat_map(|counts| counts.peers.iter().copied()).collect()
+}
+
+/// Keys and values of all others there, the same again and their gradients, in f32, back; or q, k, v of
+/// a share of the heads and the outputs, there and back. With as many kv heads as query heads that is
+/// 6 (N-1)/N Mh and 8 (N-1)/N^2 Mh elements.
+#[test]
+fn attention_on_the_context_axis_receives_what_the_formulas_say() {
+    let methods = [ContextAttention::Ring, ContextAttention::AllToAll];
+    for (ranks, heads, dtype) in [
+        (2, (8, 8), DType::F32),
+        (4, (8, 8), DType::Bf16),
+        (4, (8, 2), DType::F32),
+        (2, (8, 2), DType::Bf16),
+        (4, (8, 4), DType::Bf16),
+    ] {
+        let bytes = |moved: Moved| {
+            let own = M as f64 / ranks as f64 * 4.0;
+            let of_type = (moved.forward + moved.backward) * dtype.size_bytes() as f64;
+            [(own * (of_type + moved.backward_f32 * 4.0)) as u64; 2]
+        };
+        let (ring, exchange) = (Moved::ring(ranks, heads.1), Moved::all_to_all(ranks, heads));
+        for (method, moved) in methods.into_iter().zip([ring, exchange]) {
+            let what = format!("{} of {ranks}, {heads:?} heads, {dtype}", method.name());
+            assert_eq!(context(ranks, method, heads, dtype), bytes(moved), "{what}");
+        }
+    }
+    let (n, mh) = (4, M * 8 * 4);
+    let of = |method| context(n as usize, method, (8, 8), DType::F32)[1] / 4;
+    assert_eq!(of(ContextAttention::Ring), 6 * (n - 1) * mh / n);
+    assert_eq!(of(ContextAttention::AllToAll), 8 * (n - 1) * mh / (n * n));
+}
+
+#[test]
+fn a_ring_meets_its_neighbours_and_an_exchange_the_line() {
+    assert_eq!(peers_of_attention(6, ContextAttention::Ring, (8, 2)), [0, 2]);
+    assert_eq!(peers_of_attention(6, ContextAttention::AllToAll, (12, 6)), [0, 2, 3, 4, 5]);
 }

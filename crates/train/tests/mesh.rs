@@ -22,9 +22,22 @@ const MESHES: [&[&str]; 10] = [
     &["mesh.dp=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
 ];
 
+/// Rows of 24 tokens cut among context ranks, 5 of which pad them to 30; alone and beside other axes.
+const CONTEXTS: [&[&str]; 8] = [
+    &["mesh.cp=2", "mesh.attention=ring"],
+    &["mesh.cp=4", "mesh.attention=ring"],
+    &["mesh.cp=5", "mesh.attention=ring"],
+    &["mesh.cp=4", "mesh.attention=all-to-all"],
+    &["mesh.cp=2", "mesh.dp=2", "mesh.attention=ring"],
+    &["mesh.cp=2", "mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence", "mesh.attention=ring"],
+    &["mesh.cp=2", "mesh.x=2", "mesh.y=2", "mesh.attention=ring"],
+    &["mesh.cp=2", "mesh.x=2", "train.recompute=always"],
+];
+
 /// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
 /// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,
-/// each by at most (length of its sum + ranks) units: the longest sum is over the 300 words.
+/// each by at most (length of its sum + ranks) units: the longest sum is over the 300 words. Around a
+/// ring attention's sums, over at most 24 keys, are joined with 4 roundings a rank: far fewer.
 const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
 
 #[test]
@@ -41,7 +54,7 @@ fn a_step_on_any_mesh_is_the_step_of_one_rank() {
     let (starts, _) = built.params.layout();
     let lr = begin.recipe.train.schedule.at(1) as f32;
     let wanted = losses(&solo);
-    for (i, mesh) in MESHES.iter().enumerate() {
+    for (i, mesh) in MESHES.iter().chain(&CONTEXTS).enumerate() {
         let dir = format!("mesh-{i}");
         let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
         run(&place, &dir, &sets, Start::New, false);
@@ -85,10 +98,31 @@ fn replicas_alone_leave_the_losses_of_a_step_bit_for_bit() {
     assert_eq!(losses(&place.path("solo")), losses(&place.path("dp")));
 }
 
+/// Heads against tokens are attended as on one rank; validation and samples go on with whole rows.
+#[test]
+fn heads_against_tokens_leave_the_losses_of_a_step_bit_for_bit() {
+    let place = Place::new();
+    let base = ["train.batch=4", "train.steps=1", "eval.every=1", "sample.every=1"];
+    run(&place, "solo", &base, Start::New, false);
+    for mesh in [["mesh.cp=2", "mesh.dp=1"], ["mesh.cp=5", "mesh.dp=2"]] {
+        let sets: Vec<&str> = base.iter().copied().chain(mesh).chain(["mesh.attention=all-to-all"]).collect();
+        run(&place, "context", &sets, Start::Overwrite, false);
+        assert_eq!(losses(&place.path("solo")), losses(&place.path("context")), "{mesh:?}");
+        let validation = |dir: &str| {
+            let lines = log(&place.path(dir));
+            let line = lines.iter().find(|line| line["kind"] == "validation").unwrap();
+            (line["targets"].as_u64().unwrap(), line["loss"].as_f64().unwrap())
+        };
+        let (one, other) = (validation("solo"), validation("context"));
+        // After a step whose gradients were summed in another order, so to what bf16 leaves.
+        assert!(one.0 == other.0 && (one.1 - other.1).abs() < 0.02, "{mesh:?}: {one:?} and {other:?}");
+    }
+}
+
 #[test]
 fn the_same_run_twice_has_the_same_bits() {
     let place = Place::new();
-    for mesh in [MESHES[2], MESHES[3], MESHES[7]] {
+    for mesh in [MESHES[2], MESHES[3], MESHES[7], CONTEXTS[2], CONTEXTS[5]] {
         let base = ["train.batch=4", "train.steps=3"];
         let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
         run(&place, "once", &sets, Start::Overwrite, false);
@@ -102,7 +136,8 @@ fn the_same_run_twice_has_the_same_bits() {
 #[test]
 fn copies_stay_equal_after_steps() {
     let place = Place::new();
-    for mesh in [MESHES[5], MESHES[4], MESHES[2], &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"]] {
+    let plane: &[&str] = &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"];
+    for mesh in [MESHES[5], MESHES[4], MESHES[2], plane, CONTEXTS[4]] {
         let sets: Vec<&str> = ["train.batch=4"].iter().chain(mesh).copied().collect();
         let begin = begin(&place, "copies", &sets, Start::New);
         let recipe = &begin.recipe;
@@ -141,14 +176,14 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// 14 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let place = Place::new();
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
-    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6], CONTEXTS[5]]);
     let meshes: Vec<&[&str]> = chain.collect();
     let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
         let base = [
@@ -193,6 +228,8 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(idle.contains("no use for mesh.z"), "{idle}");
     let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
     assert!(tiers.contains("memory.dram is given for mesh `x=2`"), "{tiers}");
+    let context = refused(&["mesh.cp=13"]);
+    assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
     assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
 }

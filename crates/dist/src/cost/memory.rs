@@ -75,11 +75,25 @@ pub(super) fn rank_params(model: &ModelShape, plan: &Plan) -> (f64, f64) {
     (layers / weight_cut(plan), tables * model.table_params() / weight_cut(plan))
 }
 
-/// Tokens of a microbatch in one context shard, padded to what attention cuts them into.
+/// Tokens of a microbatch in one context shard, padded to what attention cuts rows and tokens into.
 pub(super) fn tokens(batch: Batch, plan: &Plan) -> f64 {
     let (cut, _) = inner_cut(plan.scheme, plan.mesh.grid());
     let rows = plan.microbatch_rows.next_multiple_of(cut);
-    (rows * batch.context) as f64 / plan.mesh.size(Axis::Cp) as f64
+    let ranks = plan.mesh.size(Axis::Cp);
+    let context = if ranks == 1 { batch.context } else { batch.context.next_multiple_of(2 * ranks) };
+    (rows * context) as f64 / ranks as f64
+}
+
+/// Bytes of what the way back around the ring holds at once beside kept values: a block of keys and
+/// values at work and one arriving, gradients in f32 of both, of our own block and of the queries.
+/// The exchange needs less: its matrices before and behind the all-to-all.
+fn context_scratch(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
+    if plan.mesh.size(Axis::Cp) == 1 {
+        return 0.0;
+    }
+    let each = m / plan.mesh.grid().size() as f64;
+    let block = 2.0 * (model.kv_heads * model.head_dim) as f64;
+    each * (block * (2.0 * ACTIVATION_BYTES + 3.0 * 4.0) + model.attended() * 4.0)
 }
 
 /// Elements a rank keeps of one layer for `m` tokens: the inputs of two norms, q|k|v, what the
@@ -124,7 +138,7 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     }
     let optimizer = params * state.optimizer / shared(Zero::One);
     let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, plan));
-    let scratch = kept_elements(model, plan, m) * ACTIVATION_BYTES;
+    let scratch = kept_elements(model, plan, m) * ACTIVATION_BYTES + context_scratch(model, plan, m);
     let head = 2.0 * LOSS_SLICE.min(m) * model.vocab as f64 * 4.0 / mesh.grid().size() as f64;
     // Offloaded activations: one layer leaves while the next is computed.
     let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers as f64) } else { kept };

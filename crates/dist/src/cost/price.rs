@@ -6,7 +6,7 @@ use super::memory::{
     tokens,
 };
 use super::plan::{Plan, PlanError, Zero};
-use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flow};
+use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};
 use super::volume::Flow;
 use super::{Batch, ModelShape};
 use crate::Axis;
@@ -159,8 +159,10 @@ impl Run<'_> {
             }
         }
         if self.plan.mesh.size(Axis::Cp) > 1 {
-            let flow = context_flow(self.model, self.plan, tokens(self.batch, self.plan));
-            traffic[Axis::Cp as usize].add(flow, ACTIVATION_BYTES, (forwards + 2.0) * layers);
+            let flows = context_flows(self.model, self.plan, tokens(self.batch, self.plan));
+            let context = &mut traffic[Axis::Cp as usize];
+            context.add(flows.forward, ACTIVATION_BYTES, forwards * layers);
+            context.add(flows.backward, ACTIVATION_BYTES, layers);
         }
         traffic
     }

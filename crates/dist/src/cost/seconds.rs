@@ -5,8 +5,7 @@ use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
 use super::plan::Plan;
 use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, volume};
 use super::{Batch, ModelShape, Pair};
-use crate::Axis;
-use crate::Scheme;
+use crate::{Axis, ContextAttention, Moved, Scheme};
 
 /// Rate of attention as part of the rate of products: softmax runs between its two products.
 const ATTENTION_RATE: f64 = 0.6;
@@ -188,18 +187,46 @@ fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, clust
     layer.forward.compute += seconds;
     layer.input.compute += 2.0 * seconds;
     if cp > 1 {
-        let ring = cluster.link(&plan.mesh, Axis::Cp).seconds(context_flow(model, plan, m), ACTIVATION_BYTES);
-        layer.forward.context += (ring - seconds).max(0.0);
-        layer.input.context += 2.0 * (ring - seconds).max(0.0);
+        let ContextFlows { forward, backward, hides } = context_flows(model, plan, m);
+        let link = cluster.link(&plan.mesh, Axis::Cp);
+        // The ring runs beside attention, the exchange before and behind it.
+        let shown = |flow: Flow, beside: f64| {
+            (link.seconds(flow, ACTIVATION_BYTES) - if hides { beside } else { 0.0 }).max(0.0)
+        };
+        layer.forward.context += shown(forward, seconds);
+        layer.input.context += shown(backward, 2.0 * seconds);
     }
 }
 
-/// Keys and values of the other context ranks, in a ring; backward they come again, and their
-/// gradients with them.
-pub(super) fn context_flow(model: &ModelShape, plan: &Plan, m: f64) -> Flow {
-    let others = plan.mesh.size(Axis::Cp) as f64 - 1.0;
-    let own = m * 2.0 * (model.kv_heads * model.head_dim) as f64 / plan.mesh.grid().size() as f64;
-    Flow { elements: others * own, calls: 1.0, hops: others }
+/// What attention on the context axis makes a rank receive for one layer, in elements of two bytes.
+pub(super) struct ContextFlows {
+    pub forward: Flow,
+    pub backward: Flow,
+    /// Whether it runs beside the computation.
+    pub hides: bool,
+}
+
+/// A ring of keys and values, or the exchange of heads against tokens, as training would choose. `m`
+/// are the tokens of a context shard.
+pub(super) fn context_flows(model: &ModelShape, plan: &Plan, m: f64) -> ContextFlows {
+    let ranks = plan.mesh.size(Axis::Cp);
+    let (token_cut, head_cut) = inner_cut(plan.scheme, plan.mesh.grid());
+    let k = model.kv_heads.div_ceil(head_cut);
+    let heads = (k * (model.heads / model.kv_heads), k);
+    let each = m / token_cut as f64 * model.head_dim as f64;
+    let hides = ContextAttention::Auto.resolved(ranks, heads) == ContextAttention::Ring;
+    let moved = if hides { Moved::ring(ranks, k) } else { Moved::all_to_all(ranks, heads) };
+    let hops = ranks as f64 - 1.0;
+    // A ring makes a call a hop; there are two exchanges a way, and two rings on the way back.
+    let (calls, hops) =
+        if hides { ([hops, 2.0 * hops], [hops, 2.0 * hops]) } else { ([2.0; 2], [2.0 * hops; 2]) };
+    let wide = 4.0 / ACTIVATION_BYTES;
+    let backward = moved.backward + wide * moved.backward_f32;
+    ContextFlows {
+        forward: Flow { elements: moved.forward * each, calls: calls[0], hops: hops[0] },
+        backward: Flow { elements: backward * each, calls: calls[1], hops: hops[1] },
+        hides,
+    }
 }
 
 /// The head by the scheme that suits it: its output is never moved where that can be helped.

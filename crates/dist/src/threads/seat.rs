@@ -179,6 +179,11 @@ impl Seat {
         others.into_iter().try_for_each(|to| self.post(Op::Broadcast, data.clone(), to))
     }
 
+    /// Gives one member a handle of `data`; no byte moves.
+    pub(crate) fn post_handle(&self, data: Array, to: usize) -> Result<(), CommError> {
+        self.post(Op::Send, data, to)
+    }
+
     /// The number of the next letter from a member, which is ours to take from now on.
     pub(crate) fn ask(&self, from: usize) -> u64 {
         let mut letters = lock(&self.room.members[self.index].letters[from]);
@@ -187,8 +192,13 @@ impl Seat {
     }
 
     /// The handle that we asked a member for.
-    pub(crate) fn take_handle(&self, what: (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
-        self.take(Op::Broadcast, what, from)
+    pub(crate) fn take_handle(
+        &self,
+        op: Op,
+        what: (DType, usize),
+        from: (usize, u64),
+    ) -> Result<Array, CommError> {
+        self.take(op, what, from)
     }
 
     fn post(&self, op: Op, array: Array, to: usize) -> Result<(), CommError> {

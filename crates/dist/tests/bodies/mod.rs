@@ -20,6 +20,7 @@ pub const BODIES: &[(&str, Body)] = &[
         "calls_beside_computation_give_the_same_as_calls_in_the_foreground",
         calls_beside_computation_give_the_same_as_calls_in_the_foreground,
     ),
+    ("arrays_shift_around_the_ring_beside_computation", arrays_shift_around_the_ring_beside_computation),
     (
         "panels_broadcast_beside_computation_arrive_by_number",
         panels_broadcast_beside_computation_arrive_by_number,
@@ -184,5 +185,24 @@ fn panels_broadcast_beside_computation_arrive_by_number(mesh: &Mesh, group: &Gro
         assert_eq!(second.finish()?.view().f32(), panel(root, 1));
         assert_eq!(first.finish()?.view().f32(), panel(root, 0));
     }
+    Ok(())
+}
+
+/// What goes around the ring comes back, each time from the rank before; what was sent may be kept.
+fn arrays_shift_around_the_ring_beside_computation(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    let owner = |step: usize| (mesh.rank() + ranks - step) % ranks;
+    let mut block = array(&data(mesh.rank(), 50));
+    let mut sum = array(&vec![0.0; 50]);
+    for step in 1..=ranks {
+        let arriving = group.start_shift(block.clone())?;
+        // Two at a time, of which the second has one owner after the other.
+        sum.view_mut().f32().iter_mut().for_each(|x| *x += mesh.rank() as f32);
+        sum = group.start_shift(sum)?.finish()?;
+        block = arriving.finish()?;
+        assert_eq!(block.view().f32(), data(owner(step), 50));
+    }
+    let all = (ranks * (ranks - 1) / 2) as f32;
+    assert!(sum.view().f32().iter().all(|x| *x == all));
     Ok(())
 }

@@ -3,25 +3,38 @@
 
 use super::forward::{KEYS, QUERIES, key_blocks, pack_values, tile_for};
 use super::softmax::retreat;
-use super::{Heads, Mask, Shape};
+use super::{Given, Operands, Seen, Shape};
 use crate::gemm::Mat;
 use crate::gemm::pack::Source;
 use crate::gemm::tile::{Panels, Tile, block, columns_len, pack_columns, pack_rows, rows_len};
 use crate::raw::RawFloats;
 use crate::scratch::with_scratch;
-use crate::simd::{Float, Open, lane_sum};
 use device::{View, ViewMut};
 
 struct Job<'a> {
     shape: Shape,
     tile: Tile,
-    qkv: (Heads<'a>, Heads<'a>, Heads<'a>),
-    mask: Mask<'a>,
+    qkv: Operands<'a>,
+    seen: Seen<'a>,
     scale: f32,
-    out: View<'a>,
     lse: &'a [f32],
+    sums: &'a [f32],
     dout: View<'a>,
-    dqkv: RawFloats,
+    dq: Target,
+    dk: Target,
+    dv: Target,
+}
+
+/// Where gradients of heads go: rows of a matrix, from a column on.
+#[derive(Clone, Copy)]
+struct Target {
+    data: RawFloats,
+    ld: usize,
+    col: usize,
+    /// Tokens of a row of the batch.
+    tokens: usize,
+    /// Whether they are added to what is there.
+    adds: bool,
 }
 
 /// K and V of one head, packed every way the products want them.
@@ -47,17 +60,30 @@ struct Tiles<'a> {
     dq: &'a mut [f32],
 }
 
-pub(super) fn backward(
-    shape: Shape,
-    qkv: (Heads<'_>, Heads<'_>, Heads<'_>),
-    mask: Mask<'_>,
-    scale: f32,
-    (out, lse, dout): (View<'_>, View<'_>, View<'_>),
-    dqkv: ViewMut<'_>,
-) {
+/// Shape, operands, what is seen, factor on the scores.
+pub(super) type Task<'a> = (Shape, Operands<'a>, Seen<'a>, f32);
+
+/// dq | dk | dv side by side in one matrix.
+pub(super) fn packed(task: Task<'_>, given: Given<'_>, dqkv: ViewMut<'_>) {
+    let Shape { t, n, k, h, .. } = task.0;
+    let data = RawFloats::of(dqkv);
+    let target = |head| Target { data, ld: (n + 2 * k) * h, col: head * h, tokens: t, adds: false };
+    run(task, given, [target(0), target(n), target(n + k)]);
+}
+
+/// Added to dq, and to dk | dv.
+pub(super) fn parts(task: Task<'_>, given: Given<'_>, (dq, dkv): (ViewMut<'_>, ViewMut<'_>)) {
+    let Shape { t, s, n, k, h, .. } = task.0;
+    let (dq, dkv) = (RawFloats::of(dq), RawFloats::of(dkv));
+    let dq = Target { data: dq, ld: n * h, col: 0, tokens: t, adds: true };
+    let target = |head| Target { data: dkv, ld: 2 * k * h, col: head * h, tokens: s, adds: true };
+    run(task, given, [dq, target(0), target(k)]);
+}
+
+fn run((shape, qkv, seen, scale): Task<'_>, given: Given<'_>, [dq, dk, dv]: [Target; 3]) {
     let tile = tile_for(qkv.0.data.dtype());
-    let (lse, dqkv) = (lse.f32(), RawFloats::of(dqkv));
-    let job = Job { shape, tile, qkv, mask, scale, out, lse, dout, dqkv };
+    let (lse, sums, dout) = (given.lse.f32(), given.sums.f32(), given.dout);
+    let job = Job { shape, tile, qkv, seen, scale, lse, sums, dout, dq, dk, dv };
     device::for_each_index(shape.b * shape.k, |task| job.run(task / shape.k, task % shape.k));
 }
 
@@ -112,18 +138,18 @@ impl Job<'_> {
                     self.queries((row, head, q0), &packed_head, &mut tiles, dk, dv);
                 }
             }
-            self.store(row, n + kv_head, 0, dk);
-            self.store(row, n + k + kv_head, 0, dv);
+            self.store(&self.dk, (row, kv_head, 0), dk);
+            self.store(&self.dv, (row, kv_head, 0), dv);
         });
     }
 
-    /// Rows [_, h] into the packed gradient, from token `first` of `row` on.
-    fn store(&self, row: usize, packed_head: usize, first: usize, rows: &[f32]) {
-        let Shape { t, n, k, h, .. } = self.shape;
+    /// Rows [_, h] of a head to where they go, from token `first` of `row` on.
+    fn store(&self, to: &Target, (row, head, first): (usize, usize, usize), rows: &[f32]) {
+        let h = self.shape.h;
         for (r, values) in rows.chunks_exact(h).enumerate() {
-            let start = (row * t + first + r) * (n + 2 * k) * h + packed_head * h;
+            let start = (row * to.tokens + first + r) * to.ld + to.col + head * h;
             // SAFETY: this head of this row belongs to this task alone.
-            unsafe { self.dqkv.write(start, values) };
+            unsafe { if to.adds { to.data.add(start, values) } else { to.data.write(start, values) } };
         }
     }
 
@@ -143,30 +169,15 @@ impl Job<'_> {
         pack_rows(tile, Source::rows(dout), (0, rows), h, tiles.douts);
         pack_columns(tile, Source::columns(q), (0, h), rows, tiles.queries_b);
         pack_columns(tile, Source::columns(dout), (0, h), rows, tiles.douts_b);
-        let delta = self.deltas(row, head, q0, rows);
         tiles.dq[..rows * h].fill(0.0);
-        let (first, last) = key_blocks(&self.mask, &self.shape, row, q0, q0 + rows);
+        let (first, last) = key_blocks(&self.seen, row, q0, q0 + rows);
         for key_block in first..last {
-            let (_, seen) = self.mask.visible(&self.shape, row, q0 + rows - 1);
+            let (_, seen) = self.seen.visible(row, q0 + rows - 1);
             let keys = KEYS.min(seen - key_block * KEYS);
-            self.scores((row, head, q0), (rows, keys, key_block), kv, tiles, &delta);
+            self.scores((row, head, q0), (rows, keys, key_block), kv, tiles);
             self.products((rows, keys, key_block), kv, tiles, dk, dv);
         }
-        self.store(row, head, q0, &tiles.dq[..rows * h]);
-    }
-
-    /// Sum over the head of dout * out, per query: what the softmax's way back subtracts.
-    fn deltas(&self, row: usize, head: usize, q0: usize, rows: usize) -> [f32; QUERIES] {
-        let Shape { t, n, h, .. } = self.shape;
-        let mut delta = [0f32; QUERIES];
-        by_dtype!(self.out, T => {
-            let (out, dout) = (T::open(self.out), T::open(self.dout));
-            for (r, delta) in delta.iter_mut().enumerate().take(rows) {
-                let at = ((row * t + q0 + r) * n + head) * h;
-                *delta = dot(&out[at..at + h], &dout[at..at + h]);
-            }
-        });
-        delta
+        self.store(&self.dq, (row, head, q0), &tiles.dq[..rows * h]);
     }
 
     /// probs = P, dprobs = dS of one pair of blocks.
@@ -176,7 +187,6 @@ impl Job<'_> {
         (rows, keys, key_block): (usize, usize, usize),
         kv: &PackedHead<'_>,
         tiles: &mut Tiles<'_>,
-        delta: &[f32; QUERIES],
     ) {
         let Shape { t, n, h, .. } = self.shape;
         let (tile, k0) = (self.tile, key_block * KEYS);
@@ -186,13 +196,14 @@ impl Job<'_> {
         block(tile, sizes, panels(tiles.queries), keys_t, (tiles.probs, KEYS), false);
         let values_t = panels(&kv.values_t[k0 * tile.steps(h)..]);
         block(tile, sizes, panels(tiles.douts), values_t, (tiles.dprobs, KEYS), false);
-        for (r, delta) in delta.iter().enumerate().take(rows) {
-            let (from, to) = self.mask.visible(&self.shape, row, q0 + r);
+        for r in 0..rows {
+            let (from, to) = self.seen.visible(row, q0 + r);
             let clip = |key: usize| key.clamp(k0, k0 + keys) - k0;
             let at = r * KEYS..r * KEYS + keys;
-            let lse = self.lse[(row * n + head) * t + q0 + r];
+            let stat = (row * n + head) * t + q0 + r;
+            let (lse, sum) = (self.lse[stat], self.sums[stat]);
             let (p, dp) = (&mut tiles.probs[at.clone()], &mut tiles.dprobs[at]);
-            retreat(p, dp, clip(from), clip(to), (self.scale, lse, *delta));
+            retreat(p, dp, clip(from), clip(to), (self.scale, lse, sum));
         }
     }
 
@@ -220,12 +231,5 @@ impl Job<'_> {
         let key = &kv.keys[key_block * columns_len(tile, h, KEYS)..];
         let right = Panels { data: key, kc: KEYS.min(s - k0) };
         block(tile, (rows, h, keys), left, right, (tiles.dq, h), true);
-    }
-}
-
-multiversion! {
-    fn dot<T: Float>(x: &[T], y: &[T]) -> f32 {
-        let y = &y[..x.len()];
-        lane_sum(x.len(), |i| x[i].to_f32() * y[i].to_f32())
     }
 }

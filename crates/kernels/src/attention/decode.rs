@@ -1,7 +1,7 @@
 //! A few queries against many keys, as in generation: keys and values are read once, in place.
 
 use super::softmax::{Running, advance, rescale};
-use super::{Heads, Mask, Shape};
+use super::{Heads, Operands, Seen, Shape};
 use crate::raw::RawFloats;
 use crate::simd::{Float, Open, lane_sum};
 use device::ViewMut;
@@ -11,8 +11,8 @@ pub(super) const QUERIES: usize = 4;
 
 pub(super) fn forward(
     shape: Shape,
-    (q, k, v): (Heads<'_>, Heads<'_>, Heads<'_>),
-    mask: Mask<'_>,
+    (q, k, v): Operands<'_>,
+    seen: Seen<'_>,
     scale: f32,
     out: ViewMut<'_>,
     lse: ViewMut<'_>,
@@ -22,7 +22,7 @@ pub(super) fn forward(
     device::for_each_index(b * t * n, |task| {
         let (row, rest) = (task / (t * n), task % (t * n));
         let (query, head) = (rest / n, rest % n);
-        let (from, to) = mask.visible(&shape, row, query);
+        let (from, to) = seen.visible(row, query);
         let at = |heads: &Heads<'_>, token: usize, head: usize| {
             (row * heads.rows_per_batch + token) * heads.ld + heads.col + head * h
         };

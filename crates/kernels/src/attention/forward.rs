@@ -2,7 +2,7 @@
 //! query blocks where heads are few): K and V are packed once and serve the whole group.
 
 use super::softmax::{Running, advance, rescale};
-use super::{Heads, Mask, Shape};
+use super::{Heads, Operands, Seen, Shape};
 use crate::gemm::Mat;
 use crate::gemm::pack::Source;
 use crate::gemm::tile::{Panels, Tile, block, columns_len, pack_columns, pack_rows, rows_len};
@@ -20,8 +20,8 @@ const ENOUGH_TASKS: usize = 16;
 struct Job<'a> {
     shape: Shape,
     tile: Tile,
-    qkv: (Heads<'a>, Heads<'a>, Heads<'a>),
-    mask: Mask<'a>,
+    qkv: Operands<'a>,
+    seen: Seen<'a>,
     scale: f32,
     out: RawFloats,
     lse: RawFloats,
@@ -29,14 +29,14 @@ struct Job<'a> {
 
 pub(super) fn forward(
     shape: Shape,
-    qkv: (Heads<'_>, Heads<'_>, Heads<'_>),
-    mask: Mask<'_>,
+    qkv: Operands<'_>,
+    seen: Seen<'_>,
     scale: f32,
     out: ViewMut<'_>,
     lse: ViewMut<'_>,
 ) {
     let tile = tile_for(qkv.0.data.dtype());
-    let job = Job { shape, tile, qkv, mask, scale, out: RawFloats::of(out), lse: RawFloats::of(lse) };
+    let job = Job { shape, tile, qkv, seen, scale, out: RawFloats::of(out), lse: RawFloats::of(lse) };
     let blocks = shape.t.div_ceil(QUERIES);
     let shares = ENOUGH_TASKS.div_ceil((shape.b * shape.k).max(1)).min(blocks.max(1));
     device::for_each_index(shape.b * shape.k * shares, |task| {
@@ -56,9 +56,9 @@ pub(super) fn tile_for(dtype: DType) -> Tile {
 }
 
 /// Key blocks `[first, last)` that some query of `[q0, q1)` sees.
-pub(super) fn key_blocks(mask: &Mask<'_>, shape: &Shape, row: usize, q0: usize, q1: usize) -> (usize, usize) {
-    let (from, _) = mask.visible(shape, row, q0);
-    let (_, to) = mask.visible(shape, row, q1 - 1);
+pub(super) fn key_blocks(seen: &Seen<'_>, row: usize, q0: usize, q1: usize) -> (usize, usize) {
+    let (from, _) = seen.visible(row, q0);
+    let (_, to) = seen.visible(row, q1 - 1);
     (from / KEYS, to.div_ceil(KEYS))
 }
 
@@ -99,16 +99,16 @@ impl Job<'_> {
         sums.fill(0.0);
         let mut state = [Running::NEW; QUERIES];
         pack_rows(tile, Source::rows(self.qkv.0.matrix(row, head, h, q0)), (0, rows), h, queries);
-        let (first, last) = key_blocks(&self.mask, &self.shape, row, q0, q0 + rows);
+        let (first, last) = key_blocks(&self.seen, row, q0, q0 + rows);
         for key_block in first..last {
             let k0 = key_block * KEYS;
-            let (_, seen) = self.mask.visible(&self.shape, row, q0 + rows - 1);
+            let (_, seen) = self.seen.visible(row, q0 + rows - 1);
             let keys = KEYS.min(s - k0).min(seen - k0);
             let query = Panels { data: queries, kc: h };
             let key = Panels { data: &packed.0[k0 * tile.steps(h)..], kc: h };
             block(tile, (rows, keys, h), query, key, (scores, KEYS), false);
             for (r, state) in state.iter_mut().enumerate().take(rows) {
-                let (from, to) = self.mask.visible(&self.shape, row, q0 + r);
+                let (from, to) = self.seen.visible(row, q0 + r);
                 let clip = |key: usize| key.clamp(k0, k0 + keys) - k0;
                 let scores = &mut scores[r * KEYS..r * KEYS + keys];
                 let (next, factor) = advance(scores, clip(from), clip(to), self.scale, *state);

@@ -4,14 +4,21 @@
 mod backward;
 mod decode;
 mod forward;
+mod merge;
+#[cfg(test)]
+mod parts_tests;
+mod places;
 #[cfg(test)]
 mod reference;
 mod softmax;
 #[cfg(test)]
 mod tests;
 
+pub use merge::{merge, row_sums};
+pub use places::{Places, Seen};
+
 use crate::gemm::Mat;
-use device::{Device, View, ViewMut};
+use device::{DType, Device, View, ViewMut};
 
 /// b rows of the batch, t queries and s keys a row, n query heads, k kv heads, h head dim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +27,7 @@ pub struct Shape {
     pub b: usize,
     /// Queries a row.
     pub t: usize,
-    /// Keys a row, at least `t`: the queries are the last ones.
+    /// Keys a row: at least `t`, the queries being the last ones, where no places are given.
     pub s: usize,
     /// Query heads.
     pub n: usize,
@@ -58,32 +65,26 @@ impl<'a> Heads<'a> {
     }
 }
 
-/// Which keys a query sees, beside the causal rule (key <= query + s - t).
+/// Which keys a query sees, beside the causal rule (keys up to its own place).
 #[derive(Clone, Copy, Default)]
 pub struct Mask<'a> {
-    /// Index, in its row, of the first key of each query's document; non-decreasing. [b * t]
+    /// Place, in its row, of the first key of each query's document; non-decreasing. [b * t]
     pub starts: Option<&'a [u32]>,
     /// A query sees at most this many keys, itself included.
     pub window: Option<usize>,
 }
 
-impl Mask<'_> {
-    /// Keys `[from, to)` seen by query `q` of row `row`.
-    fn visible(&self, shape: &Shape, row: usize, q: usize) -> (usize, usize) {
-        let to = q + shape.s - shape.t + 1;
-        let document = self.starts.map_or(0, |starts| starts[row * shape.t + q] as usize);
-        let window = self.window.map_or(0, |window| to.saturating_sub(window));
-        (document.max(window).min(to), to)
-    }
-}
+/// q, k and v.
+pub type Operands<'a> = (Heads<'a>, Heads<'a>, Heads<'a>);
 
-fn check(shape: &Shape, q: &Heads<'_>, k: &Heads<'_>, v: &Heads<'_>, mask: &Mask<'_>) {
+fn check(shape: &Shape, (q, k, v): &Operands<'_>, seen: &Seen<'_>) {
     let Shape { b, t, s, n, k: kv, h } = *shape;
-    assert!(kv > 0 && n.is_multiple_of(kv) && s >= t && h > 0, "{shape:?}");
+    assert!(kv > 0 && n.is_multiple_of(kv) && h > 0, "{shape:?}");
+    assert!(seen.queries.len() == t && seen.keys.len() == s, "places of {t} queries and {s} keys");
     q.check("q", b, t, n * h);
     k.check("k", b, s, kv * h);
     v.check("v", b, s, kv * h);
-    if let Some(starts) = mask.starts {
+    if let Some(starts) = seen.mask.starts {
         assert_eq!(starts.len(), b * t, "starts");
     }
 }
@@ -100,11 +101,24 @@ pub fn forward(
     out: ViewMut<'_>,
     lse: ViewMut<'_>,
 ) {
-    check(&shape, &q, &k, &v, &mask);
+    forward_part(shape, (q, k, v), Seen::last(mask, shape.t, shape.s), scale, (out, lse));
+}
+
+/// The same where queries and keys stand anywhere in their rows: softmax and sums go over the keys
+/// at hand, and `merge` joins the outcomes of several parts of a row's keys. `out` may be f32 where
+/// the values are bf16, so that it is rounded once, after the last part.
+pub fn forward_part(
+    shape: Shape,
+    qkv: Operands<'_>,
+    seen: Seen<'_>,
+    scale: f32,
+    (out, lse): (ViewMut<'_>, ViewMut<'_>),
+) {
+    check(&shape, &qkv, &seen);
     assert!(out.len() == shape.b * shape.t * shape.n * shape.h && lse.len() == shape.b * shape.n * shape.t);
     match out.device() {
-        Device::Cpu if shape.t <= decode::QUERIES => decode::forward(shape, (q, k, v), mask, scale, out, lse),
-        Device::Cpu => forward::forward(shape, (q, k, v), mask, scale, out, lse),
+        Device::Cpu if shape.t <= decode::QUERIES => decode::forward(shape, qkv, seen, scale, out, lse),
+        Device::Cpu => forward::forward(shape, qkv, seen, scale, out, lse),
     }
 }
 
@@ -121,12 +135,48 @@ pub fn backward(
     dout: View<'_>,
     dqkv: ViewMut<'_>,
 ) {
-    check(&shape, &q, &k, &v, &mask);
+    let (seen, qkv) = (Seen::last(mask, shape.t, shape.s), (q, k, v));
+    check(&shape, &qkv, &seen);
     assert_eq!(shape.s, shape.t, "the way back needs every query");
     let tokens = shape.b * shape.t;
     assert!(out.len() == tokens * shape.n * shape.h && dout.len() == out.len());
     assert_eq!(dqkv.len(), tokens * (shape.n + 2 * shape.k) * shape.h, "dqkv");
+    let mut sums = vec![0f32; shape.b * shape.n * shape.t];
+    row_sums(&shape, out, dout, ViewMut::of_f32(&mut sums));
+    let given = Given { lse, sums: View::of_f32(&sums), dout };
     match dqkv.device() {
-        Device::Cpu => backward::backward(shape, (q, k, v), mask, scale, (out, lse, dout), dqkv),
+        Device::Cpu => backward::packed((shape, qkv, seen, scale), given, dqkv),
+    }
+}
+
+/// What the way back of a part is given beside the operands.
+#[derive(Clone, Copy)]
+pub struct Given<'a> {
+    /// Over all keys of each query, f32. [b, n, t]
+    pub lse: View<'a>,
+    /// `row_sums` of the whole output and its gradient, f32. [b, n, t]
+    pub sums: View<'a>,
+    /// Gradient of the output. [b*t, n*h]
+    pub dout: View<'a>,
+}
+
+/// Adds what a part of the keys contributes: dq f32 [b*t, n*h], and dkv f32 [b*s, 2k*h] (dk | dv)
+/// of the part. Over all parts of a row's keys that is the gradient.
+pub fn backward_part(
+    shape: Shape,
+    qkv: Operands<'_>,
+    seen: Seen<'_>,
+    scale: f32,
+    given: Given<'_>,
+    (dq, dkv): (ViewMut<'_>, ViewMut<'_>),
+) {
+    check(&shape, &qkv, &seen);
+    let Shape { b, t, s, n, k, h } = shape;
+    assert!(given.dout.len() == b * t * n * h && given.lse.len() == b * n * t);
+    assert!(given.sums.len() == b * n * t, "row sums");
+    assert!(dq.len() == b * t * n * h && dkv.len() == b * s * 2 * k * h, "dq, dkv");
+    assert!(dq.dtype() == DType::F32 && dkv.dtype() == DType::F32, "parts are added up in f32");
+    match dq.device() {
+        Device::Cpu => backward::parts((shape, qkv, seen, scale), given, (dq, dkv)),
     }
 }

@@ -4,7 +4,7 @@ use crate::config::Keys;
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
-use dist::{Dim, Flow, Table};
+use dist::{Context, Dim, Flow, Table};
 use serde_json::{Value, json};
 use tensor::{AttentionShape, Fault, GeluKind, Init, KvCache, Norm, ParamRef, ParamSpec, Tape, Var};
 
@@ -123,6 +123,7 @@ struct Block {
     layer: usize,
     attention_norm: StreamNorm,
     qkv: Linear,
+    context: Context,
     out: Linear,
     mlp_norm: StreamNorm,
     up: Linear,
@@ -254,6 +255,7 @@ impl Block {
             layer,
             attention_norm: norm(builder, "attention_norm", "ln_1"),
             qkv: opening(builder, "qkv", "attn.c_attn", Dim::of_parts(&[(n, h); 3]))?,
+            context: Context::new(&builder.flow.mesh, builder.flow.attention),
             out: closing(builder, "out", "attn.c_proj", Dim::of_parts(&[(n, h)]))?,
             mlp_norm: norm(builder, "mlp_norm", "ln_2"),
             up: opening(builder, "up", "mlp.c_fc", Dim::plain(f))?,
@@ -289,7 +291,7 @@ impl Block {
         let h = self.attention_norm.forward(tape, x)?;
         let qkv = self.qkv.forward(tape, &h, None)?;
         drop(h);
-        let attended = attend(tape, qkv, shape, cache)?;
+        let attended = attend(tape, qkv, (&self.context, shape), cache)?;
         let x = self.out.forward(tape, &attended, Some(x))?;
         let h = self.mlp_norm.forward(tape, &x)?;
         let act = self.up.forward_gelu(tape, &h, self.gelu)?;

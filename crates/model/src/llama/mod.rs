@@ -10,7 +10,7 @@ pub use moe::MoeConfig;
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
-use dist::{Dim, Flow, Table};
+use dist::{Axis, Context, Dim, Flow, Table};
 use std::sync::Arc;
 use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
 
@@ -35,6 +35,7 @@ struct Block {
     layer: usize,
     attention_norm: StreamNorm,
     qkv: Linear,
+    context: Context,
     qk_norm: Option<(ParamRef, ParamRef)>,
     out: Linear,
     mlp_norm: StreamNorm,
@@ -63,6 +64,10 @@ impl Llama {
         builder: &mut Builder,
     ) -> Result<Llama, ConfigError> {
         let (v, d) = (config.vocab, config.width);
+        let mesh = *builder.flow.mesh.shape();
+        if config.moe.is_some() && mesh.size(Axis::Cp) > 1 {
+            return Err(ConfigError::ExpertsOnContext { family: config.family.name(), mesh });
+        }
         let matrix = |name: &str| ParamSpec {
             name: name.to_string(),
             shape: vec![v, d],
@@ -235,7 +240,8 @@ impl Block {
         let mlp = Mlp::build(config, layer, builder)?;
         let (n, k) = local_heads(&builder.flow, n, k);
         let (heads, window) = ((n, k, h), config.window_of(layer));
-        Ok(Block { layer, attention_norm, qkv, qk_norm, out, mlp_norm, mlp, heads, eps, window })
+        let context = Context::new(&builder.flow.mesh, builder.flow.attention);
+        Ok(Block { layer, attention_norm, qkv, context, qk_norm, out, mlp_norm, mlp, heads, eps, window })
     }
 
     /// x [M, D], of which the first `real` rows are no padding -> [M, D].
@@ -252,7 +258,7 @@ impl Block {
         if let Some(weights) = self.qk_norm {
             qkv = tape.head_norm(&qkv, weights, self.heads, self.eps)?;
         }
-        let attended = attend(tape, qkv, shape, cache)?;
+        let attended = attend(tape, qkv, (&self.context, shape), cache)?;
         let x = self.out.forward(tape, &attended, Some(x))?;
         drop(attended);
         let h = self.mlp_norm.forward(tape, &x)?;

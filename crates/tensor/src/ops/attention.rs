@@ -38,11 +38,13 @@ impl AttentionShape {
         (self.n + 2 * self.k) * self.h
     }
 
-    fn heads<'a>(&self, qkv: View<'a>, first_head: usize, rows_per_batch: usize) -> Heads<'a> {
+    /// Heads of packed rows, from head `first_head` of q, k and v counted through.
+    pub fn heads<'a>(&self, qkv: View<'a>, first_head: usize, rows_per_batch: usize) -> Heads<'a> {
         Heads { data: qkv, ld: self.width(), col: first_head * self.h, rows_per_batch }
     }
 
-    fn rotate(&self, qkv: &mut Tensor, inverse: bool) {
+    /// Turns q and k of packed rows by their positions, or back.
+    pub fn rotate(&self, qkv: &mut Tensor, inverse: bool) {
         if let Some(table) = &self.rope {
             let (ld, heads) = (self.width(), self.n + self.k);
             rope::apply(qkv.view_mut(), ld, heads, self.h, &self.positions, table, inverse);

@@ -318,6 +318,13 @@ pub const KEYS: &[Key] = &[
         "Replicas that share the state among them: each keeps its shard of it.",
     ),
     key("mesh.cp", Int(1, 65536), "1", "ranks", "Context: every row of tokens is cut among so many ranks."),
+    key(
+        "mesh.attention",
+        Choice(&["auto", "ring", "all-to-all"]),
+        "\"auto\"",
+        "",
+        "How attention sees the tokens of other context ranks; auto takes all-to-all where the heads divide and it moves less.",
+    ),
     key("mesh.ep", Int(1, 65536), "1", "ranks", "Replicas that share the experts of a mixture among them."),
     key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
     key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),

@@ -1,13 +1,13 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, new_model};
+use super::{RecipeError, Settings, context, new_model};
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
-use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
+use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use std::path::PathBuf;
@@ -69,12 +69,15 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// How attention sees the tokens of other context ranks.
+    pub attention: ContextAttention,
 }
 
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
-        Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))
+        let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
+        Ok(Flow { attention: self.attention, ..flow })
     }
 }
 
@@ -391,7 +394,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp] {
+    for axis in [Axis::Pp, Axis::Fsdp] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -403,6 +406,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             );
         }
     }
+    context::check(&shape, train.context)?;
     let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
         return impossible(
@@ -429,5 +433,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
         );
     }
-    Ok(MeshRecipe { shape, scheme })
+    let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
+    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default() })
 }
