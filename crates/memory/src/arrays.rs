@@ -5,8 +5,8 @@
 //! stay, and whoever opens a window has said so before with `visit`.
 
 use crate::pager::{About, Pager, PagerError, Setup, TierReport};
-use crate::trace::{Access, ChunkId, Trace};
 use crate::plan::Budgets;
+use crate::trace::{Access, ChunkId, Trace};
 use crate::{Class, STATES, Tier};
 use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
 use std::ops::Range;
@@ -176,7 +176,9 @@ impl Arrays {
     /// Write elements of a class.
     pub fn view_mut(&mut self, class: Class, elements: Range<usize>) -> ViewMut<'_> {
         let array = self.regions.0[class as usize].as_mut();
-        array.unwrap_or_else(|| panic!("an array of class {class} was never added")).open(self.depth, &elements)
+        array
+            .unwrap_or_else(|| panic!("an array of class {class} was never added"))
+            .open(self.depth, &elements)
     }
 
     /// Read elements of `read`, write the same ones of `write`.

@@ -7,6 +7,7 @@ use data::Batch;
 use device::{DType, Device, OutOfMemory};
 use dist::{Flow, Mesh};
 use memory::pager::{PagerError, Setup};
+use memory::plan::Budgets;
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::time::Instant;
 use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
@@ -78,6 +79,12 @@ impl Learner {
         let optimizer = AdamW::new(adamw, &mut store)?;
         let (mesh, pass) = (flow.mesh.clone(), Pass::default());
         Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass })
+    }
+
+    /// Other budgets of the tiers from now on, between two steps; see `Arrays::set_budget`. No bit of
+    /// the run changes.
+    pub fn set_budget(&mut self, budgets: Budgets) -> Result<(), PagerError> {
+        self.store.arrays_mut().set_budget(budgets)
     }
 
     /// Random initial weights from `seed`.

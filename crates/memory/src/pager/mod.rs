@@ -20,6 +20,7 @@ mod steps;
 
 pub use report::{LinkCount, TierCount, TierReport};
 
+use crate::arrays::At;
 use crate::disk::{Disk, DiskError, Options, Region};
 use crate::plan::Budgets;
 use crate::trace::{ChunkId, Phase, Trace};
@@ -27,7 +28,6 @@ use crate::{Class, STATES, Tier};
 use follow::{Action, Follow};
 use mover::{MEMORIES, Mover, Slot};
 use script::Script;
-use crate::arrays::At;
 use std::path::PathBuf;
 use std::time::Instant;
 

@@ -337,9 +337,7 @@ impl Pager {
     /// Nobody can leave: something must be on its way that can once it is here.
     fn wait_for_arrivals(&mut self, regions: &Regions, depth: usize, bytes: u64) -> Result<(), PagerError> {
         let coming = |id: &ChunkId| {
-            self.chunk(*id).valid[depth]
-                && !self.is_held(*id, depth)
-                && !regions.is_here(self.at(*id, depth))
+            self.chunk(*id).valid[depth] && !self.is_held(*id, depth) && !regions.is_here(self.at(*id, depth))
         };
         let next = (0..self.chunks.len() as u32).map(ChunkId).find(coming);
         match next.filter(|_| depth + 1 < self.tiers.len()) {
