@@ -447,6 +447,12 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             );
         }
     }
+    if shape.world_size() > 1 && get.text("memory.dram").is_some() {
+        return impossible(
+            format!("memory.dram is given for mesh `{shape}`"),
+            "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
+        );
+    }
     Ok(MeshRecipe { shape, scheme })
 }
 
