@@ -32,7 +32,9 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         return None;
     }
     // Behind a device, a host that holds everything needs no drive.
-    let needs_drive = device_bytes.is_none() || !fits(dram_bytes, 0);
+    // Arrays are a little larger than the parameters: each begins at a cache line, each ends a page.
+    let padding = state_bytes / 32 + (64 << 10);
+    let needs_drive = device_bytes.is_none() || !fits(dram_bytes, padding);
     let nvme_bytes = needs_drive.then(|| memory.nvme_bytes.unwrap_or(u64::MAX));
     let ranks = recipe.mesh.shape.world_size();
     Some(Setup {
