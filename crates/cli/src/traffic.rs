@@ -9,7 +9,8 @@ use train::StepMetrics;
 pub struct Traffic {
     steps: u64,
     seconds: f64,
-    peak_bytes: u64,
+    /// By tier of memory.
+    peaks: Vec<(String, u64)>,
     other_bytes: u64,
     links: Vec<Link>,
 }
@@ -32,7 +33,10 @@ impl Traffic {
         let Some(tiers) = &step.tiers else { return };
         self.steps += 1;
         self.seconds += step.seconds;
-        self.peak_bytes = self.peak_bytes.max(tiers.peak_bytes);
+        self.peaks.resize_with(tiers.tiers.len(), Default::default);
+        for (peak, tier) in self.peaks.iter_mut().zip(&tiers.tiers) {
+            *peak = (tier.tier.to_string(), peak.1.max(tier.peak_bytes));
+        }
         self.other_bytes = self.other_bytes.max(tiers.other_bytes);
         self.links.resize_with(tiers.links.len(), Link::default);
         for (sum, link) in self.links.iter_mut().zip(&tiers.links) {
@@ -72,8 +76,10 @@ impl fmt::Display for Traffic {
             }
         }
         if self.steps > 0 {
-            let (peak, others) = (show::bytes(self.peak_bytes), show::bytes(self.other_bytes));
-            writeln!(f, "peak: {peak} of state in DRAM beside {others} of activations and buffers")?;
+            let peak = |(tier, bytes): &(String, u64)| format!("{} in {tier}", show::bytes(*bytes));
+            let peaks = self.peaks.iter().map(peak).collect::<Vec<_>>().join(", ");
+            let others = show::bytes(self.other_bytes);
+            writeln!(f, "peak: state {peaks}, beside {others} of activations and buffers")?;
         }
         Ok(())
     }

@@ -6,6 +6,7 @@ use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMet
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
+use memory::Tier;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -329,11 +330,13 @@ fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
     let predicted = show::bytes(prepared.estimate(recipe).total_bytes());
     match prepared.tiers(recipe) {
         None => format!("{predicted} predicted"),
-        Some(tiers) => format!(
-            "{predicted} predicted, within {} of DRAM; the rest in {}",
-            show::bytes(tiers.dram_bytes),
-            tiers.dir.display()
-        ),
+        Some(tiers) => {
+            let budget =
+                |tier| tiers.budgets.of(tier).map(|bytes| format!("{} of {tier}", show::bytes(bytes)));
+            let within: Vec<_> = [Tier::Hbm, Tier::Dram].into_iter().filter_map(budget).collect();
+            let rest = tiers.budgets.nvme.map(|_| format!("; the rest in {}", tiers.dir.display()));
+            format!("{predicted} predicted, within {}{}", within.join(" and "), rest.unwrap_or_default())
+        }
     }
 }
 

@@ -5,20 +5,37 @@
 //! stay, and whoever opens a window has said so before with `visit`.
 
 use crate::pager::{About, Pager, PagerError, Setup, TierReport};
+use crate::plan::Budgets;
 use crate::trace::{Access, ChunkId, Trace};
-use crate::{Class, STATES};
+use crate::{Class, STATES, Tier};
 use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
 use std::ops::Range;
 
 struct Array {
     dtype: DType,
-    region: Region,
+    /// By depth of memory, fastest first; one where everything stays.
+    regions: Vec<Region>,
 }
 
 impl Array {
-    fn open(&mut self, elements: &Range<usize>) -> ViewMut<'_> {
-        self.region.view_mut(self.dtype, elements.start, elements.len())
+    fn view(&self, depth: usize, elements: &Range<usize>) -> View<'_> {
+        self.regions[depth].view(self.dtype, elements.start, elements.len())
     }
+
+    fn open(&mut self, depth: usize, elements: &Range<usize>) -> ViewMut<'_> {
+        self.regions[depth].view_mut(self.dtype, elements.start, elements.len())
+    }
+}
+
+/// A chunk in one memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct At {
+    /// Which array.
+    pub class: usize,
+    /// Which memory, fastest first.
+    pub depth: usize,
+    /// Which chunk.
+    pub i: usize,
 }
 
 /// The regions by class.
@@ -26,28 +43,28 @@ impl Array {
 pub(crate) struct Regions([Option<Array>; STATES]);
 
 impl Regions {
-    fn region(&mut self, class: usize) -> &mut Region {
-        &mut self.0[class].as_mut().expect("a chunk of a class that was added").region
+    fn region(&mut self, at: At) -> &mut Region {
+        &mut self.0[at.class].as_mut().expect("a chunk of a class that was added").regions[at.depth]
     }
 
-    pub fn is_here(&self, (class, i): (usize, usize)) -> bool {
-        self.0[class].as_ref().is_some_and(|array| array.region.is_here(i))
+    pub fn is_here(&self, at: At) -> bool {
+        self.0[at.class].as_ref().is_some_and(|array| array.regions[at.depth].is_here(at.i))
     }
 
-    pub fn is_lent(&self, (class, i): (usize, usize)) -> bool {
-        self.0[class].as_ref().is_some_and(|array| array.region.is_lent(i))
+    pub fn is_lent(&self, at: At) -> bool {
+        self.0[at.class].as_ref().is_some_and(|array| array.regions[at.depth].is_lent(at.i))
     }
 
-    pub fn bring(&mut self, (class, i): (usize, usize)) {
-        self.region(class).bring(i);
+    pub fn bring(&mut self, at: At) {
+        self.region(at).bring(at.i);
     }
 
-    pub fn send_away(&mut self, (class, i): (usize, usize)) {
-        self.region(class).send_away(i);
+    pub fn send_away(&mut self, at: At) {
+        self.region(at).send_away(at.i);
     }
 
-    pub fn lend(&mut self, (class, i): (usize, usize)) -> device::Loan {
-        self.region(class).lend(i)
+    pub fn lend(&mut self, at: At) -> device::Loan {
+        self.region(at).lend(at.i)
     }
 }
 
@@ -81,6 +98,8 @@ pub struct Arrays {
     device: Device,
     len: usize,
     regions: Regions,
+    /// Depth of the memory in which the present moment computes: there its windows open.
+    depth: usize,
     pager: Option<Pager>,
     /// The list of a visit, kept so that no visit allocates.
     scratch: Vec<(ChunkId, Access)>,
@@ -89,7 +108,7 @@ pub struct Arrays {
 impl Arrays {
     /// No array yet; each will have `len` elements and stay in memory.
     pub fn new(device: Device, len: usize) -> Arrays {
-        Arrays { device, len, regions: Regions::default(), pager: None, scratch: Vec::new() }
+        Arrays { device, len, regions: Regions::default(), depth: 0, pager: None, scratch: Vec::new() }
     }
 
     /// The same over tiers, with all its arrays.
@@ -103,9 +122,12 @@ impl Arrays {
         let mut sizes = Vec::new();
         for (class, dtype) in classes {
             let size = dtype.size_bytes();
-            let region = Region::reserve(device, len * size, setup.chunk_elements * size)?;
-            sizes.push((*class, (0..region.granules()).map(|i| region.granule_bytes(i)).collect()));
-            arrays.regions.0[*class as usize] = Some(Array { dtype: *dtype, region });
+            let memories = setup.budgets.tiers().into_iter().filter(|tier| *tier != Tier::Nvme);
+            let reserve = memories.map(|_| Region::reserve(device, len * size, setup.chunk_elements * size));
+            let regions: Vec<Region> = reserve.collect::<Result<_, OutOfMemory>>()?;
+            let granules = 0..regions[0].granules();
+            sizes.push((*class, granules.map(|i| regions[0].granule_bytes(i)).collect()));
+            arrays.regions.0[*class as usize] = Some(Array { dtype: *dtype, regions });
         }
         arrays.pager = Some(Pager::new(setup, &sizes)?);
         Ok(arrays)
@@ -116,7 +138,7 @@ impl Arrays {
         if !self.has(class) {
             assert!(self.pager.is_none(), "arrays over tiers have all classes from the beginning");
             let region = Region::zeroed(self.device, self.len * dtype.size_bytes())?;
-            self.regions.0[class as usize] = Some(Array { dtype, region });
+            self.regions.0[class as usize] = Some(Array { dtype, regions: vec![region] });
         }
         Ok(())
     }
@@ -148,14 +170,15 @@ impl Arrays {
 
     /// Read elements of a class.
     pub fn view(&self, class: Class, elements: Range<usize>) -> View<'_> {
-        let Array { dtype, region } = self.array(class);
-        region.view(*dtype, elements.start, elements.len())
+        self.array(class).view(self.depth, &elements)
     }
 
     /// Write elements of a class.
     pub fn view_mut(&mut self, class: Class, elements: Range<usize>) -> ViewMut<'_> {
         let array = self.regions.0[class as usize].as_mut();
-        array.unwrap_or_else(|| panic!("an array of class {class} was never added")).open(&elements)
+        array
+            .unwrap_or_else(|| panic!("an array of class {class} was never added"))
+            .open(self.depth, &elements)
     }
 
     /// Read elements of `read`, write the same ones of `write`.
@@ -165,17 +188,16 @@ impl Arrays {
         write: Class,
         elements: Range<usize>,
     ) -> (View<'_>, ViewMut<'_>) {
-        let (start, len) = (elements.start, elements.len());
         let pair = self.regions.0.get_disjoint_mut([read as usize, write as usize]);
         let Ok([Some(read), Some(write)]) = pair else { panic!("arrays {read} and {write} were added") };
-        (read.region.view(read.dtype, start, len), write.region.view_mut(write.dtype, start, len))
+        (read.view(self.depth, &elements), write.open(self.depth, &elements))
     }
 
     /// Write the same elements of two classes.
     pub fn views_mut(&mut self, classes: [Class; 2], elements: Range<usize>) -> [ViewMut<'_>; 2] {
         let pair = self.regions.0.get_disjoint_mut(classes.map(|class| class as usize));
         let Ok([Some(a), Some(b)]) = pair else { panic!("arrays {classes:?} were added") };
-        [a.open(&elements), b.open(&elements)]
+        [a.open(self.depth, &elements), b.open(self.depth, &elements)]
     }
 
     /// Element type of a class.
@@ -185,7 +207,7 @@ impl Arrays {
 
     /// Bytes of a class.
     pub fn bytes(&self, class: Class) -> usize {
-        self.array(class).region.len_bytes()
+        self.array(class).regions[0].len_bytes()
     }
 
     /// Windows on the same elements of every class.
@@ -194,12 +216,13 @@ impl Arrays {
         let (Some(param), Some(grad), Some(m), Some(v)) = (param, grad, m, v) else {
             panic!("weights, gradients and moments were added")
         };
+        let depth = self.depth;
         Update {
-            param: param.open(&elements),
-            grad: grad.region.view(grad.dtype, elements.start, elements.len()),
-            master: master.as_mut().map(|master| master.open(&elements)),
-            m: m.open(&elements),
-            v: v.open(&elements),
+            param: param.open(depth, &elements),
+            grad: grad.view(depth, &elements),
+            master: master.as_mut().map(|master| master.open(depth, &elements)),
+            m: m.open(depth, &elements),
+            v: v.open(depth, &elements),
         }
     }
 
@@ -236,7 +259,8 @@ impl Arrays {
                 }
             }
         }
-        pager.visit(&mut self.regions, about, list)
+        self.depth = pager.visit(&mut self.regions, about, list)?;
+        Ok(())
     }
 
     /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
@@ -250,6 +274,22 @@ impl Arrays {
             pager.discard(&mut self.regions, id)?;
         }
         Ok(())
+    }
+
+    /// Other budgets from now on, those of the whole process; the tiers stay those there are. Chunks
+    /// leave where there is less, and the step is planned anew. Not within a step.
+    ///
+    /// Errors: `PagerError::Budget` where the recorded step cannot run; everything stays as it was.
+    pub fn set_budget(&mut self, budgets: Budgets) -> Result<(), PagerError> {
+        match &mut self.pager {
+            Some(pager) => pager.set_budget(&mut self.regions, budgets),
+            None => Err(PagerError::Tiers { asked: budgets.tiers(), tiers: Vec::new() }),
+        }
+    }
+
+    /// The budgets there are; none where everything stays in memory.
+    pub fn budgets(&self) -> Option<Budgets> {
+        self.pager.as_ref().map(Pager::budgets)
     }
 
     /// Whether chunks come and go.

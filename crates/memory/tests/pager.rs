@@ -3,6 +3,7 @@
 
 use device::{Buffer, DType, Device};
 use memory::pager::{About, PagerError, Policy, Setup};
+use memory::plan::Budgets;
 use memory::trace::{Access, Phase};
 use memory::{Arrays, Class, Need};
 use proptest::prelude::*;
@@ -21,14 +22,19 @@ static HELD: LazyLock<Mutex<Buffer>> =
 fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
     let setup = Setup {
         // A 64th of the budget stays free.
-        dram_bytes: (OTHERS as u64 + chunks * 8192) * 64 / 63 + 64,
-        nvme_bytes: 1 << 30,
+        budgets: Budgets { hbm: None, dram: Some(budget(OTHERS as u64, chunks)), nvme: Some(1 << 30) },
+        ranks: 1,
         dir: dir.to_path_buf(),
         policy,
         other_bytes: 0,
         chunk_elements: CHUNK,
     };
     Arrays::paged(Device::Cpu, LEN, setup, &CLASSES.map(|class| (class, DType::F32))).unwrap()
+}
+
+/// A budget that leaves room for `chunks` beside `others`.
+fn budget(others: u64, chunks: u64) -> u64 {
+    (others + chunks * 8192) * 64 / 63 + 64
 }
 
 const ABOUT: About = About { phase: Phase::Forward, op: "op", layer: 0 };
@@ -103,7 +109,7 @@ proptest! {
             }
             arrays.end_step().unwrap();
             let report = arrays.report().unwrap();
-            prop_assert!(report.peak_bytes <= chunks * 8192 + 64, "{report:?}");
+            prop_assert!(report.tiers[0].peak_bytes <= chunks * 8192 + 64, "{report:?}");
             for act in &between {
                 perform(&mut arrays, &mut plain, act).unwrap();
             }

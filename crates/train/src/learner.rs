@@ -8,6 +8,7 @@ use data::Batch;
 use device::{DType, Device, OutOfMemory};
 use dist::{Axis, Flow, Mesh};
 use memory::pager::{PagerError, Setup};
+use memory::plan::Budgets;
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::time::Instant;
 use tensor::{Fault, Load, Moment, ParamList, ParamStore, Tape, Targets, Var};
@@ -92,6 +93,12 @@ impl Learner {
             recompute,
             pass,
         })
+    }
+
+    /// Other budgets of the tiers from now on, between two steps; see `Arrays::set_budget`. No bit of
+    /// the run changes.
+    pub fn set_budget(&mut self, budgets: Budgets) -> Result<(), PagerError> {
+        self.store.arrays_mut().set_budget(budgets)
     }
 
     /// Random initial weights from `seed`.

@@ -5,7 +5,7 @@
 
 use crate::balance::Balance;
 use crate::tensorboard::EventWriter;
-use memory::pager::{LinkCount, TierReport};
+use memory::pager::{LinkCount, TierCount, TierReport};
 use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -158,14 +158,21 @@ fn tiers_line(tiers: &TierReport) -> Value {
             "up_s": link.up_s, "down_s": link.down_s, "stall_s": link.stall_s,
         })
     };
+    let tier = |tier: &TierCount| {
+        json!({
+            "tier": tier.tier.to_string(), "peak_bytes": tier.peak_bytes,
+            "capacity_bytes": tier.capacity_bytes,
+        })
+    };
     json!({
-        "links": tiers.links.iter().map(link).collect::<Vec<_>>(), "peak_bytes": tiers.peak_bytes,
-        "other_bytes": tiers.other_bytes, "capacity_bytes": tiers.capacity_bytes,
+        "links": tiers.links.iter().map(link).collect::<Vec<_>>(), "tiers": tiers.tiers.iter().map(tier).collect::<Vec<_>>(),
+        "other_bytes": tiers.other_bytes,
     })
 }
 
 fn tiers_points(tiers: &TierReport) -> Vec<(String, f64)> {
-    let mut points = vec![("memory/chunk_peak_bytes".to_string(), tiers.peak_bytes as f64)];
+    let peak = |tier: &TierCount| (format!("memory/{}/peak_bytes", tier.tier), tier.peak_bytes as f64);
+    let mut points: Vec<_> = tiers.tiers.iter().map(peak).collect();
     for link in &tiers.links {
         let name = |what: &str| format!("memory/{}-{}/{what}", link.upper, link.lower);
         points.push((name("up_bytes"), link.up_bytes as f64));

@@ -49,6 +49,8 @@ pub struct Prepared {
     pub train: Arc<TokenizedCorpus>,
     /// Validation tokens, where some could be held out.
     pub valid: Option<Arc<TokenizedCorpus>>,
+    /// Parameters that all ranks of this process hold together, copies counted.
+    held: usize,
     /// The model to start from.
     files: Option<ModelFiles>,
 }
@@ -63,9 +65,9 @@ impl Prepared {
         let tokenizer = tokenizer(recipe, files.as_ref(), resume, report)?;
         let config = config(recipe, files.as_ref(), &tokenizer)?;
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
-        check_mesh(recipe, &config)?;
+        let held = check_mesh(recipe, &config)?;
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
-        Ok(Prepared { config, params, tokenizer, train, valid, files })
+        Ok(Prepared { config, params, tokenizer, train, valid, held, files })
     }
 
     /// What the run will need.
@@ -77,7 +79,7 @@ impl Prepared {
 
     /// What the state may spread over; none: all of it stays in memory.
     pub fn tiers(&self, recipe: &Recipe) -> Option<Setup> {
-        tiers::setup(recipe, &self.estimate(recipe))
+        tiers::setup(recipe, &self.estimate(recipe), self.held)
     }
 
     /// Refuse a run that cannot fit before anything is reserved.
@@ -142,12 +144,14 @@ impl Prepared {
 }
 
 /// Refuse a model that cannot lie on the recipe's mesh before the run's folder is touched.
-fn check_mesh(recipe: &Recipe, config: &Config) -> Result<(), TrainError> {
+/// Returns the parameters all its ranks hold together.
+fn check_mesh(recipe: &Recipe, config: &Config) -> Result<usize, TrainError> {
     let shape = recipe.mesh.shape;
     let mesh = Mesh::new(shape, Communicator::null(0, shape.world_size()))
         .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
-    Model::build_on(config, recipe.train.context, &recipe.mesh.flow(&mesh)?)?;
-    Ok(())
+    let built = Model::build_on(config, recipe.train.context, &recipe.mesh.flow(&mesh)?)?;
+    let of_one: usize = built.params.specs().iter().map(|spec| spec.len()).sum();
+    Ok(of_one * shape.world_size())
 }
 
 fn tokenizer(

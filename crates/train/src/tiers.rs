@@ -6,7 +6,9 @@ use crate::bytes;
 use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
-use memory::pager::{Setup, chunk_elements, free_for_chunks};
+use memory::Tier;
+use memory::pager::{Setup, chunk_elements, free_for_chunks, key_of};
+use memory::plan::Budgets;
 use tensor::ParamList;
 
 /// Activations are predicted a little low for some models: until a step has been seen this much
@@ -17,22 +19,31 @@ const MARGIN: f64 = 1.25;
 const AUTO_PART: f64 = 0.9;
 
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
-pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate) -> Option<Setup> {
+/// `held` parameters are those of all ranks together.
+pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
     let memory = recipe.memory.as_ref()?;
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
-    let dram_bytes = memory.dram_bytes.unwrap_or_else(auto);
+    let device_bytes = memory.device_bytes;
+    let dram_bytes = memory.dram_bytes.unwrap_or_else(|| auto().saturating_sub(device_bytes.unwrap_or(0)));
     let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64;
-    let needed = estimate.state_bytes + other_bytes;
-    if needed <= free_for_chunks(dram_bytes, 0) && memory.policy.is_free_to_keep_all() {
+    let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype)) as u64;
+    let fits = |budget: u64, beside: u64| state_bytes + beside <= free_for_chunks(budget, 0);
+    if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
         return None;
     }
+    // Behind a device, a host that holds everything needs no drive.
+    // Arrays are a little larger than the parameters: each begins at a cache line, each ends a page.
+    let padding = state_bytes / 32 + (64 << 10);
+    let needs_drive = device_bytes.is_none() || !fits(dram_bytes, padding);
+    let nvme_bytes = needs_drive.then(|| memory.nvme_bytes.unwrap_or(u64::MAX));
+    let ranks = recipe.mesh.shape.world_size();
     Some(Setup {
-        dram_bytes,
-        nvme_bytes: memory.nvme_bytes.unwrap_or(u64::MAX),
+        budgets: Budgets { hbm: device_bytes, dram: Some(dram_bytes), nvme: nvme_bytes },
+        ranks: ranks as u64,
         dir: memory.dir.clone(),
         policy: memory.policy,
         other_bytes,
-        chunk_elements: chunk_elements(estimate.params, dram_bytes),
+        chunk_elements: chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64),
     })
 }
 
@@ -44,32 +55,43 @@ pub(crate) fn check(
     setup: &Setup,
 ) -> Result<(), TrainError> {
     let available = device::available_bytes().map_or(u64::MAX, |free| free as u64);
-    if setup.dram_bytes > available {
+    let (device_bytes, dram_bytes) = (setup.budgets.hbm.unwrap_or(0), setup.budgets.dram.unwrap_or(0));
+    if dram_bytes.saturating_add(device_bytes) > available {
+        let device = match setup.budgets.hbm {
+            Some(device) => format!(" beside memory.simulate_device = {}", bytes(device)),
+            None => String::new(),
+        };
         return Err(TrainError::Budget {
-            what: format!("memory.dram = {}, {} are available", bytes(setup.dram_bytes), bytes(available)),
+            what: format!("memory.dram = {}{device}, {} are available", bytes(dram_bytes), bytes(available)),
             remedy: "lower memory.dram, or set it to \"auto\"".into(),
         });
     }
-    if setup.nvme_bytes < estimate.state_bytes {
+    if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < estimate.state_bytes) {
         return Err(TrainError::Budget {
             what: format!(
                 "memory.nvme = {}, the state takes {}",
-                bytes(setup.nvme_bytes),
+                bytes(nvme_bytes),
                 bytes(estimate.state_bytes)
             ),
             remedy: "raise memory.nvme to that".into(),
         });
     }
-    let least = least_dram(recipe, params, setup);
-    if least > setup.dram_bytes {
+    for (tier, least) in least_budgets(recipe, params, setup) {
+        let (key, budget) = (key_of(tier), setup.budgets.of(tier).unwrap_or(0));
+        if least <= budget {
+            continue;
+        }
+        let others = match setup.budgets.tiers()[0] == tier {
+            true => format!("activations take about {}, and ", bytes(setup.other_bytes)),
+            false => String::new(),
+        };
         return Err(TrainError::Budget {
             what: format!(
-                "memory.dram = {} is too little: activations take about {}, and the widest op needs its weights and gradients at once",
-                bytes(setup.dram_bytes),
-                bytes(setup.other_bytes)
+                "{key} = {} is too little: {others}the widest op needs its weights and gradients at once",
+                bytes(budget)
             ),
             remedy: format!(
-                "raise memory.dram to {}, or lower train.batch or train.context, or set train.recompute = \"always\"",
+                "raise {key} to {}, or lower train.batch or train.context, or set train.recompute = \"always\"",
                 bytes(least)
             ),
         });
@@ -77,15 +99,23 @@ pub(crate) fn check(
     Ok(())
 }
 
-/// DRAM below which some moment cannot run: activations beside the widest parameter with its
-/// gradient, or one chunk of everything.
-fn least_dram(recipe: &Recipe, params: &ParamList, setup: &Setup) -> u64 {
+/// By tier of memory: bytes below which some moment cannot run. Where ops compute: activations beside
+/// the widest parameter with its gradient; where updates run: one chunk of everything. What comes up
+/// to a device passes through the host, beside a chunk that makes room.
+fn least_budgets(recipe: &Recipe, params: &ParamList, setup: &Setup) -> Vec<(Tier, u64)> {
     let chunk = setup.chunk_elements;
     let widest = params.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
     // Where a parameter begins and ends within chunks.
-    let whole = (widest + 2 * chunk) * (recipe.train.dtype.size_bytes() + 4);
-    let update = chunk * AdamW::bytes_per_param(recipe.train.dtype);
-    let chunks = whole.max(update) as u64 + setup.other_bytes;
+    let whole = ((widest + 2 * chunk) * (recipe.train.dtype.size_bytes() + 4)) as u64;
+    let update = (chunk * AdamW::bytes_per_param(recipe.train.dtype)) as u64;
     // What `free_for_chunks` takes off.
-    chunks + chunks / 32
+    let budget = |bytes: u64, others: u64| {
+        let bytes = bytes * setup.ranks + others;
+        bytes + bytes / 32
+    };
+    let (host, others) = (whole.max(update), setup.other_bytes);
+    match setup.budgets.hbm {
+        None => vec![(Tier::Dram, budget(host, others))],
+        Some(_) => vec![(Tier::Hbm, budget(whole, others)), (Tier::Dram, budget(host + update, 0))],
+    }
 }

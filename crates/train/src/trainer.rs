@@ -86,6 +86,11 @@ pub struct Trainer {
 }
 
 impl Trainer {
+    /// The learner, between two steps.
+    pub fn learner_mut(&mut self) -> &mut Learner {
+        &mut self.learner
+    }
+
     /// Set a run up: reserve memory, load or draw weights, restore a state. `peak_gflops` is the
     /// machine's, for utilisation.
     pub fn new(

@@ -6,6 +6,7 @@
 mod common;
 
 use common::{Place, moved};
+use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use train::{Prepared, Progress, Start, TrainError};
@@ -79,6 +80,83 @@ fn every_budget_model_and_policy_gives_the_bits_of_a_run_without_limits() {
             assert_same(&place, &whole, "tiers", &what);
         }
     }
+}
+
+/// Bytes of a device for a run: activations as predicted, and room for its ops.
+fn device(place: &Place, sets: &[&str], part: f64) -> String {
+    format!("memory.simulate_device={}B", budget(place, sets, part))
+}
+
+#[test]
+fn three_tiers_give_the_bits_of_a_run_without_limits() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let variants: &[&[&str]] = &[
+        &[],
+        &["train.clip=0", "model.tied=false"],
+        &["train.accumulate=3", "train.batch=1", "train.recompute=always"],
+    ];
+    for (i, variant) in variants.iter().enumerate() {
+        let (sets, whole) = ([&MODEL[..], variant].concat(), format!("whole{i}"));
+        place.run(&whole, &sets, Start::New, None).unwrap();
+        let state = {
+            let recipe = place.settings("probe", &sets).recipe().unwrap();
+            Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe).state_bytes as f64
+        };
+        // Of the device and of the host, in parts of the state; beyond 1 there is no drive.
+        for (policy, upper, host) in [
+            ("dynamic", 0.25, 0.4),
+            ("dynamic", 0.3, 1.3),
+            ("belady", 0.3, 0.5),
+            ("lru", 0.25, 0.4),
+            ("static", 0.3, 1.2),
+        ] {
+            let what = format!("{variant:?} {policy} {upper} {host}");
+            let dram = (state * host) as u64;
+            let (device, policy, dram_set) = (
+                device(&place, &sets, upper),
+                format!("memory.policy={policy}"),
+                format!("memory.dram={dram}B"),
+            );
+            let sets = [&sets[..], &[&device, &policy, &dram_set]].concat();
+            device::release_cached();
+            device::reset_peak();
+            place.run("tiers", &sets, Start::Overwrite, None).unwrap();
+            let (up, down, bound) = moved(&place.path("tiers"));
+            println!("{what}: {up} up, {down} down, bound {bound:?}");
+            assert!(up > 0 && down > 0, "{what} moved nothing");
+            assert_same(&place, &whole, "tiers", &what);
+        }
+    }
+}
+
+#[test]
+fn budgets_change_while_a_run_goes_on() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let sets = [&MODEL[..], &["train.steps=9"]].concat();
+    place.run("whole", &sets, Start::New, None).unwrap();
+    let (low, high) = (budget(&place, &sets, 0.3), budget(&place, &sets, 0.6));
+    let dram = format!("memory.dram={high}B");
+    device::Threads::new(2).unwrap().run(|| {
+        let mut trainer = place.trainer("live", &[&sets[..], &[&dram]].concat(), Start::New).unwrap();
+        while let Some(progress) = trainer.advance().unwrap() {
+            let Progress::Step(m) = progress else { continue };
+            let learner = trainer.learner_mut();
+            let budgets = learner.store.arrays().budgets().unwrap();
+            match m.step {
+                3 => learner.set_budget(Budgets { dram: Some(low), ..budgets }).unwrap(),
+                5 => {
+                    let said = learner.set_budget(Budgets { dram: Some(100_000), ..budgets }).unwrap_err();
+                    assert!(said.to_string().contains("memory.dram = 100000 bytes is too little"), "{said}");
+                    assert_eq!(learner.store.arrays().budgets(), Some(budgets));
+                }
+                6 => learner.set_budget(Budgets { dram: Some(high), ..budgets }).unwrap(),
+                _ => {}
+            }
+        }
+    });
+    assert_same(&place, "whole", "live", "changing budgets");
 }
 
 #[test]

@@ -4,21 +4,29 @@
 //! Every decision is made on the thread that computes, and made as if all that was queued before
 //! were done; the bytes are moved by the threads of `mover`. So a chunk leaves behind the back of
 //! the computation, and the computation waits for one thing only: a chunk it needs now.
+//!
+//! Tiers are counted by their depth, fastest first: 0 is where ops compute. Of a chunk it is known in
+//! which tiers a copy is *valid*. A copy that has a valid one below it is dropped without a move; one
+//! that is written makes all others stale, and their room is free at once. A chunk with no valid copy
+//! reads as zeros. Two tiers or three are the same code: a link is a pair of neighbours.
 
 mod follow;
 mod mover;
 mod report;
 mod residency;
+mod room;
 mod script;
 mod steps;
 
-pub use report::{LinkCount, TierReport};
+pub use report::{LinkCount, TierCount, TierReport};
 
+use crate::arrays::At;
 use crate::disk::{Disk, DiskError, Options, Region};
+use crate::plan::Budgets;
 use crate::trace::{ChunkId, Phase, Trace};
-use crate::{Class, STATES};
+use crate::{Class, STATES, Tier};
 use follow::{Action, Follow};
-use mover::{Mover, Slot};
+use mover::{MEMORIES, Mover, Slot};
 use script::Script;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -46,10 +54,11 @@ impl Policy {
 /// What a pager may use.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Setup {
-    /// DRAM for chunks and everything else that is counted.
-    pub dram_bytes: u64,
-    /// Space on the drive.
-    pub nvme_bytes: u64,
+    /// What may be used, by tier; a tier without a budget is not there. Everything that is no chunk
+    /// lies in the fastest. The budgets are those of the whole process.
+    pub budgets: Budgets,
+    /// Pagers of this process, which share the budgets equally.
+    pub ranks: u64,
     /// Folder of the offload file.
     pub dir: PathBuf,
     /// Who leaves.
@@ -76,21 +85,45 @@ pub struct About {
 pub enum PagerError {
     /// What one moment needs is more than there is.
     #[error(
-        "{op} of layer {layer} needs {needs_bytes} bytes in memory at once, {capacity_bytes} are left of memory.dram = {dram_bytes} bytes beside {other_bytes} of activations and buffers; raise memory.dram or lower train.batch, train.context or the model's widest matrix"
+        "{op} of layer {layer} needs {needs_bytes} bytes in {tier} at once, {capacity_bytes} are left of {key} = {budget_bytes} bytes beside {other_bytes} of activations and buffers; raise {key} or lower train.batch, train.context or the model's widest matrix",
+        key = key_of(*tier)
     )]
     TooSmall {
         /// Which op.
         op: &'static str,
         /// Of which layer.
         layer: u32,
+        /// Where.
+        tier: Tier,
         /// What it needs.
         needs_bytes: u64,
         /// What chunks may take.
         capacity_bytes: u64,
         /// The budget.
-        dram_bytes: u64,
+        budget_bytes: u64,
         /// What is no chunk.
         other_bytes: u64,
+    },
+    /// Another budget was asked for in which the step cannot run.
+    #[error(
+        "{key} = {budget_bytes} bytes is too little for this run: it needs {least_bytes}; the budgets stay as they were",
+        key = key_of(*tier)
+    )]
+    Budget {
+        /// Which tier.
+        tier: Tier,
+        /// What was asked for.
+        budget_bytes: u64,
+        /// The least.
+        least_bytes: u64,
+    },
+    /// Budgets for other tiers than there are.
+    #[error("budgets for {asked:?}, the run has {tiers:?}; tiers are set up when a run begins")]
+    Tiers {
+        /// Tiers with a budget.
+        asked: Vec<Tier>,
+        /// Tiers there are.
+        tiers: Vec<Tier>,
     },
     /// The drive has less room than the chunks need.
     #[error(
@@ -121,28 +154,21 @@ pub enum PagerError {
     Threads(String),
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Place {
-    /// Nowhere: it reads as zeros.
-    #[default]
-    Void,
-    /// On the drive alone.
-    Drive,
-    /// On its way to DRAM.
-    Coming,
-    /// In DRAM.
-    Here,
+/// The key of the recipe that is a tier's budget.
+pub fn key_of(tier: Tier) -> &'static str {
+    match tier {
+        Tier::Hbm => "memory.simulate_device",
+        Tier::Dram => "memory.dram",
+        Tier::Nvme => "memory.nvme",
+    }
 }
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Chunk {
-    place: Place,
-    /// Newer than what the drive holds.
-    dirty: bool,
-    /// Whether the drive holds a copy at all.
-    on_drive: bool,
-    /// Stays for ever under the static policy.
-    fixed: bool,
+    /// By depth: whether a copy is valid there, once everything queued is done.
+    valid: [bool; MEMORIES + 1],
+    /// By depth: stays for ever under the static policy.
+    fixed: [bool; MEMORIES],
     /// Visit that needs it now, counted over all steps.
     pinned: u64,
     last_use: u64,
@@ -159,21 +185,29 @@ pub struct Pager {
     chunks: Vec<Chunk>,
     /// Chunks of a class.
     per_class: usize,
-    /// Bytes in DRAM once everything queued is done.
-    planned_bytes: u64,
-    capacity_bytes: u64,
+    /// Fastest first.
+    tiers: Vec<Tier>,
+    /// How many of them are memory: depths below this have room, and windows.
+    memories: usize,
+    /// By depth: bytes held once everything queued is done.
+    planned_bytes: [u64; MEMORIES],
+    capacity_bytes: [u64; MEMORIES],
     /// Largest that others were seen to hold.
     other_bytes: u64,
     /// Visits so far, over all steps.
     clock: u64,
     in_step: bool,
+    /// The present moment, and the depth of the memory it computes in.
+    about: About,
+    depth: usize,
     script: Script,
     /// The plan for the script, once it was made.
     follow: Option<Follow>,
     /// What the plan wanted begun and could not be yet.
     late: Vec<Action>,
     computing_since: Option<Instant>,
-    stall_s: f64,
+    /// By link.
+    stall_s: [f64; MEMORIES],
     reported: report::Snapshot,
 }
 
@@ -182,14 +216,6 @@ impl Pager {
     /// not there. All begin as zeros.
     pub(crate) fn new(setup: Setup, chunk_bytes: &[(Class, Vec<usize>)]) -> Result<Pager, PagerError> {
         let per_class = chunk_bytes.first().map_or(0, |(_, chunks)| chunks.len());
-        let whole = |chunks: &[usize]| chunks.iter().map(|bytes| *bytes as u64).sum::<u64>();
-        let layout: Vec<(String, u64)> =
-            chunk_bytes.iter().map(|(class, chunks)| (class.to_string(), whole(chunks))).collect();
-        let needs_bytes = layout.iter().map(|(_, bytes)| bytes).sum();
-        let nvme_bytes = setup.nvme_bytes;
-        if needs_bytes > nvme_bytes {
-            return Err(PagerError::Drive { nvme_bytes, needs_bytes });
-        }
         let mut chunks = vec![Chunk::default(); per_class * STATES];
         for (region, (class, sizes)) in chunk_bytes.iter().enumerate() {
             let mut offset = 0;
@@ -199,26 +225,33 @@ impl Pager {
                 offset += *bytes as u64;
             }
         }
-        let layout: Vec<(&str, u64)> = layout.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
-        std::fs::create_dir_all(&setup.dir)
-            .map_err(|error| PagerError::Folder { dir: setup.dir.clone(), what: error.to_string() })?;
-        let disk = Disk::create(&setup.dir, &layout, Options::default())?;
-        let mover = Mover::start(disk).map_err(|error| PagerError::Threads(error.to_string()))?;
+        let tiers = setup.budgets.tiers();
+        let memories = tiers.iter().filter(|tier| **tier != Tier::Nvme).count();
+        let disk = match setup.budgets.nvme {
+            Some(nvme_bytes) => Some(offload_file(&setup, nvme_bytes / setup.ranks, chunk_bytes)?),
+            None => None,
+        };
+        let mover = Mover::start(tiers.len() - 1, disk);
+        let mover = mover.map_err(|error| PagerError::Threads(error.to_string()))?;
         let mut pager = Pager {
             setup,
             mover,
             chunks,
             per_class,
-            planned_bytes: 0,
-            capacity_bytes: 0,
+            tiers,
+            memories,
+            planned_bytes: [0; MEMORIES],
+            capacity_bytes: [0; MEMORIES],
             other_bytes: 0,
             clock: 0,
             in_step: false,
+            about: About { phase: Phase::Forward, op: "", layer: 0 },
+            depth: 0,
             script: Script::default(),
             follow: None,
             late: Vec::new(),
             computing_since: None,
-            stall_s: 0.0,
+            stall_s: [0.0; MEMORIES],
             reported: report::Snapshot::default(),
         };
         pager.measure_others();
@@ -233,10 +266,17 @@ impl Pager {
 
     /// Under the static policy: as many chunks stay as fit into three quarters, weights first.
     fn fix_static(&mut self) {
-        let mut left = self.capacity_bytes * 3 / 4;
-        for chunk in &mut self.chunks {
-            chunk.fixed = self.setup.policy == Policy::Static && chunk.bytes > 0 && chunk.bytes <= left;
-            left -= if chunk.fixed { chunk.bytes } else { 0 };
+        let fixes = self.setup.policy == Policy::Static;
+        for depth in 0..self.memories {
+            let mut left = self.capacity_bytes[depth] * 3 / 4;
+            let computes_only = depth + 1 < self.memories;
+            for (i, chunk) in self.chunks.iter_mut().enumerate() {
+                // Optimizer state never comes up to where ops compute.
+                let comes = !computes_only || i / self.per_class <= Class::Grad as usize;
+                let fits = fixes && comes && chunk.bytes > 0 && chunk.bytes <= left;
+                chunk.fixed[depth] = fits && !chunk.fixed[..depth].contains(&true);
+                left -= if chunk.fixed[depth] { chunk.bytes } else { 0 };
+            }
         }
     }
 
@@ -245,8 +285,13 @@ impl Pager {
         ChunkId((class as usize * self.per_class + i) as u32)
     }
 
-    fn granule(&self, id: ChunkId) -> (usize, usize) {
-        (id.0 as usize / self.per_class, id.0 as usize % self.per_class)
+    /// Where the regions have a chunk at a depth of memory.
+    fn at(&self, id: ChunkId, depth: usize) -> At {
+        At { class: id.0 as usize / self.per_class, depth, i: id.0 as usize % self.per_class }
+    }
+
+    fn chunk(&self, id: ChunkId) -> &Chunk {
+        &self.chunks[id.0 as usize]
     }
 
     /// The moment before has ended.
@@ -258,40 +303,77 @@ impl Pager {
         }
     }
 
-    /// What is no chunk takes its share of the budget first.
+    /// What is no chunk takes its share of the fastest tier's budget first.
     fn measure_others(&mut self) {
         self.other_bytes = self.other_bytes.max(others_peak()).max(self.setup.other_bytes);
-        let capacity = free_for_chunks(self.setup.dram_bytes, self.other_bytes);
+        let capacity = self.capacities(&self.setup.budgets);
         if capacity != self.capacity_bytes {
             device::limit_parked(Some(self.other_bytes as usize));
             self.capacity_bytes = capacity;
-            self.mover.set_capacity(capacity);
+            (0..self.memories).for_each(|depth| self.mover.set_capacity(depth, capacity[depth]));
         }
+    }
+
+    /// What chunks of this pager may take of each memory.
+    fn capacities(&self, budgets: &Budgets) -> [u64; MEMORIES] {
+        std::array::from_fn(|depth| {
+            let budget = self.tiers.get(depth).and_then(|tier| budgets.of(*tier)).unwrap_or(0);
+            free_for_chunks(budget, if depth == 0 { self.other_bytes } else { 0 }) / self.setup.ranks
+        })
     }
 
     /// The step as it was last recorded, for the planner.
     pub fn trace(&self) -> Trace {
-        self.script.trace(self.chunks.len(), |i| crate::trace::Chunk {
+        let chunk = |i: usize| crate::trace::Chunk {
             class: Class::STATE[i / self.per_class],
             bytes: self.chunks[i].bytes,
             recompute_s: None,
-        })
+        };
+        self.script.trace(self.chunks.len(), chunk)
     }
 
     /// What was moved since the last report.
     pub fn report(&mut self) -> TierReport {
         let now = report::Snapshot { carried: self.mover.carried(), stall_s: self.stall_s };
-        let mut report = report::between(&self.reported, &now, self.other_bytes, self.capacity_bytes);
-        report.links[0].bound_bytes = self.follow.as_ref().map(|follow| follow.bound_bytes);
-        self.mover.reset_peak();
+        let links = (0..self.tiers.len() - 1).map(|link| {
+            let bound_bytes = self.follow.as_ref().and_then(|follow| follow.bound_bytes.get(link).copied());
+            LinkCount { bound_bytes, ..now.since(&self.reported, link, &self.tiers) }
+        });
+        let links = links.collect();
+        let peaks = self.mover.take_peaks();
+        let tiers = (0..self.memories).map(|depth| TierCount {
+            tier: self.tiers[depth],
+            peak_bytes: peaks[depth],
+            capacity_bytes: self.capacity_bytes[depth],
+        });
+        let report = TierReport { links, tiers: tiers.collect(), other_bytes: self.other_bytes };
         self.reported = now;
         report
     }
 }
 
+/// The file behind the lowest memory, with a place for every chunk.
+fn offload_file(
+    setup: &Setup,
+    nvme_bytes: u64,
+    chunk_bytes: &[(Class, Vec<usize>)],
+) -> Result<Disk, PagerError> {
+    let whole = |chunks: &[usize]| chunks.iter().map(|bytes| *bytes as u64).sum::<u64>();
+    let layout: Vec<(String, u64)> =
+        chunk_bytes.iter().map(|(class, chunks)| (class.to_string(), whole(chunks))).collect();
+    let needs_bytes = layout.iter().map(|(_, bytes)| bytes).sum();
+    if needs_bytes > nvme_bytes {
+        return Err(PagerError::Drive { nvme_bytes, needs_bytes });
+    }
+    let layout: Vec<(&str, u64)> = layout.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
+    std::fs::create_dir_all(&setup.dir)
+        .map_err(|error| PagerError::Folder { dir: setup.dir.clone(), what: error.to_string() })?;
+    Ok(Disk::create(&setup.dir, &layout, Options::default())?)
+}
+
 /// What chunks may take of a budget beside `other_bytes`.
-pub fn free_for_chunks(dram_bytes: u64, other_bytes: u64) -> u64 {
-    dram_bytes.saturating_sub(other_bytes + dram_bytes / SLACK)
+pub fn free_for_chunks(budget_bytes: u64, other_bytes: u64) -> u64 {
+    budget_bytes.saturating_sub(other_bytes.saturating_add(budget_bytes / SLACK))
 }
 
 /// Elements of a chunk that suits a model of `params` and a budget: large enough for the drive,

@@ -1,13 +1,20 @@
-//! Two threads that carry chunks between DRAM and the drive: one brings, one takes away, so that
-//! both ways of the link are busy at once. They hold loans, never windows; they decide nothing but
-//! to wait for room.
+//! The threads that carry chunks, two a link: one brings up, one takes down, so that both ways of
+//! every link are busy at once. They hold loans, never windows; they decide nothing but to wait for
+//! room.
+//!
+//! Room of a tier is promised in the order in which it was decided on and given in that order. So
+//! the job decided on first can always go on, and no two jobs ever wait for each other.
 
+use super::room::Room;
 use crate::disk::{Block, Disk, DiskError, Failed, Region, Request, Ticket};
 use device::Loan;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+/// Tiers of memory at most: those of chunks that can be looked into.
+pub(super) const MEMORIES: usize = 2;
 
 /// Where a chunk lies in the offload file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,33 +23,46 @@ pub(super) struct Slot {
     pub offset: u64,
 }
 
-/// A chunk on its way to DRAM; without a slot it becomes zeros.
-pub(super) struct Bring {
-    pub loan: Loan,
-    pub slot: Option<Slot>,
+/// One end of a journey.
+pub(super) enum End {
+    /// A place in memory, exclusively held.
+    Memory(Loan),
+    /// A place on the drive.
+    Drive(Slot),
+    /// Where zeros come from.
+    Nothing,
 }
 
-/// A chunk on its way to the drive; its memory is given back afterwards.
-pub(super) struct Take {
-    pub loan: Loan,
-    pub slot: Slot,
+/// A chunk on its way over a link.
+pub(super) struct Job {
+    pub from: End,
+    pub to: End,
+    /// Depth of the memory it takes room in, and the place in the order of those who do.
+    pub room: Option<(usize, u64)>,
+    /// Depth of the memory it leaves.
+    pub leaves: Option<usize>,
 }
 
-/// What the link has carried, and DRAM held by chunks.
+/// Which way over a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    Up,
+    Down,
+}
+
+/// What a link has carried.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Carried {
-    pub read_bytes: u64,
-    pub written_bytes: u64,
-    pub read_s: f64,
-    pub written_s: f64,
-    pub committed_bytes: u64,
-    pub peak_bytes: u64,
+    pub up_bytes: u64,
+    pub down_bytes: u64,
+    pub up_s: f64,
+    pub down_s: f64,
 }
 
 #[derive(Default)]
 struct State {
-    carried: Carried,
-    capacity_bytes: u64,
+    carried: [Carried; MEMORIES],
+    rooms: [Room; MEMORIES],
     failed: Option<DiskError>,
 }
 
@@ -56,88 +76,82 @@ impl Shared {
         self.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn update(&self, change: impl FnOnce(&mut State)) {
-        change(&mut self.lock());
+    fn update<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        let result = change(&mut self.lock());
         self.changed.notify_all();
+        result
     }
 
-    /// Count `bytes` as held once there is room; false when the link has failed meanwhile.
-    fn take_room(&self, bytes: u64) -> bool {
+    /// Take promised room once there is some; false when a link has failed meanwhile.
+    fn take_room(&self, (depth, ticket): (usize, u64), bytes: u64) -> bool {
         let mut state = self.lock();
-        while state.failed.is_none() && state.carried.committed_bytes + bytes > state.capacity_bytes {
+        while state.failed.is_none() && !state.rooms[depth].may_take(ticket, bytes) {
             state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
         }
-        state.commit(bytes);
+        state.rooms[depth].take(ticket, bytes);
+        self.changed.notify_all();
         state.failed.is_none()
     }
 }
 
-impl State {
-    fn commit(&mut self, bytes: u64) {
-        self.carried.committed_bytes += bytes;
-        self.carried.peak_bytes = self.carried.peak_bytes.max(self.carried.committed_bytes);
-    }
-}
-
-/// The two threads. Dropping it waits for what is under way.
+/// Threads of all links. Dropping it waits for what is under way.
 pub(super) struct Mover {
     shared: Arc<Shared>,
-    bring: Option<Sender<Bring>>,
-    take: Option<Sender<Take>>,
+    /// By link: queues up and down.
+    queues: Vec<[Sender<Job>; 2]>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Mover {
-    pub fn start(disk: Disk) -> std::io::Result<Mover> {
-        let disk = Arc::new(disk);
+    /// For `links` links, the last of which leads to `disk` where there is one.
+    pub fn start(links: usize, disk: Option<Disk>) -> std::io::Result<Mover> {
+        let disk = disk.map(Arc::new);
         let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
-        let (bring, to_bring) = channel();
-        let (take, to_take) = channel();
-        let (ours, theirs) = (shared.clone(), disk.clone());
-        let reader = std::thread::Builder::new().name("chunks in".into());
-        let reader = reader.spawn(move || bring_all(&to_bring, &ours, &theirs))?;
-        let ours = shared.clone();
-        let writer = std::thread::Builder::new().name("chunks out".into());
-        let writer = writer.spawn(move || take_all(&to_take, &ours, &disk))?;
-        Ok(Mover { shared, bring: Some(bring), take: Some(take), threads: vec![reader, writer] })
-    }
-
-    /// Bytes chunks may hold from now on.
-    pub fn set_capacity(&self, bytes: u64) {
-        self.shared.update(|state| state.capacity_bytes = bytes);
-    }
-
-    /// Queue a chunk to come; it waits until there is room.
-    pub fn bring(&self, job: Bring) {
-        if let Some(queue) = &self.bring {
-            // The thread ends only after this sender is gone.
-            queue.send(job).ok();
+        let mut mover = Mover { shared, queues: Vec::new(), threads: Vec::new() };
+        for link in 0..links {
+            let up = mover.spawn(link, Way::Up, disk.clone())?;
+            let down = mover.spawn(link, Way::Down, disk.clone())?;
+            mover.queues.push([up, down]);
         }
+        Ok(mover)
     }
 
-    /// Queue a chunk to leave.
-    pub fn take(&self, job: Take) {
-        if let Some(queue) = &self.take {
-            queue.send(job).ok();
-        }
+    fn spawn(&mut self, link: usize, way: Way, disk: Option<Arc<Disk>>) -> std::io::Result<Sender<Job>> {
+        let (queue, jobs) = channel();
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new().name(format!("chunks {way:?} {link}"));
+        let thread = thread.spawn(move || carry_all(&jobs, &shared, disk.as_deref(), (link, way)))?;
+        self.threads.push(thread);
+        Ok(queue)
+    }
+
+    /// Bytes chunks may hold from now on, by depth.
+    pub fn set_capacity(&self, depth: usize, bytes: u64) {
+        self.shared.update(|state| state.rooms[depth].capacity_bytes = bytes);
+    }
+
+    /// Promise room to a job that will be sent now.
+    pub fn promise(&self, depth: usize, bytes: u64) -> (usize, u64) {
+        (depth, self.shared.update(|state| state.rooms[depth].promise(bytes)))
+    }
+
+    /// Queue a chunk; it waits until there is room.
+    pub fn send(&self, link: usize, way: Way, job: Job) {
+        // The thread ends only after this sender is gone.
+        self.queues[link][way as usize].send(job).ok();
     }
 
     /// The owner brought a chunk itself; false, and nothing counted, when there is no room yet.
-    pub fn try_commit(&self, bytes: u64) -> bool {
-        let mut state = self.shared.lock();
-        let room = state.carried.committed_bytes + bytes <= state.capacity_bytes;
-        if room {
-            state.commit(bytes);
-        }
-        room
+    pub fn try_commit(&self, depth: usize, bytes: u64) -> bool {
+        self.shared.lock().rooms[depth].try_commit(bytes)
     }
 
     /// The owner dropped a chunk itself.
-    pub fn released(&self, bytes: u64) {
-        self.shared.update(|state| state.carried.committed_bytes -= bytes);
+    pub fn released(&self, depth: usize, bytes: u64) {
+        self.shared.update(|state| state.rooms[depth].release(bytes));
     }
 
-    /// Wait until `done` holds or the link fails; seconds waited.
+    /// Wait until `done` holds or a link fails; seconds waited.
     pub fn wait(&self, mut done: impl FnMut() -> bool) -> Result<f64, DiskError> {
         if done() {
             return Ok(0.0);
@@ -161,13 +175,18 @@ impl Mover {
         }
     }
 
-    pub fn carried(&self) -> Carried {
+    pub fn carried(&self) -> [Carried; MEMORIES] {
         self.shared.lock().carried
     }
 
-    /// Start a new peak from what is held now.
-    pub fn reset_peak(&self) {
-        self.shared.update(|state| state.carried.peak_bytes = state.carried.committed_bytes);
+    /// Most that chunks held at once, by depth, since this was asked last.
+    pub fn take_peaks(&self) -> [u64; MEMORIES] {
+        self.shared.update(|state| {
+            std::array::from_fn(|depth| {
+                let room = &mut state.rooms[depth];
+                std::mem::replace(&mut room.peak_bytes, room.held_bytes)
+            })
+        })
     }
 
     pub fn failure(&self) -> Option<DiskError> {
@@ -178,16 +197,86 @@ impl Mover {
 impl Drop for Mover {
     fn drop(&mut self) {
         // Whoever waits for room would wait for ever once nothing leaves any more.
-        self.shared.update(|state| state.capacity_bytes = u64::MAX);
-        (self.bring, self.take) = (None, None);
+        self.shared.update(|state| state.rooms.iter_mut().for_each(Room::open));
+        self.queues.clear();
         for thread in self.threads.drain(..) {
             thread.join().ok();
         }
     }
 }
 
-/// Move a chunk whole; the loan comes back either way, unless the engine died with it.
-fn carry(
+fn carry_all(jobs: &Receiver<Job>, shared: &Shared, disk: Option<&Disk>, (link, way): (usize, Way)) {
+    for mut job in jobs {
+        let (Some(bytes), room, leaves) = (job.bytes(), job.room, job.leaves) else { continue };
+        let alive = room.is_none_or(|room| shared.take_room(room, bytes));
+        if let End::Memory(to) = &mut job.to {
+            to.bring();
+        }
+        let counts = !matches!(job.from, End::Nothing);
+        let started = Instant::now();
+        // Loans end in here, before anybody is told.
+        let moved = if alive { job.carry(disk) } else { Ok(()) };
+        let seconds = started.elapsed().as_secs_f64();
+        shared.update(|state| match moved {
+            Ok(()) => {
+                leaves.into_iter().for_each(|depth| state.rooms[depth].release(bytes));
+                if alive && counts {
+                    state.carried[link].add(way, bytes, seconds);
+                }
+            }
+            Err(error) => state.failed = Some(error),
+        });
+    }
+}
+
+impl Job {
+    fn bytes(&self) -> Option<u64> {
+        let of = |end: &End| match end {
+            End::Memory(loan) => Some(loan.len_bytes() as u64),
+            _ => None,
+        };
+        of(&self.to).or(of(&self.from))
+    }
+
+    /// Move a chunk whole. What could not be read whole is never seen; what could not be written
+    /// stays.
+    fn carry(self, disk: Option<&Disk>) -> Result<(), DiskError> {
+        let Job { from, to, leaves, .. } = self;
+        let (from, moved) = match (from, to, disk) {
+            (End::Memory(from), End::Memory(mut to), _) => {
+                to.bytes_mut().copy_from_slice(from.bytes());
+                (Some(from), Ok(()))
+            }
+            (End::Drive(slot), End::Memory(to), Some(disk)) => {
+                let (to, read) = transfer(to, slot, |request| disk.submit_read(request));
+                if let (Err(_), Some(mut to)) = (&read, to) {
+                    to.send_away();
+                }
+                (None, read)
+            }
+            (End::Memory(from), End::Drive(slot), Some(disk)) => {
+                transfer(from, slot, |request| disk.submit_write(request))
+            }
+            _ => (None, Ok(())),
+        };
+        if let (true, Some(_), Some(mut from)) = (moved.is_ok(), leaves, from) {
+            from.send_away();
+        }
+        moved
+    }
+}
+
+impl Carried {
+    fn add(&mut self, way: Way, bytes: u64, seconds: f64) {
+        match way {
+            Way::Up => (self.up_bytes, self.up_s) = (self.up_bytes + bytes, self.up_s + seconds),
+            Way::Down => (self.down_bytes, self.down_s) = (self.down_bytes + bytes, self.down_s + seconds),
+        }
+    }
+}
+
+/// Between memory and drive; the loan comes back either way, unless the engine died with it.
+fn transfer(
     loan: Loan,
     slot: Slot,
     submit: impl Fn(Request) -> Ticket,
@@ -198,52 +287,5 @@ fn carry(
     match submit(Request { region, offset, block, range, deadline: 0 }).wait() {
         Ok(block) => (block.into_loan(), Ok(())),
         Err(Failed { error, block }) => (block.and_then(Block::into_loan), Err(error)),
-    }
-}
-
-fn bring_all(jobs: &Receiver<Bring>, shared: &Shared, disk: &Disk) {
-    for Bring { mut loan, slot } in jobs {
-        let bytes = loan.len_bytes() as u64;
-        let alive = shared.take_room(bytes);
-        loan.bring();
-        let started = Instant::now();
-        let (loan, read) = match slot {
-            Some(slot) if alive => carry(loan, slot, |request| disk.submit_read(request)),
-            _ => (Some(loan), Ok(())),
-        };
-        let seconds = started.elapsed().as_secs_f64();
-        if let (Err(_), Some(mut loan)) = (&read, loan) {
-            // What could not be read whole must never be seen.
-            loan.send_away();
-        }
-        shared.update(|state| match read {
-            Ok(()) if slot.is_some() => {
-                state.carried.read_bytes += bytes;
-                state.carried.read_s += seconds;
-            }
-            Ok(()) => {}
-            Err(error) => state.failed = Some(error),
-        });
-    }
-}
-
-fn take_all(jobs: &Receiver<Take>, shared: &Shared, disk: &Disk) {
-    for Take { loan, slot } in jobs {
-        let bytes = loan.len_bytes() as u64;
-        let started = Instant::now();
-        let (loan, written) = carry(loan, slot, |request| disk.submit_write(request));
-        let seconds = started.elapsed().as_secs_f64();
-        let leaves = written.is_ok();
-        if let (true, Some(mut loan)) = (leaves, loan) {
-            loan.send_away();
-        }
-        shared.update(|state| match written {
-            Ok(()) => {
-                state.carried.committed_bytes -= bytes;
-                state.carried.written_bytes += bytes;
-                state.carried.written_s += seconds;
-            }
-            Err(error) => state.failed = Some(error),
-        });
     }
 }

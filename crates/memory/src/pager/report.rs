@@ -1,6 +1,6 @@
 //! What a step moved, and what it waited for.
 
-use super::mover::Carried;
+use super::mover::{Carried, MEMORIES};
 use crate::Tier;
 
 /// Traffic of one link.
@@ -32,35 +32,47 @@ impl LinkCount {
     }
 }
 
+/// What chunks held in one tier of memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TierCount {
+    /// Which tier.
+    pub tier: Tier,
+    /// Most that chunks held at once.
+    pub peak_bytes: u64,
+    /// What they may hold.
+    pub capacity_bytes: u64,
+}
+
 /// Traffic since the last report.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TierReport {
     /// By link, fastest first.
     pub links: Vec<LinkCount>,
-    /// Most that chunks held in DRAM.
-    pub peak_bytes: u64,
-    /// Most that everything else was seen to hold.
+    /// By tier of memory, fastest first.
+    pub tiers: Vec<TierCount>,
+    /// Most that everything else was seen to hold in the fastest tier.
     pub other_bytes: u64,
-    /// What chunks may hold.
-    pub capacity_bytes: u64,
 }
 
 #[derive(Clone, Copy, Default)]
 pub(super) struct Snapshot {
-    pub carried: Carried,
-    pub stall_s: f64,
+    pub carried: [Carried; MEMORIES],
+    pub stall_s: [f64; MEMORIES],
 }
 
-pub(super) fn between(then: &Snapshot, now: &Snapshot, other_bytes: u64, capacity_bytes: u64) -> TierReport {
-    let nvme = LinkCount {
-        upper: Tier::Dram,
-        lower: Tier::Nvme,
-        up_bytes: now.carried.read_bytes - then.carried.read_bytes,
-        down_bytes: now.carried.written_bytes - then.carried.written_bytes,
-        up_s: now.carried.read_s - then.carried.read_s,
-        down_s: now.carried.written_s - then.carried.written_s,
-        stall_s: now.stall_s - then.stall_s,
-        bound_bytes: None,
-    };
-    TierReport { links: vec![nvme], peak_bytes: now.carried.peak_bytes, other_bytes, capacity_bytes }
+impl Snapshot {
+    /// What a link did since `then`; `tiers` are its ends.
+    pub fn since(&self, then: &Snapshot, link: usize, tiers: &[Tier]) -> LinkCount {
+        let (now, was) = (self.carried[link], then.carried[link]);
+        LinkCount {
+            upper: tiers[link],
+            lower: tiers[link + 1],
+            up_bytes: now.up_bytes - was.up_bytes,
+            down_bytes: now.down_bytes - was.down_bytes,
+            up_s: now.up_s - was.up_s,
+            down_s: now.down_s - was.down_s,
+            stall_s: self.stall_s[link] - then.stall_s[link],
+            bound_bytes: None,
+        }
+    }
 }

@@ -8,6 +8,8 @@ pub(super) struct Visit {
     pub phase: Phase,
     pub op: &'static str,
     pub layer: u32,
+    /// Depth of the tier it computes in.
+    pub depth: usize,
     pub needs: Vec<(ChunkId, Access)>,
     /// From this visit to the next one, waiting not included.
     pub seconds: f64,
@@ -121,10 +123,20 @@ impl Script {
         self.following.then(|| (k, self.until_next[k].as_slice()))
     }
 
-    /// Needs of the visit `ahead` visits from the one entered last, beyond the end those of the
-    /// next step.
-    pub fn ahead(&self, ahead: usize) -> &[(ChunkId, Access)] {
-        &self.visits[(self.cursor.wrapping_sub(1) + ahead) % self.visits.len()].needs
+    /// The visit `ahead` visits from the one entered last, beyond the end one of the next step.
+    pub fn ahead(&self, ahead: usize) -> &Visit {
+        &self.visits[(self.cursor.wrapping_sub(1) + ahead) % self.visits.len()]
+    }
+
+    /// Where the next visit computed when the step was recorded, if it is the known one.
+    pub fn next_depth(&self, phase: Phase, op: &str, needs: &[(ChunkId, Access)]) -> Option<usize> {
+        let known = self.visits.get(self.cursor).filter(|_| self.following)?;
+        (known.needs == needs && known.op == op && known.phase == phase).then_some(known.depth)
+    }
+
+    /// By visit: depth, and its needs.
+    pub fn visits(&self) -> impl Iterator<Item = (usize, &[(ChunkId, Access)])> {
+        self.visits.iter().map(|visit| (visit.depth, visit.needs.as_slice()))
     }
 
     /// The step for the planner; `chunk` describes one by index.
@@ -138,7 +150,7 @@ impl Script {
                 layer: visit.layer,
                 seconds: visit.seconds,
                 other_bytes: visit.other_bytes,
-                runs: Runs::Fastest,
+                runs: if visit.depth == 0 { Runs::Fastest } else { Runs::Host },
             });
             for (id, access) in &visit.needs {
                 // A gradient begins as nothing in every step.
@@ -158,7 +170,7 @@ mod tests {
 
     fn visit(chunks: &[u32]) -> Visit {
         let needs = chunks.iter().map(|chunk| (ChunkId(*chunk), Access::Read)).collect();
-        Visit { phase: Phase::Forward, op: "op", layer: 0, needs, seconds: 0.0, other_bytes: 0 }
+        Visit { phase: Phase::Forward, op: "op", layer: 0, depth: 0, needs, seconds: 0.0, other_bytes: 0 }
     }
 
     fn run(script: &mut Script, steps: &[&[u32]]) -> bool {
@@ -177,8 +189,8 @@ mod tests {
         assert!(run(&mut script, step));
         script.begin();
         script.enter(visit(&[0]));
-        assert_eq!(script.ahead(1), visit(&[1, 2]).needs);
-        assert_eq!(script.ahead(4), visit(&[0]).needs);
+        assert_eq!(script.ahead(1), &visit(&[1, 2]));
+        assert_eq!(script.ahead(4), &visit(&[0]));
     }
 
     #[test]

@@ -343,6 +343,14 @@ pub const KEYS: &[Key] = &[
         "",
         "Memory the run may take, activations included; what does not fit lies in memory.dir. auto takes what the system or its control group allows. Absent: everything stays in memory. Never changes a result.",
     ),
+    key(
+        "memory.simulate_device",
+        Bytes,
+        "",
+        "",
+        "Part of memory that plays the memory of a GPU: ops compute in it, memory.dram is the host behind it.",
+    ),
+    key("memory.hbm", Bytes, "", "", "Budget of the memory of a GPU; auto takes all of it."),
     key("memory.nvme", Bytes, "\"auto\"", "", "Space on the drive of memory.dir; auto takes what is free."),
     key(
         "memory.dir",

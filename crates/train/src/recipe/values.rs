@@ -179,6 +179,8 @@ pub struct ClusterRecipe {
 /// `[memory]`
 #[derive(Clone, Debug, PartialEq)]
 pub struct MemoryRecipe {
+    /// Memory that plays a GPU's; none: DRAM is where ops compute.
+    pub device_bytes: Option<u64>,
     /// DRAM in bytes; none: what is available.
     pub dram_bytes: Option<u64>,
     /// Space on the drive in bytes; none: what is free.
@@ -300,7 +302,27 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
 }
 
 fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
+    if get.text("memory.hbm").is_some() {
+        return impossible(
+            "memory.hbm is given, but this build computes on no GPU".into(),
+            "drop memory.hbm, or set memory.simulate_device to a number of bytes of memory that plays one",
+        );
+    }
+    let device = get.text("memory.simulate_device");
+    let device_bytes = device.as_deref().and_then(parse_bytes);
+    if device.is_some() && device_bytes.is_none() {
+        return impossible(
+            "memory.simulate_device is no number of bytes".into(),
+            "say how much memory plays the GPU, as in \"2GiB\"",
+        );
+    }
     let Some(dram) = get.text("memory.dram") else {
+        if device.is_some() {
+            return impossible(
+                "memory.simulate_device is given but memory.dram is not".into(),
+                "memory.dram is the host behind the device; set it to \"auto\" or a number of bytes",
+            );
+        }
         if settings.gives("memory.dir") {
             return impossible(
                 "memory.dir is given but memory.dram is not".into(),
@@ -314,6 +336,7 @@ fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, Re
         None => need(get.text("run.dir"), "run.dir")?,
     };
     Ok(Some(MemoryRecipe {
+        device_bytes,
         dram_bytes: parse_bytes(&dram),
         nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
         dir: dir.into(),
