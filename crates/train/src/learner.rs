@@ -1,6 +1,7 @@
 //! A model, its parameters and its optimizer: what one training step is made of.
 
 use crate::optimizer::{AdamW, AdamWConfig};
+use crate::pending::Pending;
 use crate::ranks;
 use crate::step::Pass;
 use data::Batch;
@@ -29,6 +30,7 @@ pub struct Learner {
     pub spreads: Vec<Spread>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
+    pub(crate) pending: Pending,
 }
 
 /// How a learner is to work.
@@ -76,8 +78,8 @@ impl Learner {
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
-        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
-        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass })
+        let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
+        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass, pending })
     }
 
     /// Random initial weights from `seed`.
@@ -92,9 +94,10 @@ impl Learner {
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
         let (mesh, step) = (&self.mesh, self.optimizer.steps);
-        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
+        let (pending, optimizer) = (&mut self.pending, &self.optimizer);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
             mesh.set_place(step, Some(moment.layer as u32));
-            Ok(())
+            pending.before(moment, optimizer, store)
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(batch.learned as f32 * scale);
@@ -106,8 +109,15 @@ impl Learner {
         ranks::sum_of_losses(&self.mesh, &losses)
     }
 
+    /// Make the updates that wait for the next step, so that weights and state are those after the
+    /// last one; see `Updates::BeforeForward`. Nothing to do where there are none.
+    pub fn finish_updates(&mut self) -> Result<(), Fault> {
+        self.pending.finish(&self.optimizer, &mut self.store)
+    }
+
     /// Start a step: gradients count as zero.
     pub fn clear_grads(&mut self) -> Result<(), Fault> {
+        self.finish_updates()?;
         self.store.clear_grads()
     }
 
@@ -128,7 +138,7 @@ impl Learner {
             None => rows.push((phase, op, seconds)),
         };
         let tokens = tokens_of(batch);
-        self.store.clear_grads()?;
+        self.clear_grads()?;
         // A moment is told before its op runs: the time up to the next one is its own.
         let mut running: Option<(String, String, Instant)> = None;
         let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
@@ -156,6 +166,7 @@ impl Learner {
 
     /// Sum of the losses of a batch without learning from it.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
+        self.finish_updates()?;
         loss_of(&self.model, &mut self.store, batch)
     }
 }

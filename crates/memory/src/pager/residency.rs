@@ -26,9 +26,7 @@ impl Pager {
         self.clock += 1;
         self.measure_others();
         if self.in_step {
-            let About { phase, op, layer } = about;
-            let needs = needs.to_vec();
-            self.script.enter(Visit { phase, op, layer, needs, seconds: 0.0, other_bytes: 0 });
+            self.script.enter(Visit::new(about, needs));
         }
         for (id, _) in needs {
             self.chunks[id.0 as usize].pinned = self.clock;
@@ -49,6 +47,24 @@ impl Pager {
             chunk.dirty |= access.writes();
         }
         self.computing_since = Some(Instant::now());
+        Ok(())
+    }
+
+    /// A visit of the known step falls out: its place in the step passes by, and nothing is brought.
+    pub(crate) fn pass_over(
+        &mut self,
+        regions: &mut Regions,
+        about: About,
+        needs: &[(ChunkId, Access)],
+    ) -> Result<(), PagerError> {
+        self.pause();
+        self.begin_what_is_due(regions)?;
+        self.clock += 1;
+        self.script.enter(Visit::new(about, needs));
+        let Some((_, until)) = self.script.here() else { return Ok(()) };
+        for ((id, _), until) in needs.iter().zip(until) {
+            self.chunks[id.0 as usize].next_use = self.clock + u64::from(*until);
+        }
         Ok(())
     }
 
