@@ -110,7 +110,7 @@ impl Learner {
     }
 
     /// Make the updates that wait for the next step, so that weights and state are those after the
-    /// last one; see `Updates::BeforeForward`. Nothing to do where there are none.
+    /// last one. Nothing to do where there are none.
     pub fn finish_updates(&mut self) -> Result<(), Fault> {
         self.pending.finish(&self.optimizer, &mut self.store)
     }
