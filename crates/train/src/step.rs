@@ -134,7 +134,8 @@ impl Learner {
         if !done.applied {
             return Ok(());
         }
-        let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 } as f32;
+        let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 };
+        let factor = factor as f32;
         if self.defers(plan) {
             self.pending.put(&self.store, plan.lr, factor);
             return Ok(());

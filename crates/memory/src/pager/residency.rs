@@ -57,6 +57,9 @@ impl Pager {
         about: About,
         needs: &[(ChunkId, Access)],
     ) -> Result<(), PagerError> {
+        if !self.in_step {
+            return Ok(());
+        }
         self.pause();
         self.begin_what_is_due(regions)?;
         self.clock += 1;
