@@ -247,20 +247,17 @@ impl Arrays {
     /// An op is about to run: make what it needs resident.
     pub fn visit(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
         let Some(pager) = &mut self.pager else { return Ok(()) };
-        let list = &mut self.scratch;
-        list.clear();
-        for need in needs.iter().filter(|need| !need.elements.is_empty()) {
-            let chunk = pager.chunk_elements();
-            for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
-                let id = pager.id(need.class, i);
-                match list.iter_mut().find(|(known, _)| *known == id) {
-                    Some((_, access)) => *access = access.then(need.access),
-                    None => list.push((id, need.access)),
-                }
-            }
-        }
-        self.depth = pager.visit(&mut self.regions, about, list)?;
+        list_chunks(pager, needs, &mut self.scratch);
+        self.depth = pager.visit(&mut self.regions, about, &self.scratch)?;
         Ok(())
+    }
+
+    /// A visit of the usual step falls out in this one: nothing is brought, and what comes after it
+    /// is as well known as ever.
+    pub fn pass_over(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        list_chunks(pager, needs, &mut self.scratch);
+        pager.pass_over(&mut self.regions, about, &self.scratch)
     }
 
     /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
@@ -315,5 +312,20 @@ impl Arrays {
     /// The training step as it was last recorded; none without a pager.
     pub fn trace(&self) -> Option<Trace> {
         self.pager.as_ref().map(Pager::trace)
+    }
+}
+
+/// The chunks of `needs`, each once.
+fn list_chunks(pager: &Pager, needs: &[Need], list: &mut Vec<(ChunkId, Access)>) {
+    list.clear();
+    for need in needs.iter().filter(|need| !need.elements.is_empty()) {
+        let chunk = pager.chunk_elements();
+        for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
+            let id = pager.id(need.class, i);
+            match list.iter_mut().find(|(known, _)| *known == id) {
+                Some((_, access)) => *access = access.then(need.access),
+                None => list.push((id, need.access)),
+            }
+        }
     }
 }

@@ -357,6 +357,12 @@ impl ParamStore {
         self.arrays.discard(Class::Grad, 0..self.arrays.len()).map_err(Fault::outside)
     }
 
+    /// Start a step while gradients of the one before still wait to be used: each counts as zero from
+    /// when its chunk is used up, which must be before the first write.
+    pub fn renew_grads(&mut self) {
+        self.touched.fill(false);
+    }
+
     /// End the backward passes of a step: gradients nobody wrote become zeros.
     pub fn settle_grads(&mut self) -> Result<(), Fault> {
         for param in self.refs().filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {

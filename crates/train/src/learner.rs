@@ -2,6 +2,7 @@
 
 use crate::balance::Balance;
 use crate::optimizer::{AdamW, AdamWConfig};
+use crate::pending::Pending;
 use crate::ranks;
 use crate::step::Pass;
 use data::Batch;
@@ -33,6 +34,7 @@ pub struct Learner {
     pub loads: Vec<Load>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
+    pub(crate) pending: Pending,
 }
 
 /// How a learner is to work.
@@ -80,7 +82,7 @@ impl Learner {
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
-        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
+        let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
         Ok(Learner {
             model,
             store,
@@ -92,6 +94,7 @@ impl Learner {
             loads: Vec::new(),
             recompute,
             pass,
+            pending,
         })
     }
 
@@ -113,9 +116,10 @@ impl Learner {
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let (tokens, share) = (tokens_of(batch), self.share(batch, scale)?);
         let (mesh, step) = (&self.mesh, self.optimizer.steps);
-        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
+        let (pending, optimizer) = (&mut self.pending, &self.optimizer);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
             mesh.set_place(step, Some(moment.layer as u32));
-            Ok(())
+            pending.before(moment, optimizer, store)
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(share);
@@ -126,6 +130,12 @@ impl Learner {
         tape.backward()?;
         self.loads.append(&mut tape.loads);
         ranks::sum_of_losses(&self.mesh, &losses)
+    }
+
+    /// Make the updates that wait for the next step, so that weights and state are those after the
+    /// last one. Nothing to do where there are none.
+    pub fn finish_updates(&mut self) -> Result<(), Fault> {
+        self.pending.finish(&self.optimizer, &mut self.store)
     }
 
     /// Which part of a step's targets a microbatch has, over all replicas; asked of them only where a
@@ -142,6 +152,7 @@ impl Learner {
 
     /// Start a step: gradients count as zero.
     pub fn clear_grads(&mut self) -> Result<(), Fault> {
+        self.finish_updates()?;
         self.store.clear_grads()
     }
 
@@ -162,7 +173,7 @@ impl Learner {
             None => rows.push((phase, op, seconds)),
         };
         let tokens = tokens_of(batch);
-        self.store.clear_grads()?;
+        self.clear_grads()?;
         // A moment is told before its op runs: the time up to the next one is its own.
         let mut running: Option<(String, String, Instant)> = None;
         let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
@@ -190,6 +201,7 @@ impl Learner {
 
     /// Sum of the losses of a batch without learning from it.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
+        self.finish_updates()?;
         loss_of(&self.model, &mut self.store, batch)
     }
 }

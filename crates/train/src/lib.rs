@@ -15,6 +15,7 @@ mod learner;
 mod metrics;
 mod optimizer;
 mod outlook;
+mod pending;
 mod prepare;
 mod ranks;
 pub mod recipe;

@@ -94,10 +94,7 @@ impl AdamW {
         lr: f32,
         grad_scale: f32,
     ) -> Result<(), Fault> {
-        let need = |class, access| Need { class, elements: elements.clone(), access };
-        let mut needs = vec![need(Class::Grad, Access::Read)];
-        let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
-        needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
+        let needs = needs(store, &elements);
         store.bring(UPDATE, &needs)?;
         let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
         for param in store.params_in(&elements) {
@@ -116,6 +113,12 @@ impl AdamW {
             adamw::update(master, grad, m, v, &hyper);
         }
         store.arrays_mut().discard(Class::Grad, elements).map_err(Fault::outside)
+    }
+
+    /// An update that usual steps make falls out in this one.
+    pub(crate) fn pass_over(&self, store: &mut ParamStore, elements: Range<usize>) -> Result<(), Fault> {
+        let needs = needs(store, &elements);
+        store.arrays_mut().pass_over(UPDATE, &needs).map_err(Fault::outside)
     }
 
     /// Everything a step reads and writes, weights included, as flat arrays: (name, bytes).
@@ -155,6 +158,15 @@ impl AdamW {
             _ => 2 + 2 + 4 + 8,
         }
     }
+}
+
+/// What an update of `elements` reads and writes.
+fn needs(store: &ParamStore, elements: &Range<usize>) -> Vec<Need> {
+    let need = |class, access| Need { class, elements: elements.clone(), access };
+    let mut needs = vec![need(Class::Grad, Access::Read)];
+    let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
+    needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
+    needs
 }
 
 /// Class of a saved array, element of a byte, bytes of an element.

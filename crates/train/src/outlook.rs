@@ -67,8 +67,8 @@ fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Spee
         head_params,
         state,
         parts: (layer_params * state.grad).div_ceil(PART_BYTES).clamp(1, most_parts) as u32,
-        // Clipping waits for the norm of all gradients.
-        updates: if recipe.clip.is_finite() { Updates::AfterBackward } else { Updates::InBackward },
+        // Clipping waits for the norm of all gradients; updates then wait for the next step.
+        updates: if recipe.clip.is_finite() { Updates::BeforeForward } else { Updates::InBackward },
         accumulate: accumulate as u32,
         kept_bytes: activations.kept_bytes,
         input_bytes: activations.input_bytes,

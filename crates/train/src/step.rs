@@ -1,8 +1,9 @@
 //! One training step: microbatches there and back, the global norm, the update.
 //!
 //! Where chunks come and go, a gradient is summed for the norm the moment it is final, while it is
-//! at hand, and without clipping its chunk is updated at once, while the backward pass is still
-//! going: then no gradient ever leaves. When a gradient is final is known from the pass before.
+//! at hand. Without clipping its chunk is updated at once, while the backward pass is still going:
+//! then no gradient ever leaves. With clipping updates wait for the next step (`pending`). When a
+//! gradient is final is known from the pass before.
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
@@ -59,7 +60,8 @@ const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
 impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
-        self.store.clear_grads()?;
+        let deferred = self.defers(plan);
+        self.begin_grads(deferred)?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
         let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)? as usize;
@@ -69,9 +71,11 @@ impl Learner {
         for batch in others {
             loss += self.accumulate(batch, scale)?;
         }
-        self.optimizer.steps += 1;
+        let applied = self.optimizer.steps;
+        // Updates of the step before, which may still wait, are made with its count.
+        self.optimizer.steps += u64::from(!deferred);
         // Gradients of several ranks are final only when they are added up, at the end.
-        let done = match self.store.arrays().is_paged() && self.mesh.world_size() == 1 {
+        let done = match self.settles_early() {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
                 loss += self.accumulate(last, scale)?;
@@ -83,11 +87,33 @@ impl Learner {
                 done
             }
         };
-        if !done.applied {
-            self.optimizer.steps -= 1;
-        }
+        self.optimizer.steps = applied + u64::from(done.applied);
         self.store.arrays_mut().end_step().map_err(Fault::outside)?;
         Ok(done)
+    }
+
+    /// Whether gradients are used as they become final.
+    fn settles_early(&self) -> bool {
+        self.store.arrays().is_paged() && self.mesh.world_size() == 1
+    }
+
+    /// Whether updates wait for the next step. Without clipping they need not: made in the backward
+    /// pass they cost fewer bytes.
+    fn defers(&self, plan: StepPlan) -> bool {
+        self.settles_early() && plan.clip.is_finite()
+    }
+
+    /// Every gradient counts as zero, once what waits for it is done.
+    fn begin_grads(&mut self, deferred: bool) -> Result<(), Fault> {
+        if !deferred {
+            return self.clear_grads();
+        }
+        self.pending.begin_step(&self.store);
+        match self.pending.is_some() {
+            true => self.store.renew_grads(),
+            false => self.store.clear_grads()?,
+        }
+        Ok(())
     }
 
     /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
@@ -109,7 +135,12 @@ impl Learner {
             return Ok(());
         }
         let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 };
-        self.optimizer.update_all(&mut self.store, plan.lr, factor as f32)
+        let factor = factor as f32;
+        if self.defers(plan) {
+            self.pending.put(&self.store, plan.lr, factor);
+            return Ok(());
+        }
+        self.optimizer.update_all(&mut self.store, plan.lr, factor)
     }
 
     /// The last microbatch, the norm and the update; `before` is the loss so far and the learned
@@ -126,7 +157,11 @@ impl Learner {
         let early = Cell::new(false);
         let mut finisher = Finisher::new(&known, &self.store, &self.optimizer, (&early, plan.lr));
         let (tokens, share) = (tokens_of(batch), batch.learned as f32 / learned as f32);
-        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| finisher.moment(moment, store);
+        let (pending, optimizer) = (&mut self.pending, &self.optimizer);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
+            pending.before(moment, optimizer, store)?;
+            finisher.moment(moment, store)
+        };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(share);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
@@ -293,7 +328,8 @@ fn half_applied(store: &ParamStore, squares: &[f64]) -> Fault {
     Fault::outside(HalfApplied { param })
 }
 
-fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
+/// Elements of each chunk of the flat arrays.
+pub(crate) fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
     store.arrays().pieces(0..store.flat_len())
 }
 

@@ -193,6 +193,10 @@ impl Trainer {
             }
             self.due.push_back(Due::End);
         }
+        if !self.due.is_empty() {
+            // Whatever is due looks at weights or state.
+            self.learner.finish_updates()?;
+        }
         match self.due.pop_front() {
             None => self.run_step().map(Some),
             Some(Due::Validate) => self.validate().map(Some),

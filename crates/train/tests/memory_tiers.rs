@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Place, moved};
+use common::{Place, bounds, moved};
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -157,6 +157,51 @@ fn budgets_change_while_a_run_goes_on() {
         }
     });
     assert_same(&place, "whole", "live", "changing budgets");
+}
+
+/// Updates of clipped runs wait for the next step; whoever looks in between sees them made.
+#[test]
+fn looks_between_steps_see_every_update_made() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let often = ["train.steps=6", "eval.every=1", "checkpoint.every=2", "checkpoint.keep_last=9"];
+    // The second clips every step, the third none though it could, the last does not clip.
+    for clip in ["1.0", "0.05", "1e6", "0"] {
+        let clip = format!("train.clip={clip}");
+        let sets = [&MODEL[..], &often, &[&clip, "train.accumulate=2", "train.batch=1"]].concat();
+        place.run("whole", &sets, Start::Overwrite, None).unwrap();
+        let bytes = budget(&place, &sets, 0.35);
+        run_within(&place, "tiers", &sets, Start::Overwrite, bytes).unwrap();
+        assert_same(&place, "whole", "tiers", &clip);
+        for state in std::fs::read_dir(place.path("whole").join("state")).unwrap() {
+            let name = state.unwrap().file_name();
+            let saved =
+                |dir: &str| std::fs::read(place.path(dir).join("state").join(&name).join("state.bin"));
+            assert!(saved("tiers").unwrap() == saved("whole").unwrap(), "{clip} {name:?}");
+        }
+        // Told to stop right after a step nobody looked at, and gone on with.
+        let rare = ["eval.every=0", "checkpoint.every=0"];
+        let dram = format!("memory.dram={bytes}B");
+        let rare = [&sets[..], &rare].concat();
+        place.run("whole", &rare, Start::Overwrite, None).unwrap();
+        place.run("stopped", &[&rare[..], &[&dram]].concat(), Start::Overwrite, Some(3)).unwrap();
+        run_within(&place, "stopped", &rare, Start::Resume, bytes).unwrap();
+        assert_same(&place, "whole", "stopped", &format!("{clip}, stopped"));
+    }
+}
+
+/// A look between two steps leaves the plan in force: the last step knows its bound though the one
+/// before was followed by a validation.
+#[test]
+fn the_plan_survives_a_look() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let sets = [&MODEL[..], &["train.steps=7", "eval.every=5", "checkpoint.every=0"]].concat();
+    let bytes = budget(&place, &sets, 0.35);
+    run_within(&place, "tiers", &sets, Start::New, bytes).unwrap();
+    let bounds = bounds(&place.path("tiers"));
+    assert_eq!(bounds.len(), 7);
+    assert!(bounds[2..].iter().all(|bound| *bound == bounds[2] && bound.is_some()), "{bounds:?}");
 }
 
 #[test]
