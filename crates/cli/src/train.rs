@@ -2,7 +2,8 @@
 
 use crate::traffic::Traffic;
 use crate::{EXIT_AGAIN, show};
-use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
+use ::train::{Begin, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start};
+use ::train::{StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -121,7 +122,7 @@ fn start(pool: &device::Threads, begin: Begin, stop: &AtomicBool) -> Result<Exit
 
 /// One rank's run; the first one has the screen. Whether every step is done.
 fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
-    let mut trainer = Trainer::on(mesh, begin)?;
+    let mut trainer = Trainer::on(mesh, begin.clone())?;
     if mesh.rank() > 0 {
         while let Some(progress) = trainer.advance()? {
             if let Progress::Ended { complete, .. } = progress {
@@ -130,13 +131,34 @@ fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
         }
         return Err(anyhow!("the run ended without saying so"));
     }
-    for (path, why) in &trainer.skipped_states {
-        eprintln!("warning: passed over {}: {why}", path.display());
+    let mut recovery = Recovery::default();
+    loop {
+        for (path, why) in &trainer.skipped_states {
+            eprintln!("warning: passed over {}: {why}", path.display());
+        }
+        if trainer.step() > 0 {
+            eprintln!("  resumed at step {}\n", trainer.step());
+        }
+        let error = match drive(&mut trainer, stop) {
+            Ok(complete) => return Ok(complete),
+            Err(error) => error.downcast::<TrainError>()?,
+        };
+        let lost = recovery.after(error, &trainer)?;
+        eprintln!("{}", says(&lost));
+        // The offload file and the lock of the folder go before they are taken again.
+        drop(trainer);
+        trainer = Trainer::on(mesh, Begin { start: Start::Resume, ..begin.clone() })?;
     }
-    if trainer.step() > 0 {
-        eprintln!("  resumed at step {}\n", trainer.step());
-    }
-    drive(&mut trainer, stop)
+}
+
+fn says(lost: &Lost) -> String {
+    format!(
+        "warning: step {}: {}\n  it held {}; nothing was learnt from it: setting up again from the newest state ({} of at most {MOST_RECOVERIES} times in a row)",
+        lost.step,
+        lost.cause,
+        lost.params.join(", "),
+        lost.nth
+    )
 }
 
 fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {

@@ -13,6 +13,9 @@ use tensor::ParamList;
 /// more is kept free for them.
 const MARGIN: f64 = 1.25;
 
+/// Of the drive.
+const PAGE_BYTES: usize = 4096;
+
 /// Part of what the system has free that `memory.dram = "auto"` takes.
 const AUTO_PART: f64 = 0.9;
 
@@ -21,7 +24,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate) -> Option<Setup> {
     let memory = recipe.memory.as_ref()?;
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
     let dram_bytes = memory.dram_bytes.unwrap_or_else(auto);
-    let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64;
+    let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
     let needed = estimate.state_bytes + other_bytes;
     if needed <= free_for_chunks(dram_bytes, 0) && memory.policy.is_free_to_keep_all() {
         return None;
@@ -32,7 +35,9 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate) -> Option<Setup> {
         dir: memory.dir.clone(),
         policy: memory.policy,
         other_bytes,
-        chunk_elements: chunk_elements(estimate.params, dram_bytes),
+        // A chunk of 8-bit moments is whole pages, too.
+        chunk_elements: chunk_elements(estimate.params, dram_bytes)
+            .max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes()),
     })
 }
 
@@ -84,7 +89,7 @@ fn least_dram(recipe: &Recipe, params: &ParamList, setup: &Setup) -> u64 {
     let widest = params.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
     // Where a parameter begins and ends within chunks.
     let whole = (widest + 2 * chunk) * (recipe.train.dtype.size_bytes() + 4);
-    let update = chunk * AdamW::bytes_per_param(recipe.train.dtype);
+    let update = chunk * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments);
     let chunks = whole.max(update) as u64 + setup.other_bytes;
     // What `free_for_chunks` takes off.
     chunks + chunks / 32
