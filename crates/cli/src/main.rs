@@ -69,7 +69,7 @@ fn main() -> ExitCode {
         if show::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", show::causes(&error));
         ExitCode::FAILURE
     })
 }
