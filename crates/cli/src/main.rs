@@ -6,6 +6,7 @@ mod chat;
 mod doctor;
 mod eval;
 mod inspect;
+mod outcome;
 mod plan;
 mod plan_memory;
 mod show;

@@ -62,6 +62,22 @@ impl Estimate {
     }
 }
 
+/// Seconds one measured product may take, about.
+const PRODUCT_S: f64 = 0.03;
+
+impl Estimate {
+    /// Predicted seconds of a step on this machine, from what it reaches on a layer's widest product
+    /// and on the optimizer's update, both measured now (less than a second). Norms, softmax and other
+    /// passes over activations are not in it, so steps of narrow models take longer than it says.
+    pub fn measured_step_seconds(&self, config: &Config, recipe: &TrainRecipe, peak_gflops: f64) -> f64 {
+        let (k, n) = (config.width(), config.ffn());
+        let rows = (PRODUCT_S * peak_gflops * 1e9 / (2 * k * n) as f64) as usize;
+        let m = (recipe.batch * recipe.context).min(rows.max(64));
+        let gflops = kernels::peak::gflops_of(recipe.dtype, m, k, n);
+        self.step_flops / (gflops * 1e9) + self.params as f64 * kernels::peak::update_seconds()
+    }
+}
+
 /// Bytes of one microbatch, by cause.
 pub(crate) struct Activations {
     /// What one layer keeps from its forward to its backward pass, beside its input.
