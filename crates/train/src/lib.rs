@@ -4,7 +4,9 @@
 //! `Trainer` owns the sequence of effects. Knows no HTTP and draws nothing on a screen.
 #![forbid(unsafe_code)]
 
+mod balance;
 mod begin;
+mod dry;
 mod error;
 mod estimate;
 mod export;
@@ -26,7 +28,9 @@ mod tiers;
 mod trainer;
 mod whole;
 
+pub use balance::Balance;
 pub use begin::{Begin, Start};
+pub use dry::{DryLayer, dry_layer};
 pub use error::TrainError;
 pub use estimate::Estimate;
 pub use learner::{Learner, LearnerError, LearnerOptions, loss_of};
