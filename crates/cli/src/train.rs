@@ -197,7 +197,7 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
-                if let Some(outcome) = screen.outcome {
+                if let Some(outcome) = &screen.outcome {
                     eprint!("{outcome}");
                 }
                 eprint!("{}", screen.traffic);
