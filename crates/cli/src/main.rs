@@ -6,6 +6,7 @@ mod chat;
 mod doctor;
 mod eval;
 mod inspect;
+mod outcome;
 mod plan;
 mod plan_memory;
 mod show;
@@ -69,7 +70,7 @@ fn main() -> ExitCode {
         if show::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", show::causes(&error));
         ExitCode::FAILURE
     })
 }

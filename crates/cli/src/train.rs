@@ -1,8 +1,10 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
+use crate::outcome::Outcome;
 use crate::traffic::Traffic;
 use crate::{EXIT_AGAIN, show};
-use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
+use ::train::{Begin, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start};
+use ::train::{StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -122,7 +124,8 @@ fn start(pool: &device::Threads, begin: Begin, stop: &AtomicBool) -> Result<Exit
 
 /// One rank's run; the first one has the screen. Whether every step is done.
 fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
-    let mut trainer = Trainer::on(mesh, begin)?;
+    let mut outcome = outcome(&begin);
+    let mut trainer = Trainer::on(mesh, begin.clone())?;
     if mesh.rank() > 0 {
         while let Some(progress) = trainer.advance()? {
             if let Progress::Ended { complete, .. } = progress {
@@ -131,13 +134,34 @@ fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
         }
         return Err(anyhow!("the run ended without saying so"));
     }
-    for (path, why) in &trainer.skipped_states {
-        eprintln!("warning: passed over {}: {why}", path.display());
+    let mut recovery = Recovery::default();
+    loop {
+        for (path, why) in &trainer.skipped_states {
+            eprintln!("warning: passed over {}: {why}", path.display());
+        }
+        if trainer.step() > 0 {
+            eprintln!("  resumed at step {}\n", trainer.step());
+        }
+        let error = match drive(&mut trainer, stop, outcome.as_mut()) {
+            Ok(complete) => return Ok(complete),
+            Err(error) => error.downcast::<TrainError>()?,
+        };
+        let lost = recovery.after(error, &trainer)?;
+        eprintln!("{}", says(&lost));
+        // The offload file and the lock of the folder go before they are taken again.
+        drop(trainer);
+        trainer = Trainer::on(mesh, Begin { start: Start::Resume, ..begin.clone() })?;
     }
-    if trainer.step() > 0 {
-        eprintln!("  resumed at step {}\n", trainer.step());
-    }
-    drive(&mut trainer, stop)
+}
+
+fn says(lost: &Lost) -> String {
+    format!(
+        "warning: step {}: {}\n  it held {}; nothing was learnt from it: setting up again from the newest state ({} of at most {MOST_RECOVERIES} times in a row)",
+        lost.step,
+        lost.cause,
+        lost.params.join(", "),
+        lost.nth
+    )
 }
 
 fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
@@ -155,13 +179,13 @@ fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
 }
 
 /// Advance to the end or to a signal; whether every step is done.
-fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
+fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>) -> Result<bool> {
     let steps = trainer.recipe().train.steps;
     let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
     let (started, first) = (Instant::now(), trainer.step());
-    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default() };
+    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default(), outcome };
     while let Some(progress) = trainer.advance()? {
         match progress {
             Progress::Step(metrics) => screen.step(&metrics),
@@ -174,6 +198,9 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
+                if let Some(outcome) = &screen.outcome {
+                    eprint!("{outcome}");
+                }
                 eprint!("{}", screen.traffic);
                 let dir = trainer.folder().display();
                 let took = show::duration(screen.started.elapsed().as_secs_f64());
@@ -192,18 +219,38 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
     Err(anyhow!("the run ended without saying so"))
 }
 
-struct Screen {
+/// What is predicted of the steps to come; measures before the run takes its memory. Ranks that share
+/// the cores get no prediction.
+fn outcome(begin: &Begin) -> Option<Outcome> {
+    let Begin { recipe, prepared, peak_gflops, .. } = begin;
+    if recipe.mesh.shape.world_size() > 1 {
+        return None;
+    }
+    let estimate = prepared.estimate(recipe);
+    let step_s = estimate.measured_step_seconds(&prepared.config, &recipe.train, *peak_gflops);
+    let memory_bytes = match prepared.tiers(recipe) {
+        Some(tiers) => [tiers.budgets.hbm, tiers.budgets.dram].into_iter().flatten().sum(),
+        None => estimate.total_bytes() - estimate.snapshot_bytes,
+    };
+    Some(Outcome::predicted(step_s, memory_bytes))
+}
+
+struct Screen<'a> {
     bar: ProgressBar,
     steps: u64,
     started: Instant,
     first: u64,
     said: Option<Instant>,
     traffic: Traffic,
+    outcome: Option<&'a mut Outcome>,
 }
 
-impl Screen {
+impl Screen<'_> {
     fn step(&mut self, m: &StepMetrics) {
         self.traffic.add(m);
+        if let Some(outcome) = &mut self.outcome {
+            outcome.add(m);
+        }
         let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
         let experts = m.balance.map_or(String::new(), |balance| {
             format!("  balance {:.3}, fullest expert {:.2} x mean", balance.loss, balance.imbalance)

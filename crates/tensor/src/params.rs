@@ -9,10 +9,10 @@ use crate::Fault;
 use crate::init::{Init, fill};
 use crate::piece::Piece;
 use crate::tape::{Moment, Phase};
-use device::{DType, Device, OutOfMemory, View, ViewMut};
+use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
-use memory::{Arrays, Class, Need, trace};
+use memory::{Arrays, Class, Need, Update, trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -154,9 +154,12 @@ fn piece_values(spec: &ParamSpec, piece: &Piece, seed: u64) -> Vec<f32> {
     values
 }
 
-/// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector
-/// loads of one never straddle a cache line with another.
-const ALIGN: usize = 32;
+/// Every parameter starts on a multiple of this many elements, so that vector loads of one never
+/// straddle a cache line with another, and no block of 8-bit moments holds some of two.
+const ALIGN: usize = BLOCK;
+
+/// Elements of 8-bit moments that share an exponent.
+pub const BLOCK: usize = 128;
 
 /// All parameters of a model: specs, weights, and gradients while training.
 pub struct ParamStore {
@@ -164,6 +167,9 @@ pub struct ParamStore {
     specs: Vec<ParamSpec>,
     starts: Vec<usize>,
     arrays: Arrays,
+    /// A byte for each block of first and second moments, where those have 8 bits. They stay in
+    /// memory: a 64th of a byte a parameter is not worth a journey.
+    exponents: Option<[Buffer; 2]>,
     /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
     touched: Vec<bool>,
 }
@@ -188,10 +194,11 @@ impl ParamStore {
         Ok(Self::of(list, dtype, starts, arrays))
     }
 
-    /// Storage over tiers, for weights, gradients and optimizer state.
+    /// Storage over tiers, for weights, gradients and optimizer state, whose moments are `moments`
+    /// (f32 or u8).
     pub fn paged(
         device: Device,
-        dtype: DType,
+        (dtype, moments): (DType, DType),
         list: &ParamList,
         setup: Setup,
     ) -> Result<ParamStore, PagerError> {
@@ -200,7 +207,7 @@ impl ParamStore {
         if dtype != DType::F32 {
             classes.push((Class::Master, DType::U16));
         }
-        classes.extend([(Class::M, DType::F32), (Class::V, DType::F32)]);
+        classes.extend([(Class::M, moments), (Class::V, moments)]);
         let arrays = Arrays::paged(device, total, setup, &classes)?;
         Ok(Self::of(list, dtype, starts, arrays))
     }
@@ -208,12 +215,49 @@ impl ParamStore {
     fn of(list: &ParamList, dtype: DType, starts: Vec<usize>, arrays: Arrays) -> ParamStore {
         let specs = list.specs.clone();
         let touched = vec![false; specs.len()];
-        ParamStore { dtype, specs, starts, arrays, touched }
+        ParamStore { dtype, specs, starts, arrays, exponents: None, touched }
     }
 
     /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
     pub fn enable_grads(&mut self) -> Result<(), OutOfMemory> {
         self.arrays.add(Class::Grad, DType::F32)
+    }
+
+    /// Reserve moments (f32 or u8), as far as they are not there.
+    pub fn enable_moments(&mut self, moments: DType) -> Result<(), OutOfMemory> {
+        self.arrays.add(Class::M, moments)?;
+        self.arrays.add(Class::V, moments)?;
+        if moments == DType::U8 {
+            let one = || Buffer::zeroed(self.arrays.device(), self.arrays.len().div_ceil(BLOCK));
+            self.exponents = Some([one()?, one()?]);
+        }
+        Ok(())
+    }
+
+    /// Windows on the same elements of every class for one update, and on the exponents of their
+    /// blocks (first, second moments) where moments have 8 bits.
+    pub fn update(&mut self, elements: Range<usize>) -> (Update<'_>, Option<[&mut [u8]; 2]>) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let exponents = self.exponents.as_mut().map(|pair| {
+            pair.each_mut().map(|one| one.view_mut(DType::U8, blocks.start, blocks.len()).bytes())
+        });
+        (self.arrays.update(elements), exponents)
+    }
+
+    /// Codes of 8-bit moments of `class` and the exponents of their blocks.
+    pub fn codes(&self, class: Class, elements: Range<usize>) -> (&[u8], &[u8]) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let pair = self.exponents.as_ref().expect("moments of 8 bits were enabled");
+        let exponents = pair[usize::from(class == Class::V)].view(DType::U8, blocks.start, blocks.len());
+        (self.arrays.view(class, elements).bytes(), exponents.bytes())
+    }
+
+    /// The same to be written.
+    pub fn codes_mut(&mut self, class: Class, elements: Range<usize>) -> (&mut [u8], &mut [u8]) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let pair = self.exponents.as_mut().expect("moments of 8 bits were enabled");
+        let exponents = pair[usize::from(class == Class::V)].view_mut(DType::U8, blocks.start, blocks.len());
+        (self.arrays.view_mut(class, elements).bytes(), exponents.bytes())
     }
 
     /// The flat arrays, for the optimizer and for files.

@@ -5,6 +5,7 @@ use crate::TrainError;
 use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::Metrics;
+use crate::moments;
 use crate::prepare::Prepared;
 use crate::ranks::first_says;
 use crate::recipe::Recipe;
@@ -140,12 +141,36 @@ fn agree(recipe: &Recipe, flow: &Flow, found: Option<&mut Found>) -> Result<Opti
 fn restore(learner: &mut Learner, state: &Checkpoint) -> Result<(), TrainError> {
     let Learner { optimizer, store, .. } = learner;
     for (name, bytes) in optimizer.arrays(store) {
-        state.check_size(name, bytes)?;
+        let elements = store.flat_len().max(1) as u64;
+        let ours = (bytes / elements) as usize;
+        let saved = saved_size(state, name, elements, ours)?;
         state.for_each_block(name, |first, bytes| {
-            optimizer.write(store, name, first, bytes).map_err(TrainError::from)
+            let first = first / saved as u64 * ours as u64;
+            let bytes = moments::resize(bytes, saved, ours);
+            optimizer.write(store, name, first, &bytes).map_err(TrainError::from)
         })?;
     }
     Ok(())
+}
+
+/// Bytes of an element of a saved array of `elements`, of which this run has `ours`. Moments may have
+/// been saved by a run with the other kind.
+pub(crate) fn saved_size(
+    state: &Checkpoint,
+    name: &str,
+    elements: u64,
+    ours: usize,
+) -> Result<usize, TrainError> {
+    let other = match ours {
+        2 => 4,
+        _ => 2,
+    };
+    let is_moment = matches!(name, "m" | "v");
+    if is_moment && state.array(name)?.bytes == elements * other as u64 {
+        return Ok(other);
+    }
+    state.check_size(name, elements * ours as u64)?;
+    Ok(ours)
 }
 
 fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {

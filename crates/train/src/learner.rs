@@ -78,7 +78,7 @@ impl Learner {
         let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
         let mut store = match tiers {
             None => ParamStore::new(Device::Cpu, dtype, &params)?,
-            Some(setup) => ParamStore::paged(Device::Cpu, dtype, &params, setup)?,
+            Some(setup) => ParamStore::paged(Device::Cpu, (dtype, adamw.moments.dtype()), &params, setup)?,
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;

@@ -169,6 +169,16 @@ impl Trainer {
         }
     }
 
+    /// Parameters with elements in a place of the offload file.
+    pub(crate) fn params_at(&self, place: &memory::disk::Place) -> Vec<String> {
+        let store = &self.learner.store;
+        let class = memory::Class::STATE.into_iter().find(|class| class.to_string() == place.region);
+        let Some(class) = class.filter(|class| store.arrays().has(*class)) else { return Vec::new() };
+        let size = store.arrays().dtype(class).size_bytes() as u64;
+        let elements = (place.offset / size) as usize..(place.offset + place.len).div_ceil(size) as usize;
+        store.params_in(&elements).map(|param| store.spec(param).name.clone()).collect()
+    }
+
     /// Save and end after the step at hand. Of several ranks the first one decides.
     pub fn stop(&mut self) {
         self.stopping = true;

@@ -2,7 +2,9 @@
 //! saved and exported, and taken from a saved state. So a state knows no mesh.
 
 use crate::TrainError;
+use crate::begin::saved_size;
 use crate::learner::Learner;
+use crate::moments;
 use crate::ranks::is_first;
 use checkpoint::Checkpoint;
 use device::{Buffer, DType, Device};
@@ -135,8 +137,10 @@ impl Whole {
         let flat_len = learner.store.flat_len().max(1);
         for (name, bytes) in learner.optimizer.arrays(&learner.store) {
             let size = bytes as usize / flat_len;
-            let mut whole = vec![0u8; self.len * size];
+            let saved = saved_size(state, name, self.len as u64, size)?;
+            let mut whole = vec![0u8; self.len * saved];
             state.read(name, &mut whole)?;
+            let whole = moments::resize(&whole, saved, size);
             let mut here = vec![0u8; bytes as usize];
             for (at, from, len) in self.stretches(&learner.params).flatten() {
                 let (at, from, len) = (at * size, from * size, len * size);

@@ -190,6 +190,13 @@ pub const KEYS: &[Key] = &[
     key("train.beta2", Float(0.0, 0.999_999_9), "0.95", "", "Decay of AdamW's second moment."),
     key("train.eps", Float(1e-30, 1.0), "1e-8", "", "Added to the root of the second moment."),
     key(
+        "train.moments",
+        Choice(&["f32", "8bit"]),
+        "\"f32\"",
+        "",
+        "Precision of AdamW's moments: 8bit holds them in a quarter of the memory, with rounding that keeps the mean (docs/memory.md). A state goes on with either.",
+    ),
+    key(
         "train.weight_decay",
         Float(0.0, 10.0),
         "0.1",

@@ -2,6 +2,7 @@
 
 use super::keys::parse_bytes;
 use super::{RecipeError, Settings, context, new_model};
+use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
@@ -393,6 +394,10 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
             beta2: float("train.beta2")? as f32,
             eps: float("train.eps")? as f32,
             weight_decay: float("train.weight_decay")? as f32,
+            moments: match get.text("train.moments").as_deref() {
+                Some("8bit") => Moments::Bits8,
+                _ => Moments::F32,
+            },
         },
         clip: if clip > 0.0 { clip } else { f64::INFINITY },
         dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },
