@@ -91,9 +91,9 @@ impl Learner {
     /// still to be added up (`ranks::sum_grads`).
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let tokens = tokens_of(batch);
-        let (mesh, step) = (&self.mesh, self.optimizer.steps);
+        let mesh = &self.mesh;
         let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
-            mesh.set_place(step, Some(moment.layer as u32));
+            mesh.set_layer(moment.layer as u32);
             Ok(())
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);

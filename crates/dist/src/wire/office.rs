@@ -352,6 +352,12 @@ impl Office {
         self.fail(diagnose(&seen, self.rank, call, waited_s))
     }
 
+    /// What ended the run, as soon as something has; nothing after `at_most`.
+    pub(super) fn failure_within(&self, at_most: Duration) -> Option<CommError> {
+        self.patiently(at_most, || self.failed.load(SeqCst));
+        self.check().err()
+    }
+
     fn patiently(&self, at_most: Duration, done: impl Fn() -> bool) {
         let start = Instant::now();
         while !done() && start.elapsed() < at_most {

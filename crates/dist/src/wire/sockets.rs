@@ -87,6 +87,10 @@ pub(super) fn join(
             }
         }
     }
+    // Everybody listened before it knocked, so nobody comes any more; the last one takes the folder
+    // along, and nothing is left of a run whatever becomes of it.
+    let _ = std::fs::remove_file(path(rank));
+    let _ = std::fs::remove_dir(folder);
     open(rank, streams, deadline).map_err(|e| failed("start its readers", e))
 }
 
@@ -118,6 +122,9 @@ fn open(rank: usize, streams: Vec<Option<UnixStream>>, deadline: Duration) -> io
                 let Some(office) = office.upgrade() else { return };
                 match read {
                     Ok((header, array)) => office.deliver(from, header, array),
+                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                        return office.lost(from, "killed, or ended without a word");
+                    }
                     Err(error) => return office.lost(from, &error.to_string()),
                 }
             }

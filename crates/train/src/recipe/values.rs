@@ -12,6 +12,7 @@ use memory::pager::Policy;
 use model::Recompute;
 use serde_json::json;
 use std::path::PathBuf;
+use std::time::Duration;
 use toml::Value;
 
 /// Everything a run is made from.
@@ -70,6 +71,8 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// Longest time a rank waits for another in one call.
+    pub deadline: Duration,
 }
 
 impl MeshRecipe {
@@ -430,7 +433,8 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
         );
     }
-    Ok(MeshRecipe { shape, scheme })
+    let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
+    Ok(MeshRecipe { shape, scheme, deadline })
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
