@@ -1,10 +1,45 @@
 #!/usr/bin/env bash
-# The collectives over real OpenMPI on 1 to 4 ranks. Needs libopenmpi-dev, openmpi-bin and libclang-dev.
+# The collectives, and real training, over MPI on one machine: the collectives on 1 to 4 ranks, then
+# `mpirun -n 4 trilith train` against the same mesh as threads, by the hash of weights and state.
+#
+# OpenMPI: needs libopenmpi-dev, openmpi-bin, clang and libclang-dev. Another MPI by
+#   MPICC=mpicc.mpich MPIRUN=mpirun.mpich CARGO_TARGET_DIR=target/mpich scripts/test_mpi.sh
+# with a target folder of its own, for the library is linked.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MPICC=${MPICC:-mpicc.openmpi} OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+mpirun=${MPIRUN:-mpirun.openmpi}
+# OpenMPI refuses more ranks than cores unless told; others take no such option.
+many=()
+if "$mpirun" --version 2>&1 | grep -qi "open *mpi"; then many=(--oversubscribe --bind-to none); fi
+
 test=$(cargo test -p dist --features mpi --test mpi --no-run --message-format=json |
     sed -n 's/.*"executable":"\([^"]*deps\/mpi-[^"]*\)".*/\1/p' | tail -1)
 for ranks in 1 2 3 4; do
-    timeout 120 "${MPIRUN:-mpirun.openmpi}" --oversubscribe -n "$ranks" "$test"
+    timeout 120 "$mpirun" "${many[@]}" -n "$ranks" "$test"
 done
+
+trilith=$(cargo build -p trilith --features mpi --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*\/trilith\)".*/\1/p' | tail -1)
+. scripts/tiny_run.sh
+tiny_recipe
+"$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/threads" --ranks 4
+timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/mpi"
+same_state "$work/threads" "$work/mpi"
+
+# A rank that stops is named by one message, in time, and the run goes on from what was saved.
+log=$work/stopped.log
+timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set mesh.deadline=2 \
+    --set "run.dir=$work/stopped" 2> "$log" &
+launcher=$!
+until [ -d "$work/stopped/state" ]; do sleep 0.05; done
+kill -STOP "$(pgrep -f "run.dir=$work/stopped" | while read -r pid; do
+    if tr '\0' '\n' < "/proc/$pid/environ" | grep -qE '^(OMPI_COMM_WORLD_RANK|PMI_RANK)=2$'; then echo "$pid"; fi
+done | tail -1)"
+if wait "$launcher"; then echo "the run ended well although a rank was stopped" >&2; exit 1; fi
+grep -c '^error: ' "$log" | grep -qx 1
+grep '^error: rank 2 is dead: its process does not answer' "$log"
+timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/stopped" --resume
+same_state "$work/threads" "$work/stopped"
+if pgrep -f "run.dir=$work"; then echo "processes are left" >&2; exit 1; fi
+echo "training over MPI ends with the bits of threads"

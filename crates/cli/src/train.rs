@@ -96,10 +96,12 @@ fn threads(run: &Run, dry_run: bool, stop: &AtomicBool) -> Result<ExitCode> {
     launch::threads(&pool, run, begin, stop)
 }
 
-/// Set by SIGTERM or SIGINT; a second one ends the process at once.
+/// Set by SIGTERM or SIGINT, and by SIGUSR1, which launchers of MPI pass on; a second one ends the
+/// process at once.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+    for signal in [SIGTERM, SIGINT, SIGUSR1] {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
         signal_hook::flag::register(signal, flag.clone())?;
     }
