@@ -2,16 +2,12 @@
 # The collectives, and real training, over MPI on one machine: the collectives on 1 to 4 ranks, then
 # `mpirun -n 4 trilith train` against the same mesh as threads, by the hash of weights and state.
 #
-# OpenMPI: needs libopenmpi-dev, openmpi-bin, clang and libclang-dev. Another MPI by
-#   MPICC=mpicc.mpich MPIRUN=mpirun.mpich CARGO_TARGET_DIR=target/mpich scripts/test_mpi.sh
-# with a target folder of its own, for the library is linked.
+# Needs OpenMPI: libopenmpi-dev, openmpi-bin, clang and libclang-dev.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export MPICC=${MPICC:-mpicc.openmpi} OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 mpirun=${MPIRUN:-mpirun.openmpi}
-# OpenMPI refuses more ranks than cores unless told; others take no such option.
-many=()
-if "$mpirun" --version 2>&1 | grep -qi "open *mpi"; then many=(--oversubscribe --bind-to none); fi
+many=(--oversubscribe --bind-to none)
 
 test=$(cargo test -p dist --features mpi --test mpi --no-run --message-format=json |
     sed -n 's/.*"executable":"\([^"]*deps\/mpi-[^"]*\)".*/\1/p' | tail -1)

@@ -295,7 +295,10 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
     let (process, local, locals) = match way {
         Way::Rank(start) => {
             let (rank, ranks, wait) = (start.rank, start.ranks, deadline.max(MEETING));
-            (Process::join(&start.meet, rank, ranks, wait)?.with_deadline(deadline), rank, ranks)
+            match Process::join(&start.meet, rank, ranks, wait) {
+                Ok(process) => (process.with_deadline(deadline), rank, ranks),
+                Err(error) => return say(over_mpi, rank, Outcome::Lost(error.to_string())),
+            }
         }
         Way::Mpi(local, locals) => (over_mpi_process(deadline)?, local, locals),
         Way::Threads | Way::Processes => return Err(anyhow!("this process is no single rank")),
