@@ -28,13 +28,17 @@ log=$work/stopped.log
 timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set mesh.deadline=2 \
     --set "run.dir=$work/stopped" 2> "$log" &
 launcher=$!
-until [ -d "$work/stopped/state" ]; do sleep 0.05; done
-kill -STOP "$(pgrep -f "run.dir=$work/stopped" | while read -r pid; do
-    if tr '\0' '\n' < "/proc/$pid/environ" | grep -qE '^(OMPI_COMM_WORLD_RANK|PMI_RANK)=2$'; then echo "$pid"; fi
-done | tail -1)"
+until [ -s "$work/stopped/metrics.jsonl" ]; do
+    kill -0 "$launcher"
+    sleep 0.05
+done
+for pid in $(pgrep -f "run.dir=$work/stopped"); do
+    if tr '\0' '\n' < "/proc/$pid/environ" | grep -qx 'OMPI_COMM_WORLD_RANK=2'; then kill -STOP "$pid"; fi
+done
 if wait "$launcher"; then echo "the run ended well although a rank was stopped" >&2; exit 1; fi
+cat "$log"
 grep -c '^error: ' "$log" | grep -qx 1
-grep '^error: rank 2 is dead: its process does not answer' "$log"
+grep -q '^error: rank 2 is dead: its process does not answer.* step ' "$log"
 timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/stopped" --resume
 same_state "$work/threads" "$work/stopped"
 if pgrep -f "run.dir=$work"; then echo "processes are left" >&2; exit 1; fi

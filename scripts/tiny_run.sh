@@ -12,17 +12,17 @@ run = { dir = "$work/run" }
 model = { layers = 2, width = 96, heads = 6 }
 tokenizer = { vocab = 300 }
 data = { path = "$work/corpus.txt" }
-train = { steps = 40, batch = 2, context = 32, warmup = 2 }
-eval = { every = 20, batches = 2 }
-checkpoint = { every = 10 }
+train = { steps = 120, batch = 2, context = 32, warmup = 2 }
+eval = { every = 60, batches = 2 }
+checkpoint = { every = 30 }
 END
 }
 
 # Weights and training state of two finished runs are the same bits.
 same_state() {
     local one two
-    one=$(cd "$1" && sha256sum model.safetensors state/step-00000040/state.bin)
-    two=$(cd "$2" && sha256sum model.safetensors state/step-00000040/state.bin)
+    one=$(cd "$1" && sha256sum model.safetensors state/step-00000120/state.bin)
+    two=$(cd "$2" && sha256sum model.safetensors state/step-00000120/state.bin)
     echo "$one"
     if [ "$one" != "$two" ]; then
         echo "$2 differs from $1:" >&2
