@@ -176,12 +176,13 @@ fn wait_for(lines: &mut impl Iterator<Item = std::io::Result<String>>, part: &st
 }
 
 /// Until the log of `run` has this many lines.
-fn wait_for_steps(place: &Place, run: &str, wanted: usize) {
+fn wait_for_steps(place: &Place, run: &str, child: &mut Child, wanted: usize) {
     let lines = || {
         let log = std::fs::read(place.path(run).join("metrics.jsonl")).unwrap_or_default();
         log.iter().filter(|byte| **byte == b'\n').count()
     };
     while lines() < wanted {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before step {wanted}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -192,7 +193,7 @@ fn told_to_stop_the_supervisor_saves_and_leaves_nobody() {
     let done = train(&place, "whole", "dp=2", &[]).output().unwrap();
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let mut child = train(&place, "run", "dp=2", &["--processes"]).spawn().unwrap();
-    wait_for_steps(&place, "run", 5);
+    wait_for_steps(&place, "run", &mut child, 5);
     signal(child.id(), "-TERM");
     let (id, stderr) = (child.id(), said(child.stderr.take()));
     assert_eq!(child.wait().unwrap().code(), Some(75), "{stderr}");
@@ -210,7 +211,7 @@ fn ranks_of_a_killed_supervisor_die_with_it() {
     let place = place();
     let more = ["--set", "train.steps=100000", "--processes"];
     let mut child = train(&place, "run", "dp=2,x=2", &more).spawn().unwrap();
-    wait_for_steps(&place, "run", 2);
+    wait_for_steps(&place, "run", &mut child, 2);
     let ranks = ranks_of(child.id());
     assert_eq!(ranks.len(), 4);
     // Also one that could not act by itself.
@@ -225,7 +226,7 @@ fn a_loss_is_told_once_and_the_run_goes_on_with_fewer_ranks() {
     let place = place();
     let more = ["--set", "train.steps=200", "--processes", "--restart", "1", "--fallback", "x=2"];
     let mut child = train(&place, "run", "dp=2,x=2", &more).spawn().unwrap();
-    wait_for_steps(&place, "run", 10);
+    wait_for_steps(&place, "run", &mut child, 10);
     disturb(&child, 3, Disturbance::Kill);
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let lost = wait_for(&mut lines, "lost: ");
@@ -255,7 +256,7 @@ fn a_loss_is_told_once_and_the_run_goes_on_with_fewer_ranks() {
 fn fails_to_save_for_a_while(place: &Place, way: &[&str]) {
     let more = [&["--restart", "100000", "--set", "train.steps=100"], way].concat();
     let mut child = train(place, "run", "dp=2", &more).spawn().unwrap();
-    wait_for_steps(place, "run", 6);
+    wait_for_steps(place, "run", &mut child, 6);
     let (states, away) = (place.path("run/state"), place.path("run/away"));
     std::fs::rename(&states, &away).unwrap();
     std::fs::write(&states, "no folder").unwrap();
