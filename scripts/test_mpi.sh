@@ -41,5 +41,19 @@ grep -c '^error: ' "$log" | grep -qx 1
 grep -q '^error: rank 2 is dead: its process does not answer.* step ' "$log"
 timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/stopped" --resume
 same_state "$work/threads" "$work/stopped"
+
+# SIGUSR1, which the launcher passes on, saves and ends with 75.
+"$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/told" &
+launcher=$!
+until [ -s "$work/told/metrics.jsonl" ]; do
+    kill -0 "$launcher"
+    sleep 0.05
+done
+kill -USR1 "$launcher"
+if wait "$launcher"; then code=0; else code=$?; fi
+test "$code" = 75
+timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set "run.dir=$work/told" --resume
+same_state "$work/threads" "$work/told"
+
 if pgrep -f "run.dir=$work"; then echo "processes are left" >&2; exit 1; fi
 echo "training over MPI ends with the bits of threads"

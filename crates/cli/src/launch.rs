@@ -375,6 +375,8 @@ fn watch(process: Process, over: Arc<AtomicBool>, say: impl Fn(String) + Send + 
 fn say(over_mpi: bool, rank: usize, outcome: Outcome) -> Result<ExitCode> {
     let (words, code) = match outcome {
         Outcome::Ended { complete } if over_mpi && rank == 0 => return Ok(ended(complete)),
+        // The launcher takes any other code for a failure, and the first rank gives it.
+        Outcome::Ended { .. } if over_mpi => return Ok(ExitCode::SUCCESS),
         Outcome::Ended { complete: true } => return Ok(ExitCode::SUCCESS),
         Outcome::Ended { complete: false } => return Ok(ExitCode::from(EXIT_AGAIN)),
         Outcome::Refused(words) => (words, 1),
