@@ -235,6 +235,7 @@ impl Trainer {
             gflops,
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
+            balance: self.learner.balance(),
         };
         if let Some(files) = &mut self.files {
             files.metrics.step(&metrics)?;
@@ -283,8 +284,9 @@ impl Trainer {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
             for round in batches.chunks(replicas) {
-                let ours = round.get(replica).map(|batch| self.learner.evaluate(batch)).transpose()?;
-                for sum in ranks::gather_replicas(&mesh, ours.unwrap_or(0.0))? {
+                // Who shares experts takes part in every turn; a turn too many counts nothing.
+                let ours = self.learner.evaluate(round.get(replica).unwrap_or(&round[0]))?;
+                for sum in ranks::gather_replicas(&mesh, ours)?.into_iter().take(round.len()) {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -2,11 +2,10 @@
 
 mod common;
 
+use common::runs::{F32, begin, losses, run, state};
 use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
-use std::path::Path;
-use std::sync::Arc;
-use train::{Begin, Prepared, Progress, Start, Trainer};
+use train::Start;
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
 /// width 32, ffn 96, 4 rows.
@@ -22,56 +21,6 @@ const MESHES: [&[&str]; 10] = [
     &["mesh.x=2", "mesh.y=2", "mesh.scheme=weight-stationary"],
     &["mesh.dp=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
 ];
-
-fn begin(place: &Place, dir: &str, sets: &[&str], start: Start) -> Begin {
-    let settings = place.settings(dir, sets);
-    let recipe = settings.recipe().unwrap();
-    let prepared = Arc::new(Prepared::new(&recipe, start == Start::Resume, &mut |_| {}).unwrap());
-    Begin { recipe, resolved: settings.resolved(), prepared, start, peak_gflops: 100.0 }
-}
-
-/// Run every rank to the end; with `stop` they end before the next step.
-fn run(place: &Place, dir: &str, sets: &[&str], start: Start, stop: bool) {
-    let begin = begin(place, dir, sets, start);
-    let shape = begin.recipe.mesh.shape;
-    launch(&shape, &Options::default(), |mesh| {
-        let mut trainer = Trainer::on(mesh, begin.clone())?;
-        if stop && mesh.rank() == 0 {
-            trainer.stop();
-        }
-        let mut last = None;
-        while let Some(progress) = trainer.advance()? {
-            last = Some(progress);
-        }
-        assert!(matches!(last, Some(Progress::Ended { complete, .. }) if complete != stop || !stop));
-        Ok::<_, train::TrainError>(())
-    })
-    .unwrap();
-}
-
-/// The arrays of a state as one file, and its f32 arrays by name.
-fn state(dir: &Path, step: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
-    let folder = dir.join(format!("state/step-{step:08}"));
-    let bytes = std::fs::read(folder.join("state.bin")).unwrap();
-    // Behind the manifest stands its checksum.
-    let text = std::fs::read(folder.join("manifest.json")).unwrap();
-    let manifest = serde_json::Deserializer::from_slice(&text).into_iter::<serde_json::Value>().next();
-    let manifest = manifest.unwrap().unwrap();
-    let array = |array: &serde_json::Value| {
-        let (from, len) = (array["offset"].as_u64().unwrap(), array["bytes"].as_u64().unwrap());
-        let words = bytes[from as usize..(from + len) as usize].as_chunks().0;
-        words.iter().map(|word| f32::from_le_bytes(*word)).collect()
-    };
-    let arrays = manifest["arrays"].as_array().unwrap().iter().map(array).collect();
-    (bytes, arrays)
-}
-
-fn losses(dir: &Path) -> Vec<f64> {
-    log(dir).iter().filter_map(|line| line.get("lr").and(line["loss"].as_f64())).collect()
-}
-
-const F32: [&str; 5] =
-    ["train.precision=f32", "train.batch=4", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"];
 
 /// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
 /// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,
@@ -239,7 +188,7 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
 fn what_cannot_be_spread_is_refused_with_a_remedy() {
     let place = Place::new();
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
-    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by mesh.dp = 3"));
+    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
     assert!(idle.contains("no use for mesh.z"), "{idle}");
     let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
