@@ -62,6 +62,15 @@ struct Peer {
     answer: Mutex<Option<[LastSeen; 2]>>,
 }
 
+/// How the end of a process shows in the connection to it.
+pub(super) fn gone(error: &std::io::Error) -> String {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        UnexpectedEof | BrokenPipe | ConnectionReset => "killed, or ended without a word".to_string(),
+        _ => error.to_string(),
+    }
+}
+
 /// A message's text. Arrays have elements of two bytes.
 fn words(error: &CommError) -> String {
     let text = error.to_string();
@@ -281,7 +290,7 @@ impl Office {
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Err(self.overdue(call, start)),
             Err(error) => {
-                self.lost(to, &error.to_string());
+                self.lost(to, &gone(&error));
                 self.check()?;
                 let reason = lock(&self.peers[to].ended).clone().unwrap_or_default();
                 let last = Box::new(self.last_heard(to));

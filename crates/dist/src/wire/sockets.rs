@@ -2,7 +2,7 @@
 //! one run: whoever is left over from an earlier attempt finds nobody there.
 
 use super::frame::{HEADER_BYTES, Header, Kind};
-use super::office::Office;
+use super::office::{Office, gone};
 use super::post::Post;
 use crate::CommError;
 use crate::beside::Array;
@@ -122,10 +122,7 @@ fn open(rank: usize, streams: Vec<Option<UnixStream>>, deadline: Duration) -> io
                 let Some(office) = office.upgrade() else { return };
                 match read {
                     Ok((header, array)) => office.deliver(from, header, array),
-                    Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                        return office.lost(from, "killed, or ended without a word");
-                    }
-                    Err(error) => return office.lost(from, &error.to_string()),
+                    Err(error) => return office.lost(from, &gone(&error)),
                 }
             }
         })?;
