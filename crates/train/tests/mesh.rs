@@ -5,7 +5,7 @@ mod common;
 use common::runs::{F32, begin, losses, run, state};
 use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
-use train::Start;
+use train::{Begin, Start, Trainer};
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
 /// width 32, ffn 96, 4 rows.
