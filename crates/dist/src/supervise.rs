@@ -2,6 +2,7 @@
 //! again for as long as its caller wants. Knows nothing of what they do; they resume from what they saved.
 
 use rustix::process::{Pid, Signal, kill_process};
+use std::ffi::OsString;
 use std::fs::DirBuilder;
 use std::io::{self, Read};
 use std::os::unix::fs::DirBuilderExt;
@@ -41,11 +42,12 @@ pub struct Start {
 
 impl Start {
     /// The rank that [`supervise`] made this process; none when nobody did. From then on the process
-    /// does not outlive its supervisor. A message when that one is gone already.
-    pub fn of_this_process() -> Result<Option<Start>, String> {
-        let Some(meet) = std::env::var_os(MEET) else { return Ok(None) };
+    /// does not outlive its supervisor. `variable` looks into the environment. A message when the
+    /// supervisor is gone already.
+    pub fn of_this_process(variable: impl Fn(&str) -> Option<OsString>) -> Result<Option<Start>, String> {
+        let Some(meet) = variable(MEET) else { return Ok(None) };
         let number = |name: &str| {
-            let value = std::env::var(name).ok().and_then(|text| text.parse::<usize>().ok());
+            let value = variable(name).and_then(|text| text.to_str()?.parse::<usize>().ok());
             value.ok_or_else(|| format!("{MEET} is set but {name} is no number; unset both"))
         };
         follow_parent();

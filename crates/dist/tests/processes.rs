@@ -40,7 +40,8 @@ const DISTURBANCES: [Disturbance; 4] =
 /// `rank STATE KIND VICTIM STEP MICROSECONDS`
 fn rank_main(args: &[String]) -> Result<(), CommError> {
     let number = |i: usize| args[i].parse::<usize>().expect("a number");
-    let start = Start::of_this_process().expect("a supervisor").expect("started by one");
+    let start =
+        Start::of_this_process(|name| std::env::var_os(name)).expect("a supervisor").expect("started by one");
     let (rank, ranks, attempt, state) = (start.rank, start.ranks, start.attempt, PathBuf::from(&args[0]));
     let disturbed = attempt == 0 && rank == number(2);
     let kind = if disturbed { DISTURBANCES[number(1)] } else { Disturbance::None };
