@@ -49,7 +49,7 @@ pub use norm::{Width, norm};
 pub use product::{Algorithm, Keep, Leave, Product, Side};
 pub use scheme::{Flow, FlowError, Scheme, Weighted};
 pub use shape::{Axis, Coords, MeshError, MeshShape};
-pub use supervise::{RunError, Start, Supervision, supervise};
+pub use supervise::{End, Ends, RunError, Start, Supervision, supervise};
 pub use table::{Table, embed, head_loss};
 pub use threads::Rank;
 pub use traffic::{Counts, Peers, Traffic, piece};

@@ -63,6 +63,7 @@ struct Found {
 pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result<Begun, TrainError> {
     let Begin { recipe, resolved, prepared, start, .. } = begin;
     let identity = identity(recipe, prepared);
+    same_run(flow, resolved, &identity)?;
     let mut found = match flow.mesh.rank() {
         0 => Some(look(recipe, *start)?),
         _ => None,
@@ -116,6 +117,33 @@ fn look(recipe: &Recipe, start: Start) -> Result<Found, TrainError> {
         (None, Some((_, first)), _) => Err(TrainError::NoWholeState { path: path(), first: first.clone() }),
         (state, ..) => Ok(Found { folder, states, state, skipped }),
     }
+}
+
+/// Refuse to train with ranks that would train something else: processes read recipe and data by
+/// themselves, on hosts of their own, and copies of weights would drift apart without a word.
+fn same_run(flow: &Flow, resolved: &str, identity: &Identity) -> Result<(), TrainError> {
+    let isa = device::Isa::active().name();
+    let model = identity.model.to_string();
+    let data = identity.data.to_string();
+    let ours = [("recipe", resolved), ("model", &model), ("training data", &data), ("instruction set", isa)];
+    // FNV-1a, the same in every process.
+    let hash = |text: &str| {
+        let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
+    };
+    let own: [u64; 4] = ours.map(|(_, text)| hash(text));
+    let mut words: [u16; 16] = std::array::from_fn(|i| (own[i / 4] >> (16 * (i % 4))) as u16);
+    let mine = words;
+    first_says(&flow.mesh, &mut words)?;
+    let Some(at) = (0..16).find(|i| words[*i] != mine[*i]) else { return Ok(()) };
+    let (rank, name) = (flow.mesh.rank(), ours[at / 4].0);
+    let hint = if name == "instruction set" { format!(" (here it is {isa})") } else { String::new() };
+    Err(TrainError::Mesh {
+        what: format!(
+            "rank {rank} has another {name} than rank 0{hint}; every rank needs the same recipe, options, files \
+             and kind of processor"
+        ),
+    })
 }
 
 /// The state every rank goes on from.

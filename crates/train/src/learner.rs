@@ -115,10 +115,10 @@ impl Learner {
     /// still to be added up (`ranks::sum_grads`).
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let (tokens, share) = (tokens_of(batch), self.share(batch, scale)?);
-        let (mesh, step) = (&self.mesh, self.optimizer.steps);
+        let mesh = &self.mesh;
         let (pending, optimizer) = (&mut self.pending, &self.optimizer);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
-            mesh.set_place(step, Some(moment.layer as u32));
+            mesh.set_layer(moment.layer as u32);
             pending.before(moment, optimizer, store)
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);

@@ -190,6 +190,7 @@ impl Trainer {
             return Ok(None);
         }
         self.assembled = None;
+        self.flow.mesh.set_place(self.step + 1, None);
         if self.whole.is_some() {
             let mut words = [u16::from(self.stopping)];
             first_says(&self.flow.mesh, &mut words)?;
@@ -221,7 +222,6 @@ impl Trainer {
         let train = &self.recipe.train;
         let step = self.step + 1;
         let mesh = &self.flow.mesh;
-        mesh.set_place(step, None);
         let (replica, replicas) = ranks::replica(mesh);
         let (first, each) = (self.meta.samples, train.batch / replicas);
         let batches: Vec<Batch> = (0..train.accumulate)

@@ -5,7 +5,7 @@ mod common;
 use common::runs::{F32, begin, losses, run, state};
 use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
-use train::Start;
+use train::{Begin, Start, Trainer};
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
 /// width 32, ffn 96, 4 rows.
@@ -232,4 +232,23 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
     assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
+}
+
+#[test]
+fn a_rank_that_would_train_something_else_is_refused() {
+    let place = Place::new();
+    let ours = begin(&place, "run", &["mesh.dp=2", "mesh.x=2"], Start::New);
+    let theirs = begin(&place, "run", &["mesh.dp=2", "mesh.x=2", "train.lr=2e-3"], Start::New);
+    let other_data = begin(&place, "run", &["mesh.dp=2", "mesh.x=2", "data.valid_fraction=0.3"], Start::New);
+    let other_data = Begin { resolved: ours.resolved.clone(), ..other_data };
+    for (theirs, name) in [(theirs, "recipe"), (other_data, "training data")] {
+        let failure = launch(&ours.recipe.mesh.shape, &Options::default(), |mesh| {
+            let begin = if mesh.rank() == 3 { theirs.clone() } else { ours.clone() };
+            let mut trainer = Trainer::on(mesh, begin)?;
+            while trainer.advance()?.is_some() {}
+            Ok::<_, train::TrainError>(())
+        });
+        let failure = failure.unwrap_err().to_string();
+        assert!(failure.starts_with(&format!("rank 3 has another {name} than rank 0")), "{failure}");
+    }
 }

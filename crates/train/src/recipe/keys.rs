@@ -333,7 +333,13 @@ pub const KEYS: &[Key] = &[
         "How attention sees the tokens of other context ranks; auto takes all-to-all where the heads divide and it moves less.",
     ),
     key("mesh.ep", Int(1, 65536), "1", "ranks", "Replicas that share the experts of a mixture among them."),
-    key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
+    key(
+        "mesh.x",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "First tensor axis. Ranks are threads of the process, or processes (docs/communication.md).",
+    ),
     key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),
     key("mesh.z", Int(1, 65536), "1", "ranks", "Third tensor axis."),
     key(
@@ -342,6 +348,13 @@ pub const KEYS: &[Key] = &[
         "\"auto\"",
         "",
         "How products are spread over x, y and z (docs/parallelism.md); auto goes by the axes: 1d, summa or 3d.",
+    ),
+    key(
+        "mesh.deadline",
+        Float(0.1, 1e7),
+        "600.0",
+        "s",
+        "Longest time a rank waits for another in one call; then the run ends on all of them and says who was late.",
     ),
     key(
         "memory.dram",

@@ -12,6 +12,7 @@ use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use std::path::PathBuf;
+use std::time::Duration;
 use toml::Value;
 
 /// Everything a run is made from.
@@ -72,6 +73,8 @@ pub struct MeshRecipe {
     pub scheme: Option<Scheme>,
     /// How attention sees the tokens of other context ranks.
     pub attention: ContextAttention,
+    /// Longest time a rank waits for another in one call.
+    pub deadline: Duration,
 }
 
 impl MeshRecipe {
@@ -462,5 +465,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         );
     }
     let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default() })
+    let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
+    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline })
 }
