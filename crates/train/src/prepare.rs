@@ -117,7 +117,7 @@ impl Prepared {
         let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
         let tiers = self.tiers(recipe);
         let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
-        Learner::on(flow, &self.config, options).map_err(|error| match error {
+        Learner::sharded(flow, &self.config, options, recipe.mesh.sharding).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),
             LearnerError::Memory(error) => TrainError::Memory(error),
             LearnerError::Tiers(error) => TrainError::Tiers(error),
@@ -137,7 +137,7 @@ impl Prepared {
             |name, shape| files.read(name, shape).map_err(TrainError::from),
             |param, first, values| Ok(optimizer.set_weights(store, param, first, values)?),
         )?;
-        Ok(())
+        Ok(learner.share_weights()?)
     }
 }
 

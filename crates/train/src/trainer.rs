@@ -4,7 +4,7 @@
 use crate::begin::{self, Begin, Begun, Start};
 use crate::files::Files;
 use crate::learner::Learner;
-use crate::metrics::StepMetrics;
+use crate::metrics::{Messages, StepMetrics};
 use crate::prepare::Prepared;
 use crate::ranks::{self, first_says};
 use crate::recipe::Recipe;
@@ -212,7 +212,9 @@ impl Trainer {
         let plan = StepPlan { lr: lr as f32, clip: train.clip };
         // What was moved between steps (validation, saves) is not the step's.
         self.learner.store.arrays_mut().report();
+        let before = mesh.counts();
         let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
+        let messages = Messages::between(&before, &mesh.counts());
         self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
         let rows = (train.batch * train.accumulate) as u64;
@@ -235,6 +237,7 @@ impl Trainer {
             gflops,
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
+            messages,
         };
         if let Some(files) = &mut self.files {
             files.metrics.step(&metrics)?;
@@ -283,8 +286,11 @@ impl Trainer {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
             for round in batches.chunks(replicas) {
-                let ours = round.get(replica).map(|batch| self.learner.evaluate(batch)).transpose()?;
-                for sum in ranks::gather_replicas(&mesh, ours.unwrap_or(0.0))? {
+                // Weights may be gathered from replicas without a batch, so they take one all the same.
+                let batch = round.get(replica).unwrap_or(&round[0]);
+                let ours = self.learner.evaluate(batch)?;
+                let counted = if replica < round.len() { ours } else { 0.0 };
+                for sum in ranks::gather_replicas(&mesh, counted)? {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -2,15 +2,13 @@
 
 mod common;
 
-use common::{Place, log};
+use common::{Place, begin, log, losses, run_on_mesh as run, state};
 use dist::{Axis, Flow, Options, launch};
-use std::path::Path;
-use std::sync::Arc;
-use train::{Begin, Prepared, Progress, Start, Trainer};
+use train::Start;
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
 /// width 32, ffn 96, 4 rows.
-const MESHES: [&[&str]; 10] = [
+const MESHES: [&[&str]; 14] = [
     &["mesh.x=2"],
     &["mesh.dp=2"],
     &["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence"],
@@ -21,54 +19,11 @@ const MESHES: [&[&str]; 10] = [
     &["mesh.dp=2", "mesh.y=2", "mesh.z=3", "mesh.scheme=3d"],
     &["mesh.x=2", "mesh.y=2", "mesh.scheme=weight-stationary"],
     &["mesh.dp=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
+    &["mesh.fsdp=4"],
+    &["mesh.fsdp=2", "mesh.x=2", "mesh.zero=1", "mesh.scheme=1d-sequence"],
+    &["mesh.fsdp=2", "mesh.x=2", "mesh.y=2", "mesh.zero=2"],
+    &["mesh.dp=2", "mesh.fsdp=2", "mesh.x=3"],
 ];
-
-fn begin(place: &Place, dir: &str, sets: &[&str], start: Start) -> Begin {
-    let settings = place.settings(dir, sets);
-    let recipe = settings.recipe().unwrap();
-    let prepared = Arc::new(Prepared::new(&recipe, start == Start::Resume, &mut |_| {}).unwrap());
-    Begin { recipe, resolved: settings.resolved(), prepared, start, peak_gflops: 100.0 }
-}
-
-/// Run every rank to the end; with `stop` they end before the next step.
-fn run(place: &Place, dir: &str, sets: &[&str], start: Start, stop: bool) {
-    let begin = begin(place, dir, sets, start);
-    let shape = begin.recipe.mesh.shape;
-    launch(&shape, &Options::default(), |mesh| {
-        let mut trainer = Trainer::on(mesh, begin.clone())?;
-        if stop && mesh.rank() == 0 {
-            trainer.stop();
-        }
-        let mut last = None;
-        while let Some(progress) = trainer.advance()? {
-            last = Some(progress);
-        }
-        assert!(matches!(last, Some(Progress::Ended { complete, .. }) if complete != stop || !stop));
-        Ok::<_, train::TrainError>(())
-    })
-    .unwrap();
-}
-
-/// The arrays of a state as one file, and its f32 arrays by name.
-fn state(dir: &Path, step: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
-    let folder = dir.join(format!("state/step-{step:08}"));
-    let bytes = std::fs::read(folder.join("state.bin")).unwrap();
-    // Behind the manifest stands its checksum.
-    let text = std::fs::read(folder.join("manifest.json")).unwrap();
-    let manifest = serde_json::Deserializer::from_slice(&text).into_iter::<serde_json::Value>().next();
-    let manifest = manifest.unwrap().unwrap();
-    let array = |array: &serde_json::Value| {
-        let (from, len) = (array["offset"].as_u64().unwrap(), array["bytes"].as_u64().unwrap());
-        let words = bytes[from as usize..(from + len) as usize].as_chunks().0;
-        words.iter().map(|word| f32::from_le_bytes(*word)).collect()
-    };
-    let arrays = manifest["arrays"].as_array().unwrap().iter().map(array).collect();
-    (bytes, arrays)
-}
-
-fn losses(dir: &Path) -> Vec<f64> {
-    log(dir).iter().filter_map(|line| line.get("lr").and(line["loss"].as_f64())).collect()
-}
 
 const F32: [&str; 5] =
     ["train.precision=f32", "train.batch=4", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"];
@@ -80,9 +35,18 @@ const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
 
 #[test]
 fn a_step_on_any_mesh_is_the_step_of_one_rank() {
+    compare_with_one_rank(&["train.steps=2", "train.clip=0"], &MESHES);
+}
+
+/// Sharing gradients, ranks add up microbatch by microbatch what others add up at the end.
+#[test]
+fn a_step_of_several_microbatches_on_shards_is_the_step_of_one_rank() {
+    compare_with_one_rank(&["train.steps=2", "train.clip=0", "train.accumulate=2"], &MESHES[10..]);
+}
+
+fn compare_with_one_rank(more: &[&str], meshes: &[&[&str]]) {
     let place = Place::new();
-    let steps = ["train.steps=2", "train.clip=0"];
-    let base: Vec<&str> = F32.iter().chain(&steps).copied().collect();
+    let base: Vec<&str> = F32.iter().chain(more).copied().collect();
     run(&place, "solo", &base, Start::New, false);
     let solo = place.path("solo");
     let (_, one) = state(&solo, 1);
@@ -92,7 +56,7 @@ fn a_step_on_any_mesh_is_the_step_of_one_rank() {
     let (starts, _) = built.params.layout();
     let lr = begin.recipe.train.schedule.at(1) as f32;
     let wanted = losses(&solo);
-    for (i, mesh) in MESHES.iter().enumerate() {
+    for (i, mesh) in meshes.iter().enumerate() {
         let dir = format!("mesh-{i}");
         let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
         run(&place, &dir, &sets, Start::New, false);
@@ -139,7 +103,7 @@ fn replicas_alone_leave_the_losses_of_a_step_bit_for_bit() {
 #[test]
 fn the_same_run_twice_has_the_same_bits() {
     let place = Place::new();
-    for mesh in [MESHES[2], MESHES[3], MESHES[7]] {
+    for mesh in [MESHES[2], MESHES[3], MESHES[7], MESHES[10], MESHES[13]] {
         let base = ["train.batch=4", "train.steps=3"];
         let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
         run(&place, "once", &sets, Start::Overwrite, false);
@@ -192,7 +156,7 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// 19 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
@@ -200,6 +164,7 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
     let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let chain = chain.chain([MESHES[10], MESHES[11], MESHES[1], MESHES[12], MESHES[13], solo]);
     let meshes: Vec<&[&str]> = chain.collect();
     let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
         let base = [

@@ -5,8 +5,9 @@ use super::{RecipeError, Settings};
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
+use crate::shards::Sharding;
 use device::DType;
-use dist::cost::{Cluster, Link};
+use dist::cost::{Cluster, Link, Zero};
 use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -70,6 +71,8 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// How ranks share the state.
+    pub sharding: Sharding,
 }
 
 impl MeshRecipe {
@@ -392,7 +395,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp, Axis::Ep] {
+    for axis in [Axis::Pp, Axis::Cp, Axis::Ep] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -430,7 +433,13 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
         );
     }
-    Ok(MeshRecipe { shape, scheme })
+    let zero = match need(get.int("mesh.zero"), "mesh.zero")? {
+        1 => Zero::One,
+        2 => Zero::Two,
+        _ => Zero::Three,
+    };
+    let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
+    Ok(MeshRecipe { shape, scheme, sharding })
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
