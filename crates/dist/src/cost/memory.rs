@@ -133,9 +133,12 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers as f64) } else { kept };
     let mut grads = params * state.grad / shared(Zero::Two);
     if plan.zero >= Zero::Two && shards > 1.0 {
-        // A layer's gradient exists whole until it is scattered, that of a tied table from the head to
-        // the embedding.
-        let whole = if model.tied { per_layer + one_table } else { per_layer.max(one_table) };
+        // Whole are the gradients of the layer at work and of the one before, on their way; that of a
+        // tied table from the head to the embedding.
+        let whole = match model.tied {
+            true => 2.0 * per_layer + one_table,
+            false => per_layer + per_layer.max(one_table),
+        };
         grads += others * whole * state.grad;
         if plan.microbatches(batch) > 1 {
             // Sums of the microbatches before.

@@ -64,6 +64,9 @@ pub(super) struct Buckets {
     last: bool,
     /// Gradients the moment at hand writes, and whether it goes back.
     writing: (Vec<ParamRef>, bool),
+    /// The layer at hand, and stripes that set out in it and in the one before.
+    layer: usize,
+    set_out: [Vec<usize>; 2],
 }
 
 impl Buckets {
@@ -82,6 +85,8 @@ impl Buckets {
             kept: (0..count).map(|_| None).collect(),
             last: true,
             writing: Default::default(),
+            layer: 0,
+            set_out: Default::default(),
             common,
             spans,
             sums,
@@ -101,6 +106,7 @@ impl Buckets {
         self.left.clone_from(&self.members);
         self.states.iter_mut().for_each(|state| *state = State::Open);
         self.writing.0.clear();
+        self.set_out = Default::default();
         match self.common.shares(Zero::Two) {
             // What the microbatch before wrote is in the sums.
             true => store.clear_grads(),
@@ -109,7 +115,10 @@ impl Buckets {
     }
 
     /// A moment is about to run: make room for the gradients it writes.
-    pub fn enter(&mut self, moment: &Moment<'_>, store: &mut ParamStore) {
+    pub fn enter(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
+        if self.layer != moment.layer {
+            self.turn_to(moment.layer)?;
+        }
         match (moment.phase, moment.writes_grads) {
             (Phase::Forward, false) => {
                 moment.params.iter().for_each(|param| self.uses[param.index()] += 1);
@@ -122,6 +131,20 @@ impl Buckets {
             }
             _ => {}
         }
+        Ok(())
+    }
+
+    /// A layer begins. Where room for gradients is given back, no more than those of the layer before
+    /// may be on their way beside it.
+    fn turn_to(&mut self, layer: usize) -> Result<(), Fault> {
+        self.layer = layer;
+        if self.common.shares(Zero::Two) {
+            self.set_out.swap(0, 1);
+            for stripe in std::mem::take(&mut self.set_out[1]) {
+                self.finish(stripe)?;
+            }
+        }
+        Ok(())
     }
 
     fn bring(&self, stripe: usize, store: &mut ParamStore) {
@@ -199,6 +222,7 @@ impl Buckets {
             Ok(None)
         })?;
         self.states[stripe] = State::Under(under);
+        self.set_out[1].push(stripe);
         match sharding.overlap {
             true => Ok(()),
             false => self.finish(stripe),
@@ -235,7 +259,7 @@ fn sums_of(common: &Common, store: &ParamStore, spreads: &[Spread], stripe: usiz
         let elements = range.start.max(own.start)..range.end.min(own.end);
         let axes = ranks::axes_of_sums(&common.mesh, &spreads[param.index()]);
         let axes: Vec<Axis> = axes.into_iter().filter(|axis| *axis != Axis::Fsdp).collect();
-        if elements.is_empty() || axes.is_empty() {
+        if elements.is_empty() {
             continue;
         }
         let mut place = |axis: Axis| {
@@ -252,5 +276,6 @@ fn sums_of(common: &Common, store: &ParamStore, spreads: &[Spread], stripe: usiz
             _ => sums.runs.push(Run { elements, axes }),
         }
     }
+    sums.runs.retain(|run| !run.axes.is_empty());
     sums
 }

@@ -121,7 +121,7 @@ impl Shards {
         }
         self.gathers.enter(moment, store)?;
         if learning {
-            self.buckets.enter(moment, store);
+            self.buckets.enter(moment, store)?;
         }
         Ok(())
     }
