@@ -72,7 +72,8 @@ impl Prepared {
     pub fn estimate(&self, recipe: &Recipe) -> Estimate {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
-        Estimate::new(&self.config, &self.params, &recipe.train, snapshot)
+        let one = Estimate::new(&self.config, &self.params, &recipe.train, snapshot);
+        one.over(&recipe.mesh, recipe.train.dtype)
     }
 
     /// What the state may spread over; none: all of it stays in memory.

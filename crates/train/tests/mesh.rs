@@ -204,7 +204,7 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
 fn what_cannot_be_spread_is_refused_with_a_remedy() {
     let place = Place::new();
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
-    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by mesh.dp = 3"));
+    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3, the product of mesh.dp"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
     assert!(idle.contains("no use for mesh.z"), "{idle}");
     let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);

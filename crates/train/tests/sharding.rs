@@ -87,6 +87,28 @@ fn overlap_changes_no_bit_and_microbatches_have_two_orders() {
     }
 }
 
+/// A step's line says what travelled over each axis and how long nobody computed for it.
+#[test]
+fn a_step_says_what_it_exchanged_and_how_long_it_waited() {
+    let place = Place::new();
+    outcome(&place, &[&["mesh.dp=2", "mesh.fsdp=2"]]);
+    let text = std::fs::read_to_string(place.path("run/metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let steps: Vec<_> = lines.filter(|line| line["kind"] == "step").collect();
+    assert_eq!(steps.len(), 3);
+    for step in steps {
+        for axes in ["dp", "fsdp"] {
+            let messages = step["messages"].as_array().unwrap();
+            let of_axes = messages.iter().find(|of| of["axes"] == axes).unwrap();
+            assert!(of_axes["sent_bytes"].as_u64() > Some(0), "{of_axes}");
+            assert_eq!(of_axes["sent_bytes"], of_axes["received_bytes"]);
+            let seconds = |key: &str| of_axes[key].as_f64().unwrap();
+            assert!(seconds("exposed_s") > 0.0 && seconds("exposed_s") <= step["seconds"].as_f64().unwrap());
+            assert!(seconds("beside_s") > 0.0);
+        }
+    }
+}
+
 /// Run `body` on every rank with a learner of `zero`.
 fn on_ranks<R: Send>(
     begin: &Begin,
@@ -151,6 +173,22 @@ fn resident_state_falls_as_one_over_the_ranks_that_share_it() {
             }
         }
     }
+}
+
+#[test]
+fn the_estimate_counts_what_each_stage_shares() {
+    let place = Place::new();
+    let state = |sets: &[&str]| {
+        let begin =
+            begin(&place, "run", &[&["train.batch=4", "train.precision=f32"], sets].concat(), Start::New);
+        let estimate = begin.prepared.estimate(&begin.recipe);
+        estimate.state_bytes / estimate.params as u64
+    };
+    assert_eq!(state(&["mesh.x=2"]), 16);
+    assert_eq!(state(&["mesh.dp=4"]), 64);
+    let stages = STAGES.map(|stage| state(&["mesh.fsdp=4", stage]));
+    assert_eq!(stages, [4 * 8 + 8, 4 * 4 + 12, 16]);
+    assert_eq!(state(&["mesh.dp=2", "mesh.fsdp=2", "mesh.zero=3"]), 32);
 }
 
 /// Bytes over `fsdp` of the second step on each rank, with what there is to send.

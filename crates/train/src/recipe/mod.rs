@@ -1,6 +1,7 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
 pub mod keys;
+mod model;
 mod values;
 
 pub use values::{
