@@ -180,7 +180,7 @@ fn the_estimate_counts_what_each_stage_shares() {
     let place = Place::new();
     let state = |sets: &[&str]| {
         let begin =
-            begin(&place, "run", &[&["train.batch=4", "train.precision=f32"], sets].concat(), Start::New);
+            begin(&place, "run", &[&["train.batch=4", "train.precision=f32"][..], sets].concat(), Start::New);
         let estimate = begin.prepared.estimate(&begin.recipe);
         estimate.state_bytes / estimate.params as u64
     };
