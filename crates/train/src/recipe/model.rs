@@ -74,16 +74,7 @@ pub(super) fn model(
             "activation_function": "gelu_new",
         })));
     }
-    let window = match int("model.window")? {
-        0 => None,
-        _ if family != "mistral" => {
-            return impossible(
-                format!("model.window is given but model.family = \"{family}\""),
-                "sliding windows belong to family \"mistral\"",
-            );
-        }
-        window => Some(window),
-    };
+    let window = window(get, &family)?;
     Ok(ModelRecipe::New(json!({
         "model_type": family, "num_hidden_layers": int("model.layers")?, "hidden_size": d,
         "num_attention_heads": n, "num_key_value_heads": k, "head_dim": h, "intermediate_size": f,
@@ -91,4 +82,16 @@ pub(super) fn model(
         "rope_theta": get.float("model.rope_theta"), "tie_word_embeddings": tied, "hidden_act": "silu",
         "sliding_window": window,
     })))
+}
+
+/// Tokens a query sees, where not all.
+fn window(get: &Get<'_>, family: &str) -> Result<Option<u64>, RecipeError> {
+    match need(get.int("model.window"), "model.window")? {
+        0 => Ok(None),
+        _ if family != "mistral" => impossible(
+            format!("model.window is given but model.family = \"{family}\""),
+            "sliding windows belong to family \"mistral\"",
+        ),
+        window => Ok(Some(window)),
+    }
 }
