@@ -1,7 +1,6 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
 pub mod keys;
-mod model;
 mod values;
 
 pub use values::{
