@@ -62,6 +62,9 @@ pub(super) struct Buckets {
     kept: Vec<Kept>,
     /// Whether this pass is the last of its step.
     last: bool,
+    /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
+    /// under way: a gradient is final when all of them have had their way back.
+    early: bool,
     /// Gradients the moment at hand writes, and whether it goes back.
     writing: (Vec<ParamRef>, bool),
     /// The layer at hand, and stripes that set out in it and in the one before.
@@ -84,6 +87,7 @@ impl Buckets {
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
             last: true,
+            early: common.mesh.size(Axis::Pp) == 1,
             writing: Default::default(),
             layer: 0,
             set_out: Default::default(),
@@ -120,14 +124,16 @@ impl Buckets {
             self.turn_to(moment.layer)?;
         }
         match (moment.phase, moment.writes_grads) {
-            (Phase::Forward, false) => {
+            (Phase::Forward, false) if self.early => {
                 moment.params.iter().for_each(|param| self.uses[param.index()] += 1);
             }
             (_, true) => {
                 let stripes = moment.params.iter().flat_map(|param| self.spans[param.index()].clone());
                 stripes.for_each(|stripe| self.bring(stripe, store));
-                self.writing.0.extend(moment.params);
-                self.writing.1 = moment.phase == Phase::Backward;
+                if self.early {
+                    self.writing.0.extend(moment.params);
+                    self.writing.1 = moment.phase == Phase::Backward;
+                }
             }
             _ => {}
         }
