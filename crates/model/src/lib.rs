@@ -18,7 +18,7 @@ pub use layers::{Linear, Recompute, Tokens};
 pub use llama::{Family, Llama, LlamaConfig, MoeConfig};
 pub use names::{Builder, Spread, StoredWeight, fill};
 
-use dist::{Flow, Mesh, Scheme};
+use dist::{Axis, Flow, Mesh, Scheme};
 use std::sync::Arc;
 use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Targets, Tensor, Var};
 
@@ -54,6 +54,10 @@ impl Model {
 
     /// The same with the scheme of `flow`. Layouts that do not meet are refused here.
     pub fn build_on(config: &Config, context: usize, flow: &Flow) -> Result<Built, ConfigError> {
+        let ranks = flow.mesh.size(Axis::Ep);
+        if ranks > 1 && config.experts() == 0 {
+            return Err(ConfigError::NoExperts { family: config.family(), ranks });
+        }
         let mut builder = Builder::new(flow);
         let model = match config {
             Config::Llama(config) => Model::Llama(Llama::build(config, context, &mut builder)?),
@@ -110,6 +114,14 @@ impl Model {
         let ids = layers::part_of(flow, table.tokens(), &ids);
         let losses = dist::head_loss(tape, table, hidden, self.head(), Targets { ids, ..targets })?;
         Ok(losses.narrow_rows(0, m))
+    }
+
+    /// Whether some layer has experts.
+    pub fn has_experts(&self) -> bool {
+        match self {
+            Model::Llama(model) => model.has_experts(),
+            Model::Gpt2(_) => false,
+        }
     }
 
     /// The matrix [V, D] that turns hidden states into logits.

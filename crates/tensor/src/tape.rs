@@ -5,7 +5,7 @@
 //! Parameters appear as `ParamRef`, so their bytes may leave and come back between the two passes.
 
 use crate::Fault;
-use crate::ops::Op;
+use crate::ops::{Load, Op};
 use crate::{ParamRef, ParamStore, Tensor};
 use std::rc::Rc;
 
@@ -66,6 +66,7 @@ pub struct Tape<'a> {
     /// Where parameters are looked up, by handle.
     pub params: &'a mut ParamStore,
     recording: bool,
+    learns: bool,
     phase: Phase,
     layer: usize,
     clock: u64,
@@ -75,6 +76,8 @@ pub struct Tape<'a> {
     share: f32,
     /// Load-balancing losses of the forward pass, each times its factor and the tape's share.
     pub balance_loss: f64,
+    /// What fell on the experts of each layer that has some, in the order of the forward pass.
+    pub loads: Vec<Load>,
 }
 
 /// Gradients of the values of a tape, by id.
@@ -125,6 +128,7 @@ impl<'a> Tape<'a> {
         Tape {
             params,
             recording,
+            learns: recording,
             phase,
             layer: 0,
             clock: 0,
@@ -133,6 +137,7 @@ impl<'a> Tape<'a> {
             watch,
             share,
             balance_loss: 0.0,
+            loads: Vec::new(),
         }
     }
 
@@ -146,6 +151,15 @@ impl<'a> Tape<'a> {
     /// load-balancing loss, count that much.
     pub fn set_share(&mut self, share: f32) {
         self.share = share;
+    }
+
+    /// Whether a backward pass will follow, layers that run again included.
+    pub(crate) fn learns(&self) -> bool {
+        self.learns
+    }
+
+    pub(crate) fn layer(&self) -> usize {
+        self.layer
     }
 
     pub(crate) fn share(&self) -> f32 {

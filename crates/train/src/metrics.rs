@@ -3,6 +3,7 @@
 //! A resumed run cuts the log back to where its state was saved, so that the log of a run that was
 //! killed reads as if it had not been, timings aside.
 
+use crate::balance::Balance;
 use crate::tensorboard::EventWriter;
 use dist::Counts;
 use memory::pager::{LinkCount, TierReport};
@@ -75,6 +76,8 @@ pub struct StepMetrics {
     pub tiers: Option<TierReport>,
     /// What this rank exchanged with others, by axes; empty on a mesh of one.
     pub messages: Vec<Messages>,
+    /// How evenly experts were asked, where the model has some.
+    pub balance: Option<Balance>,
 }
 
 /// What one rank exchanged in a step over one set of axes.
@@ -147,6 +150,11 @@ impl Metrics {
             ("speed/tokens_per_s", m.tokens_per_s),
             ("speed/mfu", m.mfu),
         ];
+        if let Some(balance) = &m.balance {
+            line["balance"] = json!({"loss": finite(balance.loss), "imbalance": finite(balance.imbalance)});
+            points.push(("experts/balance_loss", balance.loss));
+            points.push(("experts/imbalance", balance.imbalance));
+        }
         let mut named = Vec::new();
         if let Some(tiers) = &m.tiers {
             line["tiers"] = tiers_line(tiers);

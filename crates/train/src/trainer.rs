@@ -238,6 +238,7 @@ impl Trainer {
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
             messages,
+            balance: self.learner.balance(),
         };
         if let Some(files) = &mut self.files {
             files.metrics.step(&metrics)?;
@@ -286,11 +287,9 @@ impl Trainer {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
             for round in batches.chunks(replicas) {
-                // Weights may be gathered from replicas without a batch, so they take one all the same.
-                let batch = round.get(replica).unwrap_or(&round[0]);
-                let ours = self.learner.evaluate(batch)?;
-                let counted = if replica < round.len() { ours } else { 0.0 };
-                for sum in ranks::gather_replicas(&mesh, counted)? {
+                // Who shares experts takes part in every turn; a turn too many counts nothing.
+                let ours = self.learner.evaluate(round.get(replica).unwrap_or(&round[0]))?;
+                for sum in ranks::gather_replicas(&mesh, ours)?.into_iter().take(round.len()) {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Place, begin, log, losses, run_on_mesh as run, state};
+use common::runs::{F32, begin, losses, run, state};
+use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
 use train::Start;
 
@@ -24,9 +25,6 @@ const MESHES: [&[&str]; 14] = [
     &["mesh.fsdp=2", "mesh.x=2", "mesh.y=2", "mesh.zero=2"],
     &["mesh.dp=2", "mesh.fsdp=2", "mesh.x=3"],
 ];
-
-const F32: [&str; 5] =
-    ["train.precision=f32", "train.batch=4", "checkpoint.every=1", "checkpoint.keep_last=9", "eval.every=0"];
 
 /// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
 /// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,

@@ -2,7 +2,8 @@
 
 mod common;
 
-use common::{Place, begin};
+use common::Place;
+use common::runs::begin;
 use dist::{Axis, MeshShape, Options, launch};
 use train::{Begin, Start, StepPlan};
 

@@ -3,7 +3,8 @@
 
 mod common;
 
-use common::{Place, begin, run_on_mesh};
+use common::Place;
+use common::runs::{begin, run};
 use dist::cost::Zero;
 use dist::{Axis, Counts, MeshShape, Options, launch};
 use memory::Class;
@@ -16,7 +17,7 @@ type Run = (Vec<u8>, Vec<u8>, Vec<serde_json::Value>);
 
 fn outcome(place: &Place, sets: &[&[&str]]) -> Run {
     let sets: Vec<&str> = BASE.iter().chain(sets.iter().copied().flatten()).copied().collect();
-    run_on_mesh(place, "run", &sets, Start::Overwrite, false);
+    run(place, "run", &sets, Start::Overwrite, false);
     place.result("run")
 }
 

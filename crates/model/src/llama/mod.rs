@@ -7,7 +7,7 @@ mod moe;
 pub use config::{Family, LlamaConfig};
 pub use moe::MoeConfig;
 
-use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
+use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Tokens};
 use dist::{Dim, Flow, Table};
@@ -105,7 +105,9 @@ impl Llama {
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
+        let real = tokens.ids.len();
         let tokens = tokens.padded(&self.flow);
+        let real = real_rows(&self.flow, real, tokens.ids.len());
         let (ids, inner) = (self.ids(&tokens), tokens.local(&self.flow, self.flow.inner.rows));
         tape.set_layer(0);
         let mut x = dist::embed(tape, &[(ids, self.embedding.0, &self.embedding.1)])?;
@@ -114,9 +116,9 @@ impl Llama {
             let shape = self.attention_shape(block, &inner);
             x = if recompute.applies_to(block.layer) {
                 let block = block.clone();
-                tape.recompute(&x, move |tape, x| block.forward(tape, x, &shape, None))?
+                tape.recompute(&x, move |tape, x| block.forward(tape, (x, real), &shape, None))?
             } else {
-                block.forward(tape, &x, &shape, None)?
+                block.forward(tape, (&x, real), &shape, None)?
             };
         }
         tape.set_layer(self.config.layers);
@@ -138,9 +140,13 @@ impl Llama {
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, tokens);
-            x = block.forward(tape, &x, &shape, Some(cache))?;
+            x = block.forward(tape, (&x, tokens.ids.len()), &shape, Some(cache))?;
         }
         self.norm.forward(tape, &x)
+    }
+
+    pub(crate) fn has_experts(&self) -> bool {
+        self.blocks.iter().any(|block| matches!(block.mlp, Mlp::Experts(_)))
     }
 
     pub(crate) fn head(&self) -> ParamRef {
@@ -232,11 +238,11 @@ impl Block {
         Ok(Block { layer, attention_norm, qkv, qk_norm, out, mlp_norm, mlp, heads, eps, window })
     }
 
-    /// x [M, D] -> [M, D].
+    /// x [M, D], of which the first `real` rows are no padding -> [M, D].
     fn forward(
         &self,
         tape: &mut Tape<'_>,
-        x: &Var,
+        (x, real): (&Var, usize),
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
     ) -> Result<Var, Fault> {
@@ -251,7 +257,7 @@ impl Block {
         drop(attended);
         let h = self.mlp_norm.forward(tape, &x)?;
         match &self.mlp {
-            Mlp::Experts(experts) => experts.forward(tape, &h, &x),
+            Mlp::Experts(experts) => experts.forward(tape, &h, &x, real),
             Mlp::Dense { gate_up, down } => {
                 let gate_up = gate_up.forward(tape, &h, None)?;
                 drop(h);
