@@ -12,7 +12,7 @@ use crate::tape::{Moment, Phase};
 use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
-use memory::{Arrays, Class, Need, Update, trace};
+use memory::{Arrays, Class, Need, Stripes, Update, trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -190,6 +190,21 @@ impl ParamStore {
     pub fn new(device: Device, dtype: DType, list: &ParamList) -> Result<ParamStore, OutOfMemory> {
         let (starts, total) = lay_out(&list.specs);
         let mut arrays = Arrays::new(device, total);
+        arrays.add(Class::Param, dtype)?;
+        Ok(Self::of(list, dtype, starts, arrays))
+    }
+
+    /// Storage that `ranks` ranks share, of whom we are number `index`: of the classes in `away` only
+    /// our own granules are here, until others are brought.
+    pub fn striped(
+        device: Device,
+        dtype: DType,
+        list: &ParamList,
+        (ranks, index): (usize, usize),
+        away: &[Class],
+    ) -> Result<ParamStore, OutOfMemory> {
+        let (starts, total) = lay_out(&list.specs);
+        let mut arrays = Arrays::striped(device, total, Stripes::new(total, ranks, index), away);
         arrays.add(Class::Param, dtype)?;
         Ok(Self::of(list, dtype, starts, arrays))
     }
@@ -409,13 +424,18 @@ impl ParamStore {
 
     /// End the backward passes of a step: gradients nobody wrote become zeros.
     pub fn settle_grads(&mut self) -> Result<(), Fault> {
-        for param in self.refs().filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {
-            let elements = self.range(param);
-            let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-            self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
-            self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
-            self.touched[param.index()] = true;
+        self.refs().try_for_each(|param| self.settle_grad(param))
+    }
+
+    /// The same for one parameter.
+    pub fn settle_grad(&mut self, param: ParamRef) -> Result<(), Fault> {
+        if std::mem::replace(&mut self.touched[param.index()], true) {
+            return Ok(());
         }
+        let elements = self.range(param);
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
+        self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
         Ok(())
     }
 

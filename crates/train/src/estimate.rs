@@ -2,8 +2,10 @@
 
 use crate::moments::Moments;
 use crate::optimizer::AdamW;
-use crate::recipe::TrainRecipe;
+use crate::recipe::{MeshRecipe, TrainRecipe};
 use device::DType;
+use dist::Axis;
+use dist::cost::Zero;
 use model::{Config, Recompute};
 use tensor::ParamList;
 
@@ -49,6 +51,19 @@ impl Estimate {
             step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
             step_tokens,
         }
+    }
+
+    /// The same for all ranks of `mesh`, which are threads of one process: replicas each have a copy
+    /// of what they do not share.
+    pub fn over(self, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
+        let (dtype, moments) = (recipe.dtype, recipe.adamw.moments);
+        let size = |axis| mesh.shape.size(axis);
+        let copies = size(Axis::Dp) * size(Axis::Cp) * size(Axis::Ep);
+        let kept = |stage: Zero| if mesh.sharding.zero >= stage { 1 } else { size(Axis::Fsdp) };
+        let (weight, grad) = (dtype.size_bytes(), DType::F32.size_bytes());
+        let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
+        let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
+        Estimate { state_bytes: (self.params * copies * each) as u64, ..self }
     }
 
     /// All of it.

@@ -8,8 +8,8 @@
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
 use crate::ranks;
+use crate::shards::{self, Shards};
 use data::Batch;
-use dist::Axis;
 use memory::pager::About;
 use memory::trace::{Access, Phase};
 use memory::{Class, Need};
@@ -60,11 +60,14 @@ const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
 impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
+        if self.shards.is_some() {
+            self.store.clear_grads()?;
+            return self.step_over_ranks(batches, plan);
+        }
         let deferred = self.defers(plan);
         self.begin_grads(deferred)?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
-        let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)? as usize;
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
         let (last, others) = batches.split_last().expect("a step has a microbatch");
@@ -74,13 +77,11 @@ impl Learner {
         let applied = self.optimizer.steps;
         // Updates of the step before, which may still wait, are made with its count.
         self.optimizer.steps += u64::from(!deferred);
-        // Gradients of several ranks are final only when they are added up, at the end.
         let done = match self.settles_early() {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
                 loss += self.accumulate(last, scale)?;
                 self.store.settle_grads()?;
-                ranks::sum_grads(&self.mesh, &mut self.store, &self.spreads)?;
                 let squares = self.squared_norm()?;
                 let done = done(loss / learned.max(1) as f64, squares);
                 self.update_all(done, plan)?;
@@ -94,7 +95,7 @@ impl Learner {
 
     /// Whether gradients are used as they become final.
     fn settles_early(&self) -> bool {
-        self.store.arrays().is_paged() && self.mesh.world_size() == 1
+        self.store.arrays().is_paged()
     }
 
     /// Whether updates wait for the next step. Without clipping they need not: made in the backward
@@ -116,26 +117,50 @@ impl Learner {
         Ok(())
     }
 
-    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
+    /// The same where ranks share rows, state or pieces.
+    fn step_over_ranks(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
+        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
+        let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)?.max(1.0);
+        self.optimizer.steps += 1;
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            let pass = if i + 1 < batches.len() { shards::Pass::Learning } else { shards::Pass::Last };
+            let (shards, store) = self.shared();
+            shards.begin_pass(pass, store)?;
+            loss += self.accumulate(batch, 1.0 / learned as f32)?;
+            let (shards, store) = self.shared();
+            shards.end_pass(store)?;
+        }
+        let Learner { shards, store, optimizer, spreads, .. } = self;
+        let shards = shards.as_mut().expect("ranks share the state");
+        let done = done(loss / learned, shards.squared_norm(store, spreads)?);
+        match done.applied {
+            true => shards.update(store, optimizer, (plan.lr, clipped(done.grad_norm, plan.clip)))?,
+            false => optimizer.steps -= 1,
+        }
+        Ok(done)
+    }
+
+    fn shared(&mut self) -> (&mut Shards, &mut ParamStore) {
+        (self.shards.as_mut().expect("ranks share the state"), &mut self.store)
+    }
+
+    /// Squared norm of the whole gradient.
     fn squared_norm(&mut self) -> Result<f64, Fault> {
         let mut squares = 0.0;
-        for (param, spread) in self.store.refs().zip(&self.spreads) {
-            if ranks::is_first(&self.mesh, spread) {
-                let need =
-                    Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
-                self.store.bring(NORM, &[need])?;
-                squares += squared_norm(&self.store, param);
-            }
+        for param in self.store.refs() {
+            let need = Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
+            self.store.bring(NORM, &[need])?;
+            squares += squared_norm(&self.store, param);
         }
-        ranks::sum_over(&self.mesh, &Axis::ALL, squares)
+        Ok(squares)
     }
 
     fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {
         if !done.applied {
             return Ok(());
         }
-        let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 };
-        let factor = factor as f32;
+        let factor = clipped(done.grad_norm, plan.clip);
         if self.defers(plan) {
             self.pending.put(&self.store, plan.lr, factor);
             return Ok(());
@@ -315,6 +340,11 @@ impl<'a> Finisher<'a> {
         });
         Ok(Ended { squares: self.squares.into_iter().flatten().collect(), updated: self.updated, pass })
     }
+}
+
+/// Factor of gradients whose norm may not be larger than `clip`.
+fn clipped(norm: f64, clip: f64) -> f32 {
+    if norm > clip { (clip / norm) as f32 } else { 1.0 }
 }
 
 fn done(loss: f64, squares: f64) -> StepDone {

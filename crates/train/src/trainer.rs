@@ -4,7 +4,7 @@
 use crate::begin::{self, Begin, Begun, Start};
 use crate::files::Files;
 use crate::learner::Learner;
-use crate::metrics::StepMetrics;
+use crate::metrics::{Messages, StepMetrics};
 use crate::prepare::Prepared;
 use crate::ranks::{self, first_says};
 use crate::recipe::Recipe;
@@ -231,7 +231,9 @@ impl Trainer {
         let plan = StepPlan { lr: lr as f32, clip: train.clip };
         // What was moved between steps (validation, saves) is not the step's.
         self.learner.store.arrays_mut().report();
+        let before = mesh.counts();
         let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
+        let messages = Messages::between(&before, &mesh.counts());
         self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
         let rows = (train.batch * train.accumulate) as u64;
@@ -254,6 +256,7 @@ impl Trainer {
             gflops,
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
+            messages,
             balance: self.learner.balance(),
         };
         if let Some(files) = &mut self.files {

@@ -322,7 +322,21 @@ pub const KEYS: &[Key] = &[
         Int(1, 65536),
         "1",
         "ranks",
-        "Replicas that share the state among them: each keeps its shard of it.",
+        "Replicas that share the state among them: each keeps its shard of it (mesh.zero).",
+    ),
+    key(
+        "mesh.zero",
+        Int(1, 3),
+        "3",
+        "",
+        "What the ranks of mesh.fsdp share (ZeRO): 1 masters and moments, 2 also gradients, 3 also weights. Changes memory and traffic; results only where microbatches are added up (docs/parallelism.md).",
+    ),
+    key(
+        "mesh.overlap",
+        Flag,
+        "true",
+        "",
+        "Sums of gradients and gathers of weights travel beside computation. Never changes a result.",
     ),
     key("mesh.cp", Int(1, 65536), "1", "ranks", "Context: every row of tokens is cut among so many ranks."),
     key(

@@ -6,8 +6,9 @@ use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
+use crate::shards::Sharding;
 use device::DType;
-use dist::cost::{Cluster, Link};
+use dist::cost::{Cluster, Link, Zero};
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -75,6 +76,8 @@ pub struct MeshRecipe {
     pub attention: ContextAttention,
     /// Longest time a rank waits for another in one call.
     pub deadline: Duration,
+    /// How ranks share the state.
+    pub sharding: Sharding,
 }
 
 impl MeshRecipe {
@@ -425,7 +428,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp] {
+    for axis in [Axis::Pp] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -466,5 +469,11 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     }
     let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
     let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline })
+    let zero = match need(get.int("mesh.zero"), "mesh.zero")? {
+        1 => Zero::One,
+        2 => Zero::Two,
+        _ => Zero::Three,
+    };
+    let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
+    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
 }

@@ -93,7 +93,7 @@ pub fn log(dir: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     let without_clock = |line: &str| {
         let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-        for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers"] {
+        for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers", "messages"] {
             line.as_object_mut().unwrap().remove(key);
         }
         line
