@@ -30,7 +30,7 @@ mod threads;
 mod traffic;
 mod wire;
 
-pub use beside::{Array, Pending};
+pub use beside::{Array, Pending, Sending};
 pub use call::{Call, Members, Op};
 pub use communicator::{Communicator, NullRank};
 pub use dim::{Dim, Held, crossing};

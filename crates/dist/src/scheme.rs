@@ -5,6 +5,7 @@
 //! inner width (heads, ffn), a *closing* one leads back. Between two products everything is local,
 //! because the inner width is cut where heads and neurons begin.
 
+use crate::pipeline::Schedule;
 use crate::{Algorithm, Axis, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side};
 
 /// How products are spread over the tensor axes.
@@ -91,13 +92,17 @@ pub struct Flow {
     pub inner: Layout,
     /// What products that gather keep for the way back.
     pub keep: Keep,
+    /// In which order stages work, where the mesh has several; it also says how many slices of the
+    /// layers a stage has.
+    pub schedule: Schedule,
 }
 
 impl Flow {
     /// Of one rank.
     pub fn solo() -> Flow {
         let (mesh, scheme, keep) = (Mesh::solo(), Scheme::OneD, Keep::default());
-        Flow { mesh, scheme, outer: Layout::REPLICATED, inner: Layout::REPLICATED, keep }
+        let (outer, inner) = (Layout::REPLICATED, Layout::REPLICATED);
+        Flow { mesh, scheme, outer, inner, keep, schedule: Schedule::OneFOneB }
     }
 
     /// Refuses axes that the scheme would leave idle.
@@ -118,7 +123,13 @@ impl Flow {
             Scheme::ThreeD => (lay(&[X, Y], &[Z]), lay(&[X, Z], &[Y])),
             Scheme::WeightStationary => (lay(&[], &[X, Y]), lay(&[], &[Y, X])),
         };
-        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep: Keep::default() })
+        let (keep, schedule) = (Keep::default(), Schedule::OneFOneB);
+        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep, schedule })
+    }
+
+    /// The same with its stages working in the order of `schedule`.
+    pub fn scheduled(self, schedule: Schedule) -> Flow {
+        Flow { schedule, ..self }
     }
 
     /// From the residual stream to the inner width: w [outputs, inputs].

@@ -5,9 +5,11 @@ use crate::ranks;
 use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
-use dist::{Flow, Mesh};
+use dist::pipeline::Schedule;
+use dist::{Axis, Flow, Mesh};
 use memory::pager::{PagerError, Setup};
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
+use std::collections::HashMap;
 use std::time::Instant;
 use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
@@ -29,6 +31,11 @@ pub struct Learner {
     pub spreads: Vec<Spread>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
+    /// In which order the stages of a pipeline work.
+    pub(crate) schedule: Schedule,
+    /// Of each parameter, its place among those of the whole model; and how many those are.
+    pub(crate) places: (Vec<usize>, usize),
+    pub(crate) peak_live: usize,
 }
 
 /// How a learner is to work.
@@ -76,8 +83,25 @@ impl Learner {
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
-        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
-        Ok(Learner { model, store, optimizer, params, stored, mesh, spreads, recompute, pass })
+        let (mesh, pass, schedule) = (flow.mesh.clone(), Pass::default(), flow.schedule);
+        let places = match mesh.size(Axis::Pp) {
+            1 => ((0..params.specs().len()).collect(), params.specs().len()),
+            _ => places(&params, &Model::build_on(config, context, &Flow::solo())?.params),
+        };
+        Ok(Learner {
+            model,
+            store,
+            optimizer,
+            params,
+            stored,
+            mesh,
+            spreads,
+            recompute,
+            pass,
+            schedule,
+            places,
+            peak_live: 0,
+        })
     }
 
     /// Random initial weights from `seed`.
@@ -154,10 +178,22 @@ impl Learner {
         Ok(rows)
     }
 
-    /// Sum of the losses of a batch without learning from it.
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
-        loss_of(&self.model, &mut self.store, batch)
+    /// Sum of the losses of each of some batches without learning from them. All stages of a pipeline are
+    /// asked for the same number of batches.
+    pub fn evaluate(&mut self, batches: &[&Batch]) -> Result<Vec<f64>, Fault> {
+        if self.is_staged() {
+            return self.evaluate_staged(batches);
+        }
+        batches.iter().map(|batch| loss_of(&self.model, &mut self.store, batch)).collect()
     }
+}
+
+/// Where each parameter of a stage stands in the whole model, and how many that has.
+fn places(params: &ParamList, whole: &ParamList) -> (Vec<usize>, usize) {
+    let names: HashMap<&str, usize> =
+        whole.specs().iter().enumerate().map(|(i, spec)| (spec.name.as_str(), i)).collect();
+    let places = params.specs().iter().map(|spec| names[spec.name.as_str()]).collect();
+    (places, whole.specs().len())
 }
 
 pub(crate) fn tokens_of(batch: &Batch) -> Tokens {

@@ -18,6 +18,7 @@ mod ranks;
 pub mod recipe;
 mod run_folder;
 mod schedule;
+mod stages;
 mod step;
 mod tensorboard;
 mod tiers;

@@ -6,7 +6,7 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
-use crate::ranks;
+use crate::{ranks, stages};
 use data::Batch;
 use dist::Axis;
 use memory::pager::About;
@@ -66,6 +66,8 @@ impl Learner {
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
         let (last, others) = batches.split_last().expect("a step has a microbatch");
+        // A pipeline takes all microbatches at once.
+        let others = if self.is_staged() { &[] } else { others };
         for batch in others {
             loss += self.accumulate(batch, scale)?;
         }
@@ -74,8 +76,12 @@ impl Learner {
         let done = match self.store.arrays().is_paged() && self.mesh.world_size() == 1 {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
-                loss += self.accumulate(last, scale)?;
+                loss += match self.is_staged() {
+                    true => self.accumulate_staged(batches, scale)?,
+                    false => self.accumulate(last, scale)?,
+                };
                 self.store.settle_grads()?;
+                stages::sum_ends(&self.mesh, &mut self.store, &self.spreads)?;
                 ranks::sum_grads(&self.mesh, &mut self.store, &self.spreads)?;
                 let squares = self.squared_norm()?;
                 let done = done(loss / learned.max(1) as f64, squares);
@@ -90,18 +96,23 @@ impl Learner {
         Ok(done)
     }
 
-    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
+    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold. Those of
+    /// stages are added in the order of the whole model, so that a pipeline changes no bit.
     fn squared_norm(&mut self) -> Result<f64, Fault> {
-        let mut squares = 0.0;
-        for (param, spread) in self.store.refs().zip(&self.spreads) {
+        let (places, len) = &self.places;
+        let mut squares = vec![0.0; *len];
+        for ((param, spread), place) in self.store.refs().zip(&self.spreads).zip(places) {
             if ranks::is_first(&self.mesh, spread) {
                 let need =
                     Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
                 self.store.bring(NORM, &[need])?;
-                squares += squared_norm(&self.store, param);
+                squares[*place] = squared_norm(&self.store, param);
             }
         }
-        ranks::sum_over(&self.mesh, &Axis::ALL, squares)
+        let stages = stages::over_stages(&self.mesh, &squares)?;
+        let squares = (0..*len).map(|place| stages.iter().map(|squares| squares[place]).sum::<f64>()).sum();
+        // Stages have been added: Pp is the first axis.
+        ranks::sum_over(&self.mesh, &Axis::ALL[1..], squares)
     }
 
     fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {

@@ -282,9 +282,11 @@ impl Trainer {
         if let Some(valid) = &self.valid {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
-            for round in batches.chunks(replicas) {
-                let ours = round.get(replica).map(|batch| self.learner.evaluate(batch)).transpose()?;
-                for sum in ranks::gather_replicas(&mesh, ours.unwrap_or(0.0))? {
+            let rounds: Vec<&[Batch]> = batches.chunks(replicas).collect();
+            let ours: Vec<&Batch> = rounds.iter().filter_map(|round| round.get(replica)).collect();
+            let mut ours = self.learner.evaluate(&ours)?.into_iter();
+            for round in rounds {
+                for sum in ranks::gather_replicas(&mesh, ours.next().unwrap_or(0.0))? {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -9,6 +9,7 @@ use device::{Buffer, DType, Device};
 use dist::{Axis, Communicator, Flow, Mesh};
 use memory::Class;
 use model::{Built, Config, Model, StoredWeight};
+use std::collections::HashMap;
 use tensor::{Fault, ParamList, ParamStore};
 
 /// What is needed to put a run together: the model's shape, and how one rank would hold it.
@@ -16,7 +17,8 @@ pub(crate) struct Whole {
     config: Config,
     context: usize,
     params: ParamList,
-    starts: Vec<usize>,
+    /// Where each parameter begins in its arrays. Ranks find theirs by name: stages have others.
+    starts: HashMap<String, usize>,
     len: usize,
 }
 
@@ -34,6 +36,7 @@ impl Whole {
     pub fn new(config: &Config, context: usize) -> Result<Whole, TrainError> {
         let params = Model::build_on(config, context, &Flow::solo())?.params;
         let (starts, len) = params.layout();
+        let starts = params.specs().iter().map(|spec| spec.name.clone()).zip(starts).collect();
         Ok(Whole { config: config.clone(), context, params, starts, len })
     }
 
@@ -79,9 +82,10 @@ impl Whole {
             if !there.1.spreads.iter().any(|spread| is_first(&there.0, spread)) {
                 continue;
             }
+            let bytes = there.1.params.layout().1 * size;
             if rank > 0 {
-                let words = mine.view_mut(DType::U16, 0, bytes / 2);
-                world.receive(words, rank).map_err(Fault::from)?;
+                mine = Buffer::new(Device::Cpu, bytes)?;
+                world.receive(mine.view_mut(DType::U16, 0, bytes / 2), rank).map_err(Fault::from)?;
             }
             self.place(&there, mine.view(DType::U16, 0, bytes / 2).bytes(), size, &mut whole);
         }
@@ -99,6 +103,7 @@ impl Whole {
         let mesh = Mesh::new(shape, Communicator::null(rank, shape.world_size()))
             .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
         let there = Flow::new(&mesh, flow.scheme).map_err(model::ConfigError::from)?;
+        let there = there.scheduled(flow.schedule);
         let built = Model::build_on(&self.config, self.context, &there)?;
         Ok((mesh, built))
     }
@@ -118,8 +123,9 @@ impl Whole {
     /// By parameter: (element of a rank's arrays, element of the whole arrays, how many).
     fn stretches(&self, params: &ParamList) -> impl Iterator<Item = Vec<(usize, usize, usize)>> {
         let (starts, _) = params.layout();
-        params.refs().zip(starts).zip(&self.starts).map(|((param, start), whole)| {
+        params.refs().zip(starts).map(|(param, start)| {
             let spec = &params.specs()[param.index()];
+            let whole = self.starts[&spec.name];
             let mut found = Vec::new();
             let mut add = |at, from, len| found.push((start + at, whole + from, len));
             match params.piece(param) {

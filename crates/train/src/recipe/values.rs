@@ -7,6 +7,7 @@ use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
 use dist::cost::{Cluster, Link};
+use dist::pipeline::{self, Pipeline};
 use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -70,12 +71,15 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// In which order the stages of `pp` work.
+    pub schedule: pipeline::Schedule,
 }
 
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
-        Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))
+        let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
+        Ok(flow.scheduled(self.schedule))
     }
 }
 
@@ -392,7 +396,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp, Axis::Cp, Axis::Ep] {
+    for axis in [Axis::Fsdp, Axis::Cp, Axis::Ep] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -430,7 +434,32 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
         );
     }
-    Ok(MeshRecipe { shape, scheme })
+    Ok(MeshRecipe { shape, scheme, schedule: stage_schedule(get, &shape, train)? })
+}
+
+/// In which order the stages of the mesh work, for the microbatches of a step.
+fn stage_schedule(
+    get: &Get<'_>,
+    shape: &MeshShape,
+    train: &TrainRecipe,
+) -> Result<pipeline::Schedule, RecipeError> {
+    let (name, slices) = (get.text("mesh.schedule").unwrap_or_default(), get.int("mesh.virtual"));
+    let schedule = match name.as_str() {
+        "gpipe" => pipeline::Schedule::GPipe,
+        "interleaved" => pipeline::Schedule::Interleaved { chunks: slices.unwrap_or(2) as usize },
+        "zero-bubble" => pipeline::Schedule::ZeroBubble,
+        _ => pipeline::Schedule::OneFOneB,
+    };
+    if let Some(slices) = slices.filter(|slices| *slices as usize != schedule.chunks()) {
+        return impossible(
+            format!("mesh.virtual = {slices} is given but mesh.schedule = \"{name}\""),
+            "several slices of the model on a stage belong to mesh.schedule = \"interleaved\"",
+        );
+    }
+    match Pipeline::new(shape.size(Axis::Pp), train.accumulate, schedule) {
+        Ok(_) => Ok(schedule),
+        Err(error) => impossible(error.to_string(), "the microbatches of a step are train.accumulate"),
+    }
 }
 
 /// Keys that describe a new model; beside `model.from` they would contradict it.
