@@ -10,8 +10,8 @@ use crate::call::Op;
 use crate::error::CommError;
 use crate::group::Carrier;
 use crate::threads::Seat;
-use crate::wire;
 use crate::traffic::{Peers, Tally, Traffic};
+use crate::wire;
 use device::{Buffer, DType, Device};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -92,9 +92,19 @@ enum State {
         from: (usize, u64),
     },
     /// A letter between threads.
-    Letter { seat: Seat, dtype: DType, len: usize, from: (usize, u64) },
+    Letter {
+        seat: Seat,
+        dtype: DType,
+        len: usize,
+        from: (usize, u64),
+    },
     /// A message between processes.
-    Message { seat: wire::Seat, dtype: DType, len: usize, from: (usize, u64) },
+    Message {
+        seat: wire::Seat,
+        dtype: DType,
+        len: usize,
+        from: (usize, u64),
+    },
 }
 
 /// A message on its way to a member. Dropping it gives up knowing of its end, not the message.

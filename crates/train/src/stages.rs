@@ -198,7 +198,8 @@ impl<'a> Worker<'a> {
     }
 
     fn send(&mut self, message: Message, to: usize) -> Result<(), Fault> {
-        let (payload, microbatch, value) = self.made.take().expect("what is sent was made by the unit before");
+        let (payload, microbatch, value) =
+            self.made.take().expect("what is sent was made by the unit before");
         assert_eq!((payload, microbatch), (message.payload, message.microbatch), "the unit before made it");
         let (dtype, len) = (value.dtype(), value.len());
         let data = Array { buffer: value.into_buffer()?, dtype, len };

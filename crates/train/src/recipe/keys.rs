@@ -279,7 +279,13 @@ pub const KEYS: &[Key] = &[
         "Between nodes, a device's share, each way.",
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
-    key("mesh.pp", Int(1, 65536), "1", "ranks", "Pipeline stages: each has a run of the layers. Microbatches are train.accumulate."),
+    key(
+        "mesh.pp",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "Pipeline stages: each has a run of the layers. Microbatches are train.accumulate.",
+    ),
     key(
         "mesh.dp",
         Int(1, 65536),

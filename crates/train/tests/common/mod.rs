@@ -1,6 +1,8 @@
 //! Tiny runs on real text, and what is left of them.
 #![allow(dead_code)]
 
+pub mod meshes;
+
 use std::path::{Path, PathBuf};
 use train::{Prepared, Progress, Settings, Start, TrainError, Trainer};
 

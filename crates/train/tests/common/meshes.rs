@@ -1,0 +1,108 @@
+//! Runs on meshes of threads, and how far their steps may lie from those of one rank.
+
+use super::{Place, log};
+use dist::Options;
+use dist::{Flow, launch};
+use std::path::Path;
+use std::sync::Arc;
+use train::{Begin, Prepared, Progress, Start, Trainer};
+
+pub fn begin(place: &Place, dir: &str, sets: &[&str], start: Start) -> Begin {
+    let settings = place.settings(dir, sets);
+    let recipe = settings.recipe().unwrap();
+    let prepared = Arc::new(Prepared::new(&recipe, start == Start::Resume, &mut |_| {}).unwrap());
+    Begin { recipe, resolved: settings.resolved(), prepared, start, peak_gflops: 100.0 }
+}
+
+/// Run every rank to the end; with `stop` they end before the next step.
+pub fn run(place: &Place, dir: &str, sets: &[&str], start: Start, stop: bool) {
+    let begin = begin(place, dir, sets, start);
+    let shape = begin.recipe.mesh.shape;
+    launch(&shape, &Options::default(), |mesh| {
+        let mut trainer = Trainer::on(mesh, begin.clone())?;
+        if stop && mesh.rank() == 0 {
+            trainer.stop();
+        }
+        let mut last = None;
+        while let Some(progress) = trainer.advance()? {
+            last = Some(progress);
+        }
+        assert!(matches!(last, Some(Progress::Ended { complete, .. }) if complete != stop || !stop));
+        Ok::<_, train::TrainError>(())
+    })
+    .unwrap();
+}
+
+/// The arrays of a state as one file, and its f32 arrays by name.
+pub fn state(dir: &Path, step: u64) -> (Vec<u8>, Vec<Vec<f32>>) {
+    let folder = dir.join(format!("state/step-{step:08}"));
+    let bytes = std::fs::read(folder.join("state.bin")).unwrap();
+    // Behind the manifest stands its checksum.
+    let text = std::fs::read(folder.join("manifest.json")).unwrap();
+    let manifest = serde_json::Deserializer::from_slice(&text).into_iter::<serde_json::Value>().next();
+    let manifest = manifest.unwrap().unwrap();
+    let array = |array: &serde_json::Value| {
+        let (from, len) = (array["offset"].as_u64().unwrap(), array["bytes"].as_u64().unwrap());
+        let words = bytes[from as usize..(from + len) as usize].as_chunks().0;
+        words.iter().map(|word| f32::from_le_bytes(*word)).collect()
+    };
+    let arrays = manifest["arrays"].as_array().unwrap().iter().map(array).collect();
+    (bytes, arrays)
+}
+
+pub fn losses(dir: &Path) -> Vec<f64> {
+    log(dir).iter().filter_map(|line| line.get("lr").and(line["loss"].as_f64())).collect()
+}
+
+/// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
+/// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,
+/// each by at most (length of its sum + ranks) units: the longest sum is over the 300 words.
+const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
+
+/// Two steps on every mesh beside those of one rank.
+pub fn steps_are_those_of_one_rank(base: &[&str], meshes: &[&[&str]]) {
+    let place = Place::new();
+    let steps = ["train.steps=2", "train.clip=0"];
+    let base: Vec<&str> = base.iter().chain(&steps).copied().collect();
+    run(&place, "solo", &base, Start::New, false);
+    let solo = place.path("solo");
+    let (_, one) = state(&solo, 1);
+    let begin = begin(&place, "solo", &base, Start::Resume);
+    let flow = Flow::solo();
+    let built = model::Model::build_on(&begin.prepared.config, begin.recipe.train.context, &flow).unwrap();
+    let (starts, _) = built.params.layout();
+    let lr = begin.recipe.train.schedule.at(1) as f32;
+    let wanted = losses(&solo);
+    for (i, mesh) in meshes.iter().enumerate() {
+        let dir = format!("mesh-{i}");
+        let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
+        run(&place, &dir, &sets, Start::New, false);
+        let (_, got) = state(&place.path(&dir), 1);
+        let mut apart = 0f64;
+        for (spec, start) in built.params.specs().iter().zip(&starts) {
+            let at = *start..*start + spec.len();
+            // weights, m, v: after one step m is a tenth of the gradient.
+            let (w, m) = (&one[0][at.clone()], &one[1][at.clone()]);
+            let top = m.iter().fold(0f32, |top, x| top.max(x.abs()));
+            for (j, (w, m)) in w.iter().zip(m).enumerate() {
+                let (w2, m2) = (got[0][start + j], got[1][start + j]);
+                let bound = GRADIENT * top;
+                let name = &spec.name;
+                assert!((m - m2).abs() <= bound, "{mesh:?} {name}[{j}]: gradient {m} and {m2} +- {bound}");
+                // AdamW's first step is lr g / (|g| + eps): it turns an error d of g into at most
+                // lr min(2, 2 d / |g|), and a rounding of the weight.
+                let step = lr * (2.0 * bound / m.abs().max(1e-20)).min(2.0) + 1e-6 * w.abs();
+                assert!((w - w2).abs() <= step, "{mesh:?} {name}[{j}]: weight {w} and {w2} +- {step}");
+                apart += f64::from(w - w2).powi(2);
+            }
+        }
+        let found = losses(&place.path(&dir));
+        let norm = log(&solo)[1]["grad_norm"].as_f64().unwrap();
+        let first = wanted[0] * f64::from(GRADIENT);
+        assert!((found[0] - wanted[0]).abs() <= first, "{mesh:?}: loss {} and {}", found[0], wanted[0]);
+        // Along the way from one set of weights to the other the loss changes by |gradient| |way| to
+        // first order; half as much again for the rest.
+        let second = 1.5 * norm * apart.sqrt() + first;
+        assert!((found[1] - wanted[1]).abs() <= second, "{mesh:?}: loss {} and {}", found[1], wanted[1]);
+    }
+}
