@@ -30,6 +30,9 @@ pub struct Args {
     /// Plan on this mesh only, as in pp=8,fsdp=16,x=8; axes are pp dp fsdp cp x y z
     #[arg(long, value_parser = mesh_argument::parse)]
     mesh: Option<MeshShape>,
+    /// Also run one layer of the model dry on a rank of each tensor mesh, and count what it exchanges
+    #[arg(long)]
+    count: bool,
     /// Leave host memory alone
     #[arg(long)]
     no_offload: bool,
@@ -68,6 +71,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let question = question(&args, &recipe)?;
     print!("{}", report::headline(&question));
     print!("{}", report::schemes(&question));
+    if args.count {
+        print!("{}", report::counted(&question)?);
+    }
     let Question { model, batch, cluster, space, .. } = &question;
     let found = search(model, *batch, cluster, *space);
     // A number with large prime factors has few meshes: a few devices less may be better.

@@ -28,6 +28,16 @@ fn ten_thousand_devices_for_gpt3() {
 }
 
 #[test]
+fn what_ranks_exchange_is_counted_on_request() {
+    let place = Place::new();
+    let small = ["--set", "model.width=768", "--set", "model.heads=96", "--set", "tokenizer.vocab=512"];
+    let recipe = gpt3();
+    let arguments = ["plan", &recipe, "--devices", "64", "--count"];
+    let plan = place.succeeds(&[&arguments[..], &small].concat());
+    assert!(plan.contains("Counted: one rank") && plan.matches("7 + 7 = 14").count() == 4, "{plan}");
+}
+
+#[test]
 fn a_mesh_can_be_pinned() {
     let place = Place::new();
     let plan = place.succeeds(&["plan", &gpt3(), "--mesh", "pp=8,fsdp=8,x=2,y=4"]);

@@ -108,6 +108,20 @@ impl Config {
         }
     }
 
+    /// The same model with other layers: the first `layers` of them, or more like the last.
+    pub fn with_layers(&self, layers: usize) -> Config {
+        let mut config = self.clone();
+        match &mut config {
+            Config::Llama(config) => {
+                let last = config.windows.last().copied().flatten();
+                config.windows.resize(layers, last);
+                config.layers = layers;
+            }
+            Config::Gpt2(config) => config.layers = layers,
+        }
+        config
+    }
+
     /// Model width D.
     pub fn width(&self) -> usize {
         match self {

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod begin;
+mod dry;
 mod error;
 mod estimate;
 mod export;
@@ -26,6 +27,7 @@ mod trainer;
 mod whole;
 
 pub use begin::{Begin, Start};
+pub use dry::{DryLayer, dry_layer};
 pub use error::TrainError;
 pub use estimate::Estimate;
 pub use learner::{Learner, LearnerError, LearnerOptions, loss_of};

@@ -69,6 +69,63 @@ pub fn schemes(question: &Question) -> String {
     )
 }
 
+/// What the model's own code exchanges on the same meshes: counted, not computed.
+pub fn counted(question: &Question) -> Result<String, train::TrainError> {
+    let m = (question.rows * question.batch.context) as f64;
+    let grids = pure_grids(&question.model, question.space.devices, m);
+    let rows: Vec<Vec<String>> = grids
+        .into_iter()
+        .map(|(scheme, grid)| counted_row(question, scheme, grid))
+        .collect::<Result<_, _>>()?;
+    let header = ["scheme", "mesh", "peers", "tokens", "received / bsh", "by the formula", "once a step"];
+    let table = show::table(&header, rows, &[2, 3, 4, 5, 6]);
+    Ok(format!(
+        "Counted: one rank of each of these meshes ran one layer with messages that move nothing (f32;\n\
+         tokens: as few whole rows as the mesh can cut; the formula leaves out the sums of norms)\n{table}\n{}\n",
+        padding(question)
+    ))
+}
+
+/// Why some rows are above their formula.
+fn padding(question: &Question) -> String {
+    let (heads, devices) = (question.model.heads, question.space.devices);
+    if heads >= devices {
+        return String::new();
+    }
+    format!(
+        "A mesh that cuts the {heads} heads into more pieces pads them with heads of zeros, which travel too:\n\
+         there the formula is a lower bound, and the choice below keeps away from such meshes.\n"
+    )
+}
+
+fn counted_row(question: &Question, scheme: Scheme, grid: Grid) -> Result<Vec<String>, train::TrainError> {
+    let shape = dist::MeshShape::new(&[(Axis::X, grid.x), (Axis::Y, grid.y), (Axis::Z, grid.z)]);
+    let shape = shape.map_err(|error| train::TrainError::Mesh { what: error.to_string() })?;
+    let dry = train::dry_layer(&question.config, shape, scheme)?;
+    let peers: Vec<String> = dry.peers.iter().map(|(_, count)| count.to_string()).collect();
+    let sum: usize = dry.peers.iter().map(|(_, count)| count).sum();
+    let bsh = (dry.tokens * question.model.width) as f64;
+    let flows = layer_flows(&question.model, scheme, grid, dry.tokens as f64);
+    // In 2.5D the sums over depth are paid once a step.
+    let depth = |axis: usize| scheme == Scheme::TwoPointFiveD && axis == 2;
+    let formula: f64 = (0..3).filter(|axis| !depth(*axis)).map(|axis| flows[axis].elements).sum();
+    Ok(vec![
+        title(scheme).to_string(),
+        sizes(grid),
+        if peers.len() > 1 { format!("{} = {sum}", peers.join(" + ")) } else { sum.to_string() },
+        show::count(dry.tokens as f64),
+        format!("{:.3}", dry.received as f64 / bsh),
+        format!("{:.3}", formula / bsh),
+        bytes(dry.received_once * 4),
+    ])
+}
+
+fn sizes(grid: Grid) -> String {
+    let sizes = [grid.x, grid.y, grid.z];
+    let sizes: Vec<String> = sizes.iter().filter(|size| **size > 1).map(usize::to_string).collect();
+    if sizes.is_empty() { "1".into() } else { sizes.join(" x ") }
+}
+
 fn scheme_row(question: &Question, scheme: Scheme, grid: Grid, m: f64) -> Vec<String> {
     let mesh = MeshShape::SOLO.with(Axis::X, grid.x).with(Axis::Y, grid.y).with(Axis::Z, grid.z);
     let flows = layer_flows(&question.model, scheme, grid, m);
@@ -77,8 +134,6 @@ fn scheme_row(question: &Question, scheme: Scheme, grid: Grid, m: f64) -> Vec<St
     let link = |axis| question.cluster.link(&mesh, axis);
     let seconds: f64 =
         axes.iter().zip(flows).map(|(axis, flow)| link(*axis).seconds(flow, ELEMENT_BYTES)).sum();
-    let sizes = [grid.x, grid.y, grid.z];
-    let sizes: Vec<String> = sizes.iter().filter(|size| **size > 1).map(usize::to_string).collect();
     let lines: Vec<String> = [grid.x, grid.y, grid.z]
         .iter()
         .filter(|size| **size > 1)
@@ -91,7 +146,7 @@ fn scheme_row(question: &Question, scheme: Scheme, grid: Grid, m: f64) -> Vec<St
     };
     vec![
         title(scheme).to_string(),
-        if sizes.is_empty() { "1".into() } else { sizes.join(" x ") },
+        sizes(grid),
         who,
         format!("{:.3}", elements / (m * question.model.width as f64)),
         bytes((elements * ELEMENT_BYTES) as u64),
