@@ -96,7 +96,15 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 13 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// Stages of a pipeline, alone and beside other axes.
+const STAGES: [&[&str]; 4] = [
+    &["mesh.pp=2", "mesh.schedule=zero-bubble"],
+    &["mesh.pp=2", "mesh.schedule=interleaved"],
+    &["mesh.pp=4", "mesh.dp=2"],
+    &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.schedule=gpipe"],
+];
+
+/// 20 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
@@ -104,10 +112,13 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
     let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let chain = chain.chain([STAGES[0], solo, STAGES[1], STAGES[2], MESHES[3], STAGES[3], STAGES[0]]);
     let meshes: Vec<&[&str]> = chain.collect();
     let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
         let base = [
             "train.batch=4",
+            "train.accumulate=2",
+            "model.layers=4",
             "checkpoint.keep_last=2",
             "eval.every=0",
             "train.schedule=constant",
