@@ -9,6 +9,7 @@ mod inspect;
 mod plan;
 mod plan_memory;
 mod show;
+mod stages;
 mod tokenizer;
 mod traffic;
 mod train;

@@ -1,7 +1,7 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
 use crate::traffic::Traffic;
-use crate::{EXIT_AGAIN, show};
+use crate::{EXIT_AGAIN, show, stages};
 use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
@@ -315,7 +315,9 @@ fn mesh_line(mesh: &::train::recipe::MeshRecipe) -> String {
         return "one rank".into();
     }
     let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
-    format!("{}: {ranks} ranks as threads, products {scheme}", mesh.shape)
+    let staged = mesh.shape.size(dist::Axis::Pp) > 1;
+    let stages = if staged { format!(", stages {}", mesh.schedule) } else { String::new() };
+    format!("{}: {ranks} ranks as threads, products {scheme}{stages}", mesh.shape)
 }
 
 fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
@@ -368,5 +370,6 @@ fn plan(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> Stri
         Ok(()) => "It fits.".to_string(),
         Err(error) => format!("It does not fit: {error}"),
     };
-    format!("{table}\n\n{}{facts}\n{verdict}\n", headline(recipe, prepared, threads, peak))
+    let stages = stages::timeline(recipe);
+    format!("{table}\n\n{}{stages}{facts}\n{verdict}\n", headline(recipe, prepared, threads, peak))
 }

@@ -39,6 +39,9 @@ impl Stage {
         if stages == 1 {
             return Ok(Stage::whole(layers));
         }
+        if config.experts() > 0 {
+            return Err(ConfigError::ExpertsOnMesh { family: config.family(), mesh: *flow.mesh.shape() });
+        }
         let (costs, head) = config.layer_flops(context);
         let slices = stages * chunks;
         let too_few = || ConfigError::Stages { layers, stages, chunks };
@@ -68,5 +71,56 @@ impl Stage {
         let [slice] = self.slices.as_slice() else { panic!("{self:?} is not a whole model") };
         assert!(slice.first && slice.last, "{self:?} is not a whole model");
         slice
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dist::pipeline::Schedule;
+    use dist::{Communicator, Mesh, Scheme};
+    use serde_json::json;
+
+    /// Slices of all stages in the order of the model, each with its stage.
+    fn cut(layers: usize, vocab: usize, stages: usize, chunks: usize) -> Vec<(usize, Slice)> {
+        let config = json!({
+            "model_type": "llama", "vocab_size": vocab, "hidden_size": 64, "num_attention_heads": 4,
+            "num_hidden_layers": layers, "intermediate_size": 160,
+        });
+        let config = Config::from_json(&config).unwrap();
+        let shape = dist::MeshShape::new(&[(Axis::Pp, stages)]).unwrap();
+        let mut all = Vec::new();
+        for stage in 0..stages {
+            let mesh = Mesh::new(shape, Communicator::null(stage, stages)).unwrap();
+            let schedule = Schedule::Interleaved { chunks };
+            let flow = Flow::new(&mesh, Scheme::OneD).unwrap().scheduled(schedule);
+            let own = Stage::of(&config, 128, &flow).unwrap();
+            assert_eq!((own.is_first(), own.is_last()), (stage == 0, stage + 1 == stages));
+            all.extend(own.slices.into_iter().map(|slice| (stage, slice)));
+        }
+        all.sort_by_key(|(_, slice)| slice.layers.start);
+        all
+    }
+
+    #[test]
+    fn slices_go_round_the_stages_and_cover_every_layer_once() {
+        let all = cut(9, 16, 3, 2);
+        assert_eq!(all.iter().map(|(stage, _)| *stage).collect::<Vec<_>>(), [0, 1, 2, 0, 1, 2]);
+        assert_eq!(
+            all.iter().flat_map(|(_, slice)| slice.layers.clone()).collect::<Vec<_>>(),
+            Vec::from_iter(0..9)
+        );
+        let ends: Vec<_> = all.iter().map(|(_, slice)| (slice.first, slice.last)).collect();
+        assert_eq!((ends[0], ends[5]), ((true, false), (false, true)));
+        assert!(ends[1..5].iter().all(|ends| *ends == (false, false)));
+    }
+
+    /// A layer has 4 64^2 + 3 64 160 = 47104 weights; this head as many as four layers.
+    #[test]
+    fn a_large_head_takes_layers_off_the_last_stage() {
+        let lens =
+            |vocab| cut(8, vocab, 2, 1).iter().map(|(_, slice)| slice.layers.len()).collect::<Vec<_>>();
+        assert_eq!(lens(16), [4, 4]);
+        assert_eq!(lens(4 * 47104 / 64), [6, 2]);
     }
 }

@@ -1,8 +1,10 @@
 //! What a run will need, from shapes alone: predicted, before anything is reserved.
 
 use crate::optimizer::AdamW;
-use crate::recipe::TrainRecipe;
+use crate::recipe::{Recipe, TrainRecipe};
 use device::DType;
+use dist::Axis;
+use dist::pipeline::{Pipeline, PipelineError};
 use model::{Config, Recompute};
 use tensor::ParamList;
 
@@ -43,6 +45,24 @@ impl Estimate {
             step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
             step_tokens,
         }
+    }
+
+    /// The same for all stages of a pipeline, which are threads of one process: each holds the microbatches
+    /// that its schedule promises, and a tied embedding is on both ends.
+    pub(crate) fn on_stages(self, config: &Config, recipe: &Recipe) -> Result<Estimate, PipelineError> {
+        let stages = recipe.mesh.shape.size(Axis::Pp);
+        if stages == 1 {
+            return Ok(self);
+        }
+        let pipeline = Pipeline::new(stages, recipe.train.accumulate, recipe.mesh.schedule)?;
+        let held: usize = (0..stages).map(|stage| pipeline.peak_live(stage)).sum();
+        let slices = stages * pipeline.chunks();
+        let table = if config.tied() { config.vocab() * config.width() } else { 0 };
+        Ok(Estimate {
+            activation_bytes: (self.activation_bytes * held as u64).div_ceil(slices as u64),
+            state_bytes: self.state_bytes + (table * AdamW::bytes_per_param(recipe.train.dtype)) as u64,
+            ..self
+        })
     }
 
     /// All of it.

@@ -72,7 +72,9 @@ impl Prepared {
     pub fn estimate(&self, recipe: &Recipe) -> Estimate {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
-        Estimate::new(&self.config, &self.params, &recipe.train, snapshot)
+        let estimate = Estimate::new(&self.config, &self.params, &recipe.train, snapshot);
+        // A recipe whose schedule does not fit its stages is none.
+        estimate.on_stages(&self.config, recipe).unwrap_or(estimate)
     }
 
     /// What the state may spread over; none: all of it stays in memory.

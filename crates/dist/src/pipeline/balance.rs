@@ -28,6 +28,23 @@ pub fn balance(layers: &[f64], head: f64, slices: usize) -> Option<Vec<Range<usi
     cheapest(count, slices, cost, |sum, cost| sum + cost * cost, cap * (1.0 + 1e-9))
 }
 
+/// (layers of the longest slice, layers of the last one) of `balance` for layers that cost 1 each, without
+/// cutting; none where there are fewer layers than slices.
+pub fn balance_alike(layers: usize, head: f64, slices: usize) -> Option<(usize, usize)> {
+    if slices <= 1 || layers < slices {
+        return (slices == 1).then_some((layers, layers));
+    }
+    let others = slices - 1;
+    let cuts = (1..=layers - others).map(|last| {
+        let (each, more) = ((layers - last) / others, (layers - last) % others);
+        let (longest, end) = (each + usize::from(more > 0), last as f64 + head);
+        let squares = (more * (each + 1).pow(2) + (others - more) * each.pow(2)) as f64 + end * end;
+        ((longest as f64).max(end), squares, longest, last)
+    });
+    let best = cuts.min_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    best.map(|(_, _, longest, last)| (longest.max(last), last))
+}
+
 /// The cut into `slices` runs, none costlier than `cap`, of which `join`ed costs are least: the least for
 /// the layers from i on is found for one slice more at a time, from the last.
 fn cheapest(
@@ -94,6 +111,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn layers_that_are_alike_need_no_cutting(layers in 1usize..40, head in 0u32..12, slices in 1usize..9) {
+            let head = f64::from(head) / 2.0;
+            let found = balance(&vec![1.0; layers], head, slices).map(|cut| {
+                let lens: Vec<usize> = cut.iter().map(Range::len).collect();
+                (lens.iter().copied().max().unwrap(), lens[slices - 1])
+            });
+            prop_assert_eq!(balance_alike(layers, head, slices), found);
+        }
+
         /// Against every cut there is.
         #[test]
         fn no_cut_has_a_cheaper_costliest_slice(

@@ -13,7 +13,7 @@ mod timeline;
 mod transfers;
 mod zero_bubble;
 
-pub use balance::balance;
+pub use balance::{balance, balance_alike};
 pub use simulate::{Deadlock, Span, Times, Transport, Walk, simulate};
 
 use std::fmt;
