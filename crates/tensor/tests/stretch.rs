@@ -78,7 +78,8 @@ fn gradients_that_wait_are_not_written_before() {
     let weights: Vec<_> =
         tape.params.refs().filter(|param| tape.params.spec(*param).name.ends_with(".weight")).collect();
     // Marks that a write would replace.
-    tape.params.arrays_mut().view_mut(memory::Class::Grad, 0..tape.params.flat_len()).f32().fill(7.0);
+    let all = 0..tape.params.flat_len();
+    tape.params.arrays_mut().view_mut(memory::Class::Grad, all).f32().fill(7.0);
     for param in &weights {
         assert!(tape.params.grad(*param).f32().iter().all(|x| *x == 7.0));
     }

@@ -4,14 +4,14 @@
 mod common;
 
 use common::Place;
-use common::meshes::{begin, run, steps_are_those_of_one_rank};
+use common::meshes::{begin, run, states_are_gone_on_with, steps_are_those_of_one_rank};
 use dist::pipeline::{Pipeline, Schedule};
 use dist::{Axis, Options, launch};
 use train::Start;
 
 /// An untied head, so that no parameter is on two stages; sizes that do not divide.
 const UNTIED: [&str; 5] =
-    ["model.layers=5", "model.tied=false", "train.accumulate=6", "train.steps=3", "checkpoint.every=0"];
+    ["model.layers=5", "model.tied=false", "train.accumulate=6", "train.steps=3", "eval.batches=3"];
 
 /// Every schedule, with more microbatches than stages and (1F1B on 4 stages aside) as many.
 const PIPELINES: [&[&str]; 7] = [
@@ -77,6 +77,19 @@ fn a_pipeline_run_twice_has_the_same_bits() {
     run(&place, "once", &sets, Start::Overwrite, false);
     run(&place, "again", &sets, Start::Overwrite, false);
     assert_eq!(place.result("once"), place.result("again"));
+}
+
+/// 10 pairs: to and from one rank, other schedules, other axes.
+#[test]
+fn a_state_of_a_pipeline_is_gone_on_with_on_any_mesh_and_back() {
+    let solo: &[&str] = &[];
+    let waits: &[&str] = &["mesh.pp=2", "mesh.schedule=zero-bubble"];
+    let interleaved: &[&str] = &["mesh.pp=2", "mesh.schedule=interleaved"];
+    let replicas: &[&str] = &["mesh.pp=4", "mesh.dp=2"];
+    let square: &[&str] = &["mesh.x=2", "mesh.y=2"];
+    let both: &[&str] = &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.schedule=gpipe"];
+    let chain = [solo, waits, solo, interleaved, replicas, square, both, waits, interleaved, both, square];
+    states_are_gone_on_with(&["train.batch=4", "train.accumulate=2", "model.layers=4"], &chain);
 }
 
 /// What one rank of a pipeline held at most, and (bytes sent, bytes received, peers) along it.
