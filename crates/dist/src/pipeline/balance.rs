@@ -22,7 +22,7 @@ pub fn balance(layers: &[f64], head: f64, slices: usize) -> Option<Vec<Range<usi
     let cost = |s: usize, run: &Range<usize>| {
         upto[run.end] - upto[run.start] + if s + 1 == slices { head } else { 0.0 }
     };
-    let least = cheapest(count, slices, cost, |most, cost| f64::max(most, cost), f64::INFINITY)?;
+    let least = cheapest(count, slices, cost, f64::max, f64::INFINITY)?;
     let cap = (0..slices).map(|s| cost(s, &least[s])).fold(0.0, f64::max);
     // Sums of the same costs in another order differ in their last bits.
     cheapest(count, slices, cost, |sum, cost| sum + cost * cost, cap * (1.0 + 1e-9))
@@ -64,12 +64,12 @@ fn cheapest(
             // The slices behind need a layer each.
             let last = if s + 1 == slices { count } else { count - (slices - 1 - s) };
             let first = if s + 1 == slices { count } else { start + 1 };
-            for end in first..=last {
+            for (end, rest) in rest.iter().enumerate().take(last + 1).skip(first) {
                 let own = cost(s, &(start..end));
                 if own > cap {
                     break;
                 }
-                let all = join(rest[end], own);
+                let all = join(*rest, own);
                 if all <= here[start] && all.is_finite() {
                     (here[start], ends[s][start]) = (all, end);
                 }
