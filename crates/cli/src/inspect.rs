@@ -63,6 +63,12 @@ fn show_model(files: &ModelFiles, all: bool) -> Result<()> {
             facts.push(("architecture", config.family().to_string()));
             facts.push(("layers", config.layers().to_string()));
             facts.push(("width, feed-forward", format!("{}, {}", config.width(), config.ffn())));
+            if let Some(moe) = config.moe() {
+                let shared =
+                    moe.shared_ffn.map_or(String::new(), |ffn| format!(", and one of {ffn} for all"));
+                let (experts, choices, ffn) = (moe.experts, moe.choices, moe.ffn);
+                facts.push(("experts", format!("{experts} of {ffn} a layer, {choices} for a token{shared}")));
+            }
             facts.push(("heads", format!("{n} of {h}, {k} for keys and values")));
             facts.push(("vocabulary", config.vocab().to_string()));
             facts.push(("positions", config.max_positions().to_string()));

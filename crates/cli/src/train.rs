@@ -204,8 +204,11 @@ impl Screen {
     fn step(&mut self, m: &StepMetrics) {
         self.traffic.add(m);
         let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
+        let experts = m.balance.map_or(String::new(), |balance| {
+            format!("  balance {:.3}, fullest expert {:.2} x mean", balance.loss, balance.imbalance)
+        });
         let message = format!(
-            "loss {:.4}  {} tok/s  MFU {:.0} %  {memory} ",
+            "loss {:.4}{experts}  {} tok/s  MFU {:.0} %  {memory} ",
             m.loss,
             show::count(m.tokens_per_s),
             100.0 * m.mfu
@@ -270,8 +273,12 @@ fn indent(text: &str) -> String {
 fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> String {
     let estimate = prepared.estimate(recipe);
     let (n, k, h) = prepared.config.heads();
+    let active = match prepared.config.idle_params() {
+        0 => String::new(),
+        idle => format!(", {} of them for a token", show::count((estimate.params - idle) as f64)),
+    };
     let shape = format!(
-        "{} {} layers, width {}, {n} heads ({k} kv) of {h}, vocabulary {}: {} parameters",
+        "{} {} layers, width {}, {n} heads ({k} kv) of {h}, vocabulary {}: {} parameters{active}",
         prepared.config.family(),
         prepared.config.layers(),
         prepared.config.width(),

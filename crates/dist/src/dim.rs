@@ -59,7 +59,7 @@ impl Dim {
 }
 
 /// Runs that continue each other become one.
-fn merged(runs: Vec<Run>) -> Vec<Run> {
+pub(crate) fn merged(runs: Vec<Run>) -> Vec<Run> {
     let mut out: Vec<Run> = Vec::with_capacity(runs.len());
     for run in runs {
         match out.last_mut() {

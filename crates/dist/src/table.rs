@@ -6,7 +6,8 @@
 //! its columns belong. The head multiplies a token by each slice, and the ranks of a token share the
 //! maxima and sums of its softmax.
 
-use crate::moves::{gather, gather_all, max, sum, sum_scatter, sum_scatter_all};
+use crate::moves::{gather_all, max, sum, sum_scatter_all};
+use crate::slices::Slices;
 use crate::{Axis, Cut, Dim, Flow, Held, Mesh, Side};
 use kernels::cross_entropy::{self, IGNORE, cut};
 use kernels::embedding;
@@ -26,33 +27,19 @@ pub struct Table {
     /// Columns, whole, padded to the pieces of the residual stream.
     pub cols: Held,
     /// What becomes of the summands of a token.
-    merge: Merge,
-}
-
-/// How values [M, D] of one slice and the residual stream turn into each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Merge {
-    /// The residual stream is whole along the slices' axes: sums go to everybody.
-    Whole,
-    /// It is cut along these axes, on this side.
-    Cut(Side),
+    slices: Slices,
 }
 
 impl Table {
     /// A table of `rows` rows for the residual stream of `flow`, which is `width` wide.
     pub fn new(flow: &Flow, rows: usize, width: usize) -> Table {
         let outer = flow.outer;
-        let slices = if outer.cols.is_whole() { flow.inner.cols } else { outer.cols };
-        let merge = match slices.innermost() {
-            Some(axis) if outer.rows.has(axis) => Merge::Cut(Side::Rows),
-            Some(_) if !outer.cols.is_whole() => Merge::Cut(Side::Cols),
-            _ => Merge::Whole,
-        };
-        let token_axes: Vec<Axis> = outer.rows.axes().filter(|axis| !slices.has(*axis)).collect();
+        let slices = Slices::new(flow);
+        let token_axes: Vec<Axis> = outer.rows.axes().filter(|axis| !slices.cut.has(*axis)).collect();
         let stored = Cut::over(&flow.mesh, &token_axes);
-        let rows = Held { dim: Dim::plain(rows), order: slices, cut: slices, stored };
+        let rows = Held { dim: Dim::plain(rows), order: slices.cut, cut: slices.cut, stored };
         let cols = Held { dim: Dim::plain(width), order: outer.cols, cut: Cut::WHOLE, stored: Cut::WHOLE };
-        Table { mesh: flow.mesh.clone(), rows, cols, merge }
+        Table { mesh: flow.mesh.clone(), rows, cols, slices }
     }
 
     /// Tokens of whose rows this rank looks up its slice, and of which it computes logits.
@@ -103,26 +90,6 @@ impl Table {
         kernels::elementwise::add_assign(grad, piece.view());
         Ok(())
     }
-
-    /// Summands of this rank's slice [M, D] to the residual stream.
-    fn leave(&self, x: Tensor) -> Result<Tensor, Fault> {
-        match self.merge {
-            Merge::Whole => sum(&self.mesh, self.rows.cut, x),
-            Merge::Cut(side) => {
-                self.rows.cut.axes().try_fold(x, |x, axis| sum_scatter(&self.mesh, axis, side, &x))
-            }
-        }
-    }
-
-    /// The residual stream to whole rows of the tokens this rank serves.
-    fn enter(&self, x: &Tensor) -> Result<Tensor, Fault> {
-        match self.merge {
-            Merge::Whole => Ok(x.clone()),
-            Merge::Cut(side) => {
-                self.rows.cut.axes().rev().try_fold(x.clone(), |x, axis| gather(&self.mesh, axis, side, &x))
-            }
-        }
-    }
 }
 
 /// Sum over `lookups` of table[ids]: ids of the tokens `Table::tokens` leaves to this rank, and the
@@ -143,10 +110,10 @@ pub fn embed(tape: &mut Tape<'_>, lookups: &[(Arc<[u32]>, ParamRef, &Table)]) ->
         embedding::forward(&local, table.gathered(tape, *param)?.view(), d, x.view_mut(), i > 0);
         saved.push((local, *param, (*table).clone()));
     }
-    let x = table.leave(x)?;
+    let x = table.slices.leave(x)?;
     Ok(tape.outside(&[], x, move |tape, dy| {
         tape.moment("embed_cut", &params)?;
-        let dy = saved[0].2.enter(&dy)?;
+        let dy = saved[0].2.slices.enter(&dy)?;
         for (local, param, table) in &saved {
             let mut slice = Tensor::zeros(dy.device(), DType::F32, &[table.gathered_rows(), dy.cols()])?;
             embedding::backward(local, dy.view(), dy.cols(), slice.view_mut());
@@ -170,13 +137,13 @@ pub fn head_loss(
         return tape.head_loss(x, head, targets);
     }
     tape.moment_with_grads("head_loss_cut", &[head], tape.is_recording())?;
-    let rows = table.enter(&x.value)?;
+    let rows = table.slices.enter(&x.value)?;
     let w = table.gathered(tape, head)?;
     let mut slice = HeadSlice::new(table, rows, w, tape.is_recording())?;
     slice.run(targets)?;
     if let (Some(dx), Some(dw)) = (slice.dx.take(), slice.dw.take()) {
         table.add_to_grad(tape, head, &dw)?;
-        let dx = table.leave(dx)?;
+        let dx = table.slices.leave(dx)?;
         tape.seed(x, &slice.losses, dx);
     }
     gather_all(&table.mesh, table.tokens(), Side::Rows, &slice.losses)

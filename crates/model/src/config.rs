@@ -1,6 +1,6 @@
 //! Reading `config.json` of a model folder, old spellings and new.
 
-use crate::{Gpt2Config, LlamaConfig};
+use crate::{Gpt2Config, LlamaConfig, MoeConfig};
 use serde_json::Value;
 use tensor::RopeScaling;
 
@@ -47,15 +47,28 @@ pub enum ConfigError {
     /// Layouts that do not multiply.
     #[error(transparent)]
     Layout(#[from] dist::LayoutError),
-    /// A mixture of experts on more than one rank.
+    /// More ranks than experts.
+    #[error(transparent)]
+    FewExperts(#[from] dist::FewExperts),
+    /// Ranks that would share experts, where there are none.
     #[error(
-        "`{family}` on mesh {mesh}: experts run on one rank only; set every mesh axis to 1, or train a model without experts"
+        "mesh.ep = {ranks} shares experts among ranks, and `{family}` has none; use mesh.dp for more replicas"
     )]
-    ExpertsOnMesh {
+    NoExperts {
         /// Its `model_type`.
         family: &'static str,
-        /// The mesh asked for.
-        mesh: dist::MeshShape,
+        /// Ranks along `ep`.
+        ranks: usize,
+    },
+    /// A mixture of experts cut into stages.
+    #[error(
+        "`{family}` on {stages} stages: layers with experts run without a pipeline only; set mesh.pp = 1"
+    )]
+    ExpertsInStages {
+        /// Its `model_type`.
+        family: &'static str,
+        /// Ranks of the pipeline.
+        stages: usize,
     },
     /// More slices than layers.
     #[error(
@@ -151,10 +164,23 @@ impl Config {
 
     /// Experts of a layer; 0 where there are none.
     pub fn experts(&self) -> usize {
+        self.moe().map_or(0, |moe| moe.experts)
+    }
+
+    /// The experts in the place of feed-forward parts, where there are some.
+    pub fn moe(&self) -> Option<&MoeConfig> {
         match self {
-            Config::Llama(LlamaConfig { moe: Some(moe), .. }) => moe.experts,
-            _ => 0,
+            Config::Llama(config) => config.moe.as_ref(),
+            Config::Gpt2(_) => None,
         }
+    }
+
+    /// Parameters of the experts a token does not go to, in all layers.
+    pub fn idle_params(&self) -> usize {
+        self.moe().map_or(0, |moe| {
+            let layers = (0..self.layers()).filter(|layer| moe.applies_to(*layer)).count();
+            layers * (moe.experts - moe.choices) * 3 * self.width() * moe.ffn
+        })
     }
 
     /// Whether the feed-forward part has a gate beside its input (SwiGLU).

@@ -66,6 +66,14 @@ pub(crate) fn stream_shape(flow: &Flow, tokens: &Tokens, width: usize) -> [usize
     [rows, Held::plainly(Dim::plain(width), flow.outer.cols).local_len(&flow.mesh)]
 }
 
+/// How many rows of the residual stream this rank has of the first `real` of `padded` tokens; those
+/// that follow are padding.
+pub(crate) fn real_rows(flow: &Flow, real: usize, padded: usize) -> usize {
+    let cut = flow.outer.rows;
+    let each = padded / cut.pieces(&flow.mesh);
+    real.saturating_sub(cut.index(&flow.mesh) * each).min(each)
+}
+
 /// The run of `x` that is this rank's piece of `cut`.
 pub(crate) fn part_of<'a>(flow: &Flow, cut: Cut, x: &'a [u32]) -> &'a [u32] {
     let each = x.len() / cut.pieces(&flow.mesh);

@@ -20,7 +20,7 @@ pub use llama::{Family, Llama, LlamaConfig, MoeConfig};
 pub use names::{Builder, Spread, StoredWeight, fill};
 pub use stage::{Slice, Stage};
 
-use dist::{Flow, Mesh, Scheme, Table};
+use dist::{Axis, Flow, Mesh, Scheme, Table};
 use std::sync::Arc;
 use tensor::{Fault, KvCache, ParamList, ParamRef, Tape, Targets, Tensor, Var};
 
@@ -57,6 +57,10 @@ impl Model {
     /// The same with the scheme of `flow`. On a pipeline this rank builds its stage alone. Layouts that do
     /// not meet, and more slices than layers, are refused here.
     pub fn build_on(config: &Config, context: usize, flow: &Flow) -> Result<Built, ConfigError> {
+        let ranks = flow.mesh.size(Axis::Ep);
+        if ranks > 1 && config.experts() == 0 {
+            return Err(ConfigError::NoExperts { family: config.family(), ranks });
+        }
         let mut builder = Builder::new(flow, Stage::of(config, context, flow)?);
         let model = match config {
             Config::Llama(config) => Model::Llama(Llama::build(config, context, &mut builder)?),
@@ -141,6 +145,14 @@ impl Model {
         let ids = layers::part_of(flow, table.tokens(), &ids);
         let losses = dist::head_loss(tape, table, hidden, *head, Targets { ids, ..targets })?;
         Ok(losses.narrow_rows(0, m))
+    }
+
+    /// Whether some layer has experts.
+    pub fn has_experts(&self) -> bool {
+        match self {
+            Model::Llama(model) => model.has_experts(),
+            Model::Gpt2(_) => false,
+        }
     }
 
     /// The matrix [V, D] that turns hidden states into logits; on the last stage.

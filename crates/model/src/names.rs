@@ -3,7 +3,7 @@
 
 use crate::Stage;
 use crate::layers::LinearSpec;
-use dist::{Axis, Cut, Dim, Flow, Held, Table, Weighted, crossing};
+use dist::{Axis, Cut, Dim, Experts, Flow, Held, Table, Weighted, crossing};
 use tensor::{Init, ParamList, ParamRef, ParamSpec, Piece};
 
 /// One tensor of a model folder and the run of a parameter it fills.
@@ -127,16 +127,27 @@ impl Builder {
     }
 
     /// Add a parameter of which ranks hold `rows` and `cols`; a vector has no columns.
-    fn add(&mut self, mut spec: ParamSpec, rows: &Held, cols: Option<&Held>, sums: Vec<Axis>) -> ParamRef {
+    fn add(&mut self, spec: ParamSpec, rows: &Held, cols: Option<&Held>, sums: Vec<Axis>) -> ParamRef {
         let mesh = self.flow.mesh.clone();
         let one = Held::plainly(Dim::plain(1), Cut::WHOLE);
         let piece = crossing(&mesh, rows, cols.unwrap_or(&one));
-        spec.shape = std::iter::once(rows).chain(cols).map(|held| held.stored_len(&mesh)).collect();
+        let shape = std::iter::once(rows).chain(cols).map(|held| held.stored_len(&mesh)).collect();
         let cuts = [Some(rows.cut), Some(rows.stored), cols.map(|cols| cols.cut)];
         // Stages have different parameters.
         let stages = Some(Axis::Pp).filter(|axis| mesh.size(*axis) > 1);
         let cut = stages.into_iter().chain(cuts.into_iter().flatten().flat_map(|cut| cut.axes())).collect();
-        self.spreads.push(Spread { cut, sums, both_ends: false });
+        self.add_piece(spec, (piece, shape), Spread { cut, sums, both_ends: false })
+    }
+
+    /// Add a parameter of which this rank holds `piece` as a matrix of `shape`.
+    fn add_piece(
+        &mut self,
+        mut spec: ParamSpec,
+        (piece, shape): (Piece, Vec<usize>),
+        spread: Spread,
+    ) -> ParamRef {
+        spec.shape = shape;
+        self.spreads.push(spread);
         match is_whole(&piece, &spec) {
             true => self.params.add(spec),
             false => self.params.add_piece(spec, piece),
@@ -180,17 +191,30 @@ impl Builder {
         self.weight(spec, &weighted.rows, &weighted.cols, sums)
     }
 
-    /// A matrix of a mesh of one rank.
-    pub(crate) fn whole_matrix(&mut self, spec: &LinearSpec) -> ParamRef {
-        let held = |dim: &Dim| Held::plainly(dim.clone(), Cut::WHOLE);
-        self.weight(spec, &held(&spec.outputs), &held(&spec.inputs), Vec::new())
+    /// A matrix that lies along the columns of the residual stream and is whole along its rows.
+    pub(crate) fn across(&mut self, spec: &LinearSpec) -> ParamRef {
+        let outer = self.flow.outer;
+        let rows = Held::plainly(spec.outputs.clone(), Cut::WHOLE);
+        let cols = Held::plainly(spec.inputs.clone(), outer.cols);
+        self.weight(spec, &rows, &cols, outer.rows.axes().collect())
+    }
+
+    /// The matrices of all experts of a layer under each other; `held` is what this rank has of them.
+    pub(crate) fn experts(
+        &mut self,
+        spec: &LinearSpec,
+        experts: &Experts,
+        held: (Piece, Vec<usize>),
+    ) -> ParamRef {
+        let (cut, sums) = (experts.cut().collect(), experts.sums().collect());
+        let spread = Spread { cut, sums, both_ends: false };
+        let param = self.add_piece(whole(spec), held, spread);
+        self.parts(spec, "weight", param, spec.inputs.len());
+        param
     }
 
     fn weight(&mut self, spec: &LinearSpec, rows: &Held, cols: &Held, sums: Vec<Axis>) -> ParamRef {
-        let shape = vec![spec.outputs.len(), spec.inputs.len()];
-        let name = format!("{}.weight", spec.name);
-        let whole = ParamSpec { name, shape, init: Init::Normal(spec.std), decay: true };
-        let param = self.add(whole, rows, Some(cols), sums);
+        let param = self.add(whole(spec), rows, Some(cols), sums);
         self.parts(spec, "weight", param, spec.inputs.len());
         param
     }
@@ -219,6 +243,12 @@ impl Builder {
             row += rows;
         }
     }
+}
+
+/// The weight of a linear layer as one rank would hold it.
+fn whole(spec: &LinearSpec) -> ParamSpec {
+    let (name, shape) = (format!("{}.weight", spec.name), vec![spec.outputs.len(), spec.inputs.len()]);
+    ParamSpec { name, shape, init: Init::Normal(spec.std), decay: true }
 }
 
 /// Whether a piece is the whole, in its order and without padding.

@@ -40,7 +40,7 @@ impl Stage {
             return Ok(Stage::whole(layers));
         }
         if config.experts() > 0 {
-            return Err(ConfigError::ExpertsOnMesh { family: config.family(), mesh: *flow.mesh.shape() });
+            return Err(ConfigError::ExpertsInStages { family: config.family(), stages });
         }
         let (costs, head) = config.layer_flops(context);
         let slices = stages * chunks;

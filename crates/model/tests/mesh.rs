@@ -1,12 +1,13 @@
-//! Every family without experts on every scheme: the loss and the gradients of one rank and of `transformers`, and
-//! what is refused when a model is built.
+//! Every family on every scheme, mixtures of experts over `ep` too: the loss and the gradients of one
+//! rank and of `transformers`, and what is refused when a model is built.
 
 mod common;
 
 use common::{BF16, CONTEXT, DENSE, F32, Golden, SPARSE, Tolerances, assert_close, config_json};
 use dist::{Axis, Flow, Mesh, MeshShape, Options, Scheme, launch};
-use model::{Built, Config, Model, Recompute};
+use model::{Built, Config, Model, Recompute, Tokens};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use tensor::{DType, Device, Fault, ParamStore, Piece, Tape, Targets};
 
 /// Rectangles, boxes and sizes that divide nothing: the models have 4 or 6 heads, 2 or 4 kv heads.
@@ -48,7 +49,7 @@ fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f
     })?;
     let targets = golden.targets();
     let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
-    let tokens = golden.tokens();
+    let (tokens, targets) = share_of(mesh, &golden.tokens(), &targets);
     let mut tape = Tape::recording(&mut store);
     let recompute = if scheme == Scheme::Summa { Recompute::First(1) } else { Recompute::Never };
     let hidden = model.hidden(&mut tape, &tokens, recompute)?;
@@ -58,14 +59,37 @@ fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f
     let mut parts = Parts::new();
     for (param, spread) in store.refs().zip(&spreads) {
         let mut grad = store.grad(param).f32().to_vec();
-        for axis in &spread.sums {
+        // Replicas hold copies of all but the experts they share.
+        let replicas = ROWS.iter().filter(|axis| !spread.cut.contains(axis));
+        for axis in spread.sums.iter().chain(replicas) {
             mesh.group(*axis).all_reduce_sum(device::ViewMut::of_f32(&mut grad))?;
         }
         let spec = store.spec(param);
         let ld = spec.shape.get(1).copied().unwrap_or(1);
         parts.push((spec.name.clone(), params.piece(param).cloned(), ld, grad));
     }
-    Ok((losses.to_f32().iter().sum::<f32>() * scale, parts))
+    let mut loss = [losses.to_f32().iter().sum::<f32>()];
+    for axis in ROWS {
+        mesh.group(axis).all_reduce_sum(device::ViewMut::of_f32(&mut loss))?;
+    }
+    Ok((loss[0] * scale, parts))
+}
+
+/// Axes whose ranks have other rows.
+const ROWS: [Axis; 2] = [Axis::Dp, Axis::Ep];
+
+/// The rows of a batch that a replica has.
+fn share_of(mesh: &Mesh, all: &Tokens, targets: &[u32]) -> (Tokens, Vec<u32>) {
+    let (index, count) = ROWS.iter().fold((0, 1), |(index, count), axis| {
+        (index * mesh.size(*axis) + mesh.coord(*axis), count * mesh.size(*axis))
+    });
+    assert!(all.b.is_multiple_of(count), "{} rows over {count}", all.b);
+    let each = targets.len() / count;
+    let range = index * each..(index + 1) * each;
+    let part = |x: &Arc<[u32]>| -> Arc<[u32]> { x[range.clone()].into() };
+    let tokens =
+        Tokens { b: all.b / count, ids: part(&all.ids), positions: part(&all.positions), starts: None };
+    (tokens, targets[range.clone()].to_vec())
 }
 
 fn on_mesh(golden: &Golden, mesh: &str, scheme: Scheme, dtype: DType) -> Outcome {
@@ -148,17 +172,53 @@ fn a_mesh_the_scheme_cannot_use_is_refused_with_a_remedy() {
     assert!(refused.contains("`summa`") && refused.contains("mesh.z = 1"), "{refused}");
 }
 
+/// The experts of two families divide by 2, the 5 of Qwen2-MoE do not.
 #[test]
-fn experts_on_more_than_one_rank_are_refused_with_a_remedy() {
+fn experts_on_every_scheme_compute_what_transformers_does() {
+    let shared = [
+        (Scheme::OneD, "ep=2"),
+        (Scheme::OneD, "ep=2,x=2"),
+        (Scheme::OneDSequence, "ep=2,x=2"),
+        (Scheme::OneD, "dp=2,x=3"),
+        (Scheme::Summa, "ep=2,x=2,y=2"),
+        (Scheme::ThreeD, "ep=2,y=2,z=2"),
+        (Scheme::WeightStationary, "ep=2,x=3,y=2"),
+    ];
     for family in SPARSE {
-        let config = Config::from_json(&config_json(family)).unwrap();
-        for text in ["x=2", "dp=2"] {
-            let shape: MeshShape = text.parse().unwrap();
-            let mesh = Mesh::new(shape, dist::Communicator::null(0, 2)).unwrap();
-            let refused = Model::build(&config, CONTEXT, &mesh).err().unwrap().to_string();
-            let expected = format!("`{family}` on mesh {text}: experts run on one rank only");
-            assert!(refused.starts_with(&expected), "{refused}");
-            assert!(refused.contains("set every mesh axis to 1"), "{refused}");
+        let golden = Golden::open(family, DType::F32);
+        for (scheme, mesh) in MESHES.into_iter().chain(shared) {
+            let got = on_mesh(&golden, mesh, scheme, DType::F32);
+            check(&golden, &format!("{family}, {} on {mesh}", scheme.name()), &got, &F32);
         }
     }
+}
+
+/// An expert sees the rows of both ranks, in the order of the batch: its gradient is one product, as on
+/// one rank, while that of what the ranks hold copies of is the sum of two.
+#[test]
+fn sharing_experts_alone_leaves_their_gradients_bit_for_bit() {
+    for family in SPARSE {
+        let golden = Golden::open(family, DType::F32);
+        let solo = on_mesh(&golden, "solo", Scheme::OneD, DType::F32);
+        let shared = on_mesh(&golden, "ep=2", Scheme::OneD, DType::F32);
+        let experts = solo.grads.iter().filter(|(name, _)| name.contains(".experts."));
+        assert!(experts.clone().count() > 0, "{family}");
+        for (name, grad) in experts {
+            assert!(*grad == shared.grads[name], "{family} {name}");
+        }
+    }
+}
+
+#[test]
+fn what_cannot_share_experts_is_refused_with_a_remedy() {
+    let refused = |family: &str, text: &str| {
+        let config = Config::from_json(&config_json(family)).unwrap();
+        let shape: MeshShape = text.parse().unwrap();
+        let mesh = Mesh::new(shape, dist::Communicator::null(0, shape.world_size())).unwrap();
+        Model::build(&config, CONTEXT, &mesh).err().unwrap().to_string()
+    };
+    let few = refused("mixtral", "ep=8");
+    assert!(few.contains("4 experts") && few.contains("set mesh.ep to at most 4"), "{few}");
+    let none = refused("llama3", "ep=2");
+    assert!(none.contains("`llama` has none; use mesh.dp"), "{none}");
 }

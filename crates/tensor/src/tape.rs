@@ -5,7 +5,7 @@
 //! Parameters appear as `ParamRef`, so their bytes may leave and come back between the two passes.
 
 use crate::Fault;
-use crate::ops::Op;
+use crate::ops::{Load, Op};
 use crate::stretch::Later;
 use crate::{ParamRef, ParamStore, Tensor};
 use std::rc::Rc;
@@ -67,6 +67,7 @@ pub struct Tape<'a> {
     /// Where parameters are looked up, by handle.
     pub params: &'a mut ParamStore,
     recording: bool,
+    learns: bool,
     phase: Phase,
     layer: usize,
     clock: u64,
@@ -78,6 +79,8 @@ pub struct Tape<'a> {
     pub(crate) later: Option<Later>,
     /// Load-balancing losses of the forward pass, each times its factor and the tape's share.
     pub balance_loss: f64,
+    /// What fell on the experts of each layer that has some, in the order of the forward pass.
+    pub loads: Vec<Load>,
 }
 
 /// Gradients of the values of a tape, by id.
@@ -128,6 +131,7 @@ impl<'a> Tape<'a> {
         Tape {
             params,
             recording,
+            learns: recording,
             phase,
             layer: 0,
             clock: 0,
@@ -137,6 +141,7 @@ impl<'a> Tape<'a> {
             share,
             later: None,
             balance_loss: 0.0,
+            loads: Vec::new(),
         }
     }
 
@@ -150,6 +155,15 @@ impl<'a> Tape<'a> {
     /// load-balancing loss, count that much.
     pub fn set_share(&mut self, share: f32) {
         self.share = share;
+    }
+
+    /// Whether a backward pass will follow, layers that run again included.
+    pub(crate) fn learns(&self) -> bool {
+        self.learns
+    }
+
+    pub(crate) fn layer(&self) -> usize {
+        self.layer
     }
 
     pub(crate) fn share(&self) -> f32 {

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use tensor::{
     DType, Device, Init, Order, ParamList, ParamRef, ParamSpec, ParamStore, Router, Tape, Targets, Tensor,
-    normal,
+    Var, normal,
 };
 
 const V: usize = 23;
@@ -60,14 +60,15 @@ impl Net {
         store.clear_grads().unwrap();
         let mut tape = if train { Tape::recording(store) } else { Tape::running(store) };
         let x = tape.embedding(&[(ids, self.embedding)]).unwrap();
-        let (weights, order) = tape.route(&x, self.route, self.router).unwrap();
+        let (weights, order) = route(&mut tape, &x, self);
         let rows = tape.permute(&x, &order).unwrap();
-        let rows = tape.experts(&rows, &order, self.experts).unwrap();
-        let y = tape.combine(&rows, &weights, &order, &x).unwrap();
+        let rows = tape.experts(&rows, &order.starts, self.experts).unwrap();
+        let y = tape.combine(&rows, &weights, &order, Some(&x)).unwrap();
         let everyone = Arc::new(Order::all(M));
-        let gate = tape.sigmoid_gate(&x, self.gate).unwrap();
-        let rows = tape.experts(&x, &everyone, self.shared).unwrap();
-        let y = tape.combine(&rows, &gate, &everyone, &y).unwrap();
+        let scores = tape.scores(&x, self.gate).unwrap();
+        let gate = tape.sigmoid(&scores).unwrap();
+        let rows = tape.experts(&x, &everyone.starts, self.shared).unwrap();
+        let y = tape.combine(&rows, &gate, &everyone, Some(&y)).unwrap();
         let losses = tape.head_loss(&y, self.head, Targets { ids: &targets, scale: 1.0 }).unwrap();
         let balance = tape.balance_loss;
         if train {
@@ -77,6 +78,12 @@ impl Net {
         store.settle_grads().unwrap();
         losses.to_f32().iter().map(|loss| f64::from(*loss)).sum::<f64>() + balance
     }
+}
+
+fn route(tape: &mut Tape<'_>, x: &Var, net: &Net) -> (Var, Arc<Order>) {
+    let scores = tape.scores(x, net.route).unwrap();
+    let (weights, ids) = tape.route(&scores, net.router, M, &|_| Ok(())).unwrap();
+    (weights, Arc::new(Order::new(&ids, net.router.experts, net.router.choices)))
 }
 
 fn check(router: Router) {
@@ -131,7 +138,7 @@ fn the_same_bits_every_time_and_nothing_is_dropped() {
         assert!(run() == run());
     }
     let order = Order::new(&[2, 0, 0, 2, 2, 1], 4, 2);
-    assert_eq!(order.starts, [0, 2, 3, 6, 6]);
+    assert_eq!(*order.starts, [0, 2, 3, 6, 6]);
     assert_eq!(order.pair_of, [1, 2, 5, 0, 3, 4]);
     assert_eq!(order.token_of, [0, 1, 2, 0, 1, 2]);
     assert!((0..6).all(|pair| order.pair_of[order.slot_of[pair] as usize] as usize == pair));
@@ -147,6 +154,6 @@ fn even_loads_have_the_least_balance_loss() {
     let ids: Arc<[u32]> = (0..M as u32).collect();
     let mut tape = Tape::running(&mut store);
     let x = tape.embedding(&[(ids, net.embedding)]).unwrap();
-    tape.route(&x, net.route, net.router).unwrap();
+    route(&mut tape, &x, &net);
     assert!((tape.balance_loss - 2.0).abs() < 1e-6, "{}", tape.balance_loss);
 }

@@ -100,11 +100,17 @@ impl Activations {
         // heads, the feed-forward's inner values (GELU keeps its output beside its input).
         let inner = if config.gated() { gates } else { 2 * f };
         let kept = 4 * d + (n + 2 * k) * h + n * h + inner;
+        // Of experts also the rows that go to them and come back, and the probabilities in f32.
+        let (routed, choices) = config.moe().map_or((0, 0), |moe| {
+            let shared = moe.shared_ffn.map_or(0, |ffn| ffn + d);
+            (2 * moe.choices * d + shared + 4 * moe.experts / size, moe.choices)
+        });
+        let kept = kept + routed;
         // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the
         // inner values, the packed operand of the widest product.
         let slice = tensor::loss_slice_tokens(v).min(m);
         let head = 2 * slice * v * 4 + 2 * m * d * size;
-        let scratch = m * (gates + f + 2 * d) * size + m * gates * 4;
+        let scratch = m * (gates + f + (2 + 2 * choices) * d) * size + m * gates * 4;
         Activations {
             kept_bytes: (m * (kept * size + n * 4)) as u64,
             input_bytes: (m * d * size) as u64,

@@ -1,5 +1,6 @@
 //! A model, its parameters and its optimizer: what one training step is made of.
 
+use crate::balance::Balance;
 use crate::optimizer::{AdamW, AdamWConfig};
 use crate::ranks;
 use crate::step::Pass;
@@ -11,7 +12,7 @@ use memory::pager::{PagerError, Setup};
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::collections::HashMap;
 use std::time::Instant;
-use tensor::{Fault, Moment, ParamList, ParamStore, Tape, Targets, Var};
+use tensor::{Fault, Load, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
 /// A model that learns.
 pub struct Learner {
@@ -29,6 +30,8 @@ pub struct Learner {
     pub mesh: Mesh,
     /// How the parameters lie among them.
     pub spreads: Vec<Spread>,
+    /// What fell on experts in the passes since `balance` was asked.
+    pub loads: Vec<Load>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
     /// In which order the stages of a pipeline work.
@@ -96,6 +99,7 @@ impl Learner {
             stored,
             mesh,
             spreads,
+            loads: Vec::new(),
             recompute,
             pass,
             schedule,
@@ -114,20 +118,33 @@ impl Learner {
     /// returns the sum of the losses of all its learned targets, in nats. Gradients of ranks are
     /// still to be added up (`ranks::sum_grads`).
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
-        let tokens = tokens_of(batch);
+        let (tokens, share) = (tokens_of(batch), self.share(batch, scale)?);
         let (mesh, step) = (&self.mesh, self.optimizer.steps);
         let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
             mesh.set_place(step, Some(moment.layer as u32));
             Ok(())
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
-        tape.set_share(batch.learned as f32 * scale);
+        tape.set_share(share);
         let hidden: Var = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale };
         let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
         tape.backward()?;
+        self.loads.append(&mut tape.loads);
         ranks::sum_of_losses(&self.mesh, &losses)
+    }
+
+    /// Which part of a step's targets a microbatch has, over all replicas; asked of them only where a
+    /// model has experts, whose balance is that of the whole microbatch.
+    pub(crate) fn share(&self, batch: &Batch, scale: f32) -> Result<f32, Fault> {
+        let axes: &[Axis] = if self.model.has_experts() { &ranks::ROWS } else { &[] };
+        Ok(ranks::sum_over(&self.mesh, axes, batch.learned as f64)? as f32 * scale)
+    }
+
+    /// How evenly experts were asked since the last call; none where a model has none.
+    pub fn balance(&mut self) -> Option<Balance> {
+        Balance::of(&std::mem::take(&mut self.loads))
     }
 
     /// Start a step: gradients count as zero.

@@ -4,6 +4,7 @@
 //! `Trainer` owns the sequence of effects. Knows no HTTP and draws nothing on a screen.
 #![forbid(unsafe_code)]
 
+mod balance;
 mod begin;
 mod dry;
 mod error;
@@ -26,6 +27,7 @@ mod tiers;
 mod trainer;
 mod whole;
 
+pub use balance::Balance;
 pub use begin::{Begin, Start};
 pub use dry::{DryLayer, dry_layer};
 pub use error::TrainError;

@@ -3,6 +3,7 @@
 //! A resumed run cuts the log back to where its state was saved, so that the log of a run that was
 //! killed reads as if it had not been, timings aside.
 
+use crate::balance::Balance;
 use crate::tensorboard::EventWriter;
 use memory::pager::{LinkCount, TierReport};
 use serde_json::{Value, json};
@@ -72,6 +73,8 @@ pub struct StepMetrics {
     pub mfu: f64,
     /// What the tiers of the state did, where it has some.
     pub tiers: Option<TierReport>,
+    /// How evenly experts were asked, where the model has some.
+    pub balance: Option<Balance>,
 }
 
 impl Metrics {
@@ -110,6 +113,11 @@ impl Metrics {
             ("speed/tokens_per_s", m.tokens_per_s),
             ("speed/mfu", m.mfu),
         ];
+        if let Some(balance) = &m.balance {
+            line["balance"] = json!({"loss": finite(balance.loss), "imbalance": finite(balance.imbalance)});
+            points.push(("experts/balance_loss", balance.loss));
+            points.push(("experts/imbalance", balance.imbalance));
+        }
         let names;
         if let Some(tiers) = &m.tiers {
             line["tiers"] = tiers_line(tiers);

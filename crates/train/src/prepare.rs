@@ -223,27 +223,31 @@ mod tests {
     use crate::Settings;
 
     #[test]
-    fn experts_on_a_mesh_are_refused_before_a_folder_is_touched() {
-        let config = Config::from_json(&json!({
-            "model_type": "mixtral", "vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4,
-            "num_hidden_layers": 2, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
-        }))
-        .unwrap();
-        let on = |mesh: &str| {
+    fn experts_are_refused_where_ranks_have_none_before_a_folder_is_touched() {
+        let on = |family: &str, mesh: &str| {
             let text = "
                 run.dir = 'run'
                 data.path = 'corpus.txt'
                 model = { layers = 2, width = 32, heads = 4 }
-                train.batch = 4
+                train.batch = 8
             ";
             let mut settings = Settings::parse(text, "a test").unwrap();
+            settings.set(&format!("model.family={family}")).unwrap();
+            if family == "mixtral" {
+                settings.set("model.experts=4").unwrap();
+            }
             settings.set(mesh).unwrap();
-            check_mesh(&settings.recipe().unwrap(), &config)
+            let recipe = settings.recipe().unwrap();
+            let ModelRecipe::New(mut json) = recipe.model.clone() else { unreachable!() };
+            json["vocab_size"] = json!(64);
+            check_mesh(&recipe, &Config::from_json(&json).unwrap())
         };
-        on("mesh.x=1").unwrap();
-        for mesh in ["mesh.x=2", "mesh.dp=2"] {
-            let refused = on(mesh).unwrap_err().to_string();
-            assert!(refused.contains("`mixtral` on mesh") && refused.contains("mesh axis to 1"), "{refused}");
+        for mesh in ["mesh.x=1", "mesh.x=2", "mesh.dp=2", "mesh.ep=4"] {
+            on("mixtral", mesh).unwrap();
         }
+        let few = on("mixtral", "mesh.ep=8").unwrap_err().to_string();
+        assert!(few.contains("mesh.ep = 8") && few.contains("at most 4"), "{few}");
+        let none = on("llama", "mesh.ep=2").unwrap_err().to_string();
+        assert!(none.contains("`llama` has none"), "{none}");
     }
 }

@@ -136,9 +136,10 @@ impl Learner {
         // Updates may begin once the loss is known to be finite, which is before the way back.
         let early = Cell::new(false);
         let mut finisher = Finisher::new(&known, &self.store, &self.optimizer, (&early, plan.lr));
-        let tokens = tokens_of(batch);
+        let (tokens, share) = (tokens_of(batch), batch.learned as f32 / learned as f32);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| finisher.moment(moment, store);
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
+        tape.set_share(share);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
         let targets = Targets { ids: &batch.targets, scale: 1.0 / learned as f32 };
         let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
@@ -146,6 +147,7 @@ impl Learner {
         let loss = (before + sum(losses.view().f32())) / learned;
         early.set(plan.clip.is_infinite() && loss.is_finite());
         tape.backward()?;
+        self.loads.append(&mut tape.loads);
         drop(tape);
         let Ended { squares, updated, pass } = finisher.end(&mut self.store)?;
         self.pass = pass.unwrap_or(known);

@@ -235,6 +235,7 @@ impl Trainer {
             gflops,
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
+            balance: self.learner.balance(),
         };
         if let Some(files) = &mut self.files {
             files.metrics.step(&metrics)?;
@@ -283,10 +284,11 @@ impl Trainer {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
             let rounds: Vec<&[Batch]> = batches.chunks(replicas).collect();
-            let ours: Vec<&Batch> = rounds.iter().filter_map(|round| round.get(replica)).collect();
-            let mut ours = self.learner.evaluate(&ours)?.into_iter();
-            for round in rounds {
-                for sum in ranks::gather_replicas(&mesh, ours.next().unwrap_or(0.0))? {
+            // Who shares experts takes part in every turn; a turn too many counts nothing.
+            let ours: Vec<&Batch> =
+                rounds.iter().map(|round| round.get(replica).unwrap_or(&round[0])).collect();
+            for (round, ours) in rounds.into_iter().zip(self.learner.evaluate(&ours)?) {
+                for sum in ranks::gather_replicas(&mesh, ours)?.into_iter().take(round.len()) {
                     loss += sum;
                 }
                 targets += round.iter().map(|batch| batch.learned as u64).sum::<u64>();

@@ -15,6 +15,8 @@ fn predicted_memory_is_what_a_run_takes() {
         &["train.precision=bf16"],
         &["train.recompute=always"],
         &["model.family=gpt2", "model.kv_heads=0"],
+        &["model.family=mixtral", "model.experts=8", "model.expert_ffn=192"],
+        &["model.family=qwen2_moe", "model.experts=8", "model.expert_ffn=96", "train.precision=f32"],
         &["checkpoint.background=false", "model.width=384", "train.batch=1"],
     ] {
         let sets = [&model[..], more].concat();

@@ -4,7 +4,8 @@
 mod common;
 
 use common::Place;
-use common::meshes::{begin, run, states_are_gone_on_with, steps_are_those_of_one_rank};
+use common::meshes::{states_are_gone_on_with, steps_are_those_of_one_rank};
+use common::runs::{begin, run};
 use dist::pipeline::{Pipeline, Schedule};
 use dist::{Axis, Options, launch};
 use train::Start;

@@ -78,7 +78,7 @@ fn local(sizes: (usize, usize, usize), a: Mat<'_>, b: Mat<'_>, dtype: DType) -> 
 }
 
 /// sum (+ bias) (+ residual) in `dtype`, from a sum that was taken over ranks or panels.
-fn finish(
+pub(crate) fn finish(
     tape: &Tape<'_>,
     sum: Tensor,
     bias: Option<ParamRef>,

@@ -7,7 +7,7 @@ mod moe;
 pub use config::{Family, LlamaConfig};
 pub use moe::MoeConfig;
 
-use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
+use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
 use dist::{Dim, Flow, Table};
@@ -123,7 +123,9 @@ impl Llama {
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
+        let real = tokens.ids.len();
         let tokens = tokens.padded(&self.flow);
+        let real = real_rows(&self.flow, real, tokens.ids.len());
         let inner = tokens.local(&self.flow, self.flow.inner.rows);
         let mut x = match x {
             Some(x) => x.clone(),
@@ -134,9 +136,9 @@ impl Llama {
             let shape = self.attention_shape(block, &inner);
             x = if recompute.applies_to(block.layer) {
                 let block = block.clone();
-                tape.recompute(&x, move |tape, x| block.forward(tape, x, &shape, None))?
+                tape.recompute(&x, move |tape, x| block.forward(tape, (x, real), &shape, None))?
             } else {
-                block.forward(tape, &x, &shape, None)?
+                block.forward(tape, (&x, real), &shape, None)?
             };
         }
         if slice.last { self.end(tape, &x) } else { Ok(x) }
@@ -165,9 +167,13 @@ impl Llama {
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, tokens);
-            x = block.forward(tape, &x, &shape, Some(cache))?;
+            x = block.forward(tape, (&x, tokens.ids.len()), &shape, Some(cache))?;
         }
         self.end(tape, &x)
+    }
+
+    pub(crate) fn has_experts(&self) -> bool {
+        self.blocks.iter().any(|block| matches!(block.mlp, Mlp::Experts(_)))
     }
 
     pub(crate) fn stage(&self) -> &Stage {
@@ -263,11 +269,11 @@ impl Block {
         Ok(Block { layer, attention_norm, qkv, qk_norm, out, mlp_norm, mlp, heads, eps, window })
     }
 
-    /// x [M, D] -> [M, D].
+    /// x [M, D], of which the first `real` rows are no padding -> [M, D].
     fn forward(
         &self,
         tape: &mut Tape<'_>,
-        x: &Var,
+        (x, real): (&Var, usize),
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
     ) -> Result<Var, Fault> {
@@ -282,7 +288,7 @@ impl Block {
         drop(attended);
         let h = self.mlp_norm.forward(tape, &x)?;
         match &self.mlp {
-            Mlp::Experts(experts) => experts.forward(tape, &h, &x),
+            Mlp::Experts(experts) => experts.forward(tape, &h, &x, real),
             Mlp::Dense { gate_up, down } => {
                 let gate_up = gate_up.forward(tape, &h, None)?;
                 drop(h);

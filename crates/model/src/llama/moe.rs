@@ -4,9 +4,9 @@ use super::config::LlamaConfig;
 use super::{Family, INIT_STD, residual_std};
 use crate::ConfigError;
 use crate::config::Keys;
-use crate::layers::LinearSpec;
+use crate::layers::{Linear, LinearSpec};
 use crate::names::{Builder, Place};
-use dist::Dim;
+use dist::{Dim, Experts, Mixture};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use tensor::{Fault, Order, ParamRef, Router, Tape, Var};
@@ -132,106 +132,116 @@ fn balance(keys: &Keys<'_>) -> Result<f32, ConfigError> {
 /// The experts of one layer.
 #[derive(Clone)]
 pub(super) struct Moe {
-    router: Router,
-    route: ParamRef,
-    experts: (ParamRef, ParamRef),
+    experts: Experts,
+    mixture: Mixture,
     shared: Option<Shared>,
 }
 
 /// The expert every token goes to, and its gate.
 #[derive(Clone)]
 struct Shared {
-    expert: (ParamRef, ParamRef),
+    gate_up: Linear,
+    down: Linear,
     gate: ParamRef,
 }
 
 impl Moe {
-    /// On one rank; a larger mesh is refused.
+    /// Refuses more ranks along `ep` than experts.
     pub(super) fn build(
         config: &LlamaConfig,
         moe: &MoeConfig,
         layer: usize,
         builder: &mut Builder,
     ) -> Result<Moe, ConfigError> {
-        let mesh = &builder.flow.mesh;
-        if mesh.world_size() > 1 {
-            let (family, mesh) = (config.family.name(), *mesh.shape());
-            return Err(ConfigError::ExpertsOnMesh { family, mesh });
-        }
         let sparse = (0..config.layers).filter(|layer| moe.applies_to(*layer)).count().max(1);
         let (d, e) = (config.width, moe.experts);
+        let experts = Experts::new(&builder.flow, e)?;
         let mixtral = config.family == Family::Mixtral;
         let room = if mixtral { "block_sparse_moe" } else { "mlp" };
         let stored = format!("model.layers.{layer}.{room}");
         let names = if mixtral { ["w1", "w3", "w2"] } else { ["gate_proj", "up_proj", "down_proj"] };
-        let of = |i: usize| format!("{stored}.experts.{i}");
-        let each: Vec<String> = (0..e).map(of).collect();
-        let mut part = Parts { builder, layer, d, std: residual_std(config) };
-        let route = part.matrix("router", d, INIT_STD, vec![(format!("{stored}.gate"), e)]);
-        let experts = part.experts("experts", &each, names, moe.ffn);
-        let shared = moe.shared_ffn.map(|ffn| {
-            let folder = [format!("{stored}.shared_expert")];
-            let names = ["gate_proj", "up_proj", "down_proj"];
-            let expert = part.experts("shared_expert", &folder, names, ffn);
-            let gate = vec![(format!("{stored}.shared_expert_gate"), 1)];
-            Shared { expert, gate: part.matrix("shared_expert_gate", d, INIT_STD, gate) }
-        });
+        let each: Vec<String> = (0..e).map(|i| format!("{stored}.experts.{i}")).collect();
+        let parts = Parts { layer, d, std: residual_std(config) };
+        let gate = vec![(format!("{stored}.gate"), e)];
+        let route = builder.across(&parts.matrix("router", d, INIT_STD, gate));
+        let (gate_up, down) = parts.experts("experts", &each, names, moe.ffn);
+        let gate_up = builder.experts(&gate_up, &experts, experts.gate_up(d, moe.ffn));
+        let down = builder.experts(&down, &experts, experts.down(d, moe.ffn));
+        let shared = moe.shared_ffn.map(|ffn| Shared::build(&parts, &stored, ffn, builder)).transpose()?;
         let router = Router {
             experts: e,
             choices: moe.choices,
             normalise: moe.normalise,
             balance: moe.balance / sparse as f32,
         };
-        Ok(Moe { router, route, experts, shared })
+        let mixture = Mixture { router, route, experts: (gate_up, down) };
+        Ok(Moe { experts, mixture, shared })
     }
 
-    /// h [M, D], the normed input, and residual [M, D] -> [M, D].
-    pub(super) fn forward(&self, tape: &mut Tape<'_>, h: &Var, residual: &Var) -> Result<Var, Fault> {
-        let (weights, order) = tape.route(h, self.route, self.router)?;
-        let rows = tape.permute(h, &order)?;
-        let rows = tape.experts(&rows, &order, self.experts)?;
-        let y = tape.combine(&rows, &weights, &order, residual)?;
+    /// h [M, D], the normed input, and residual [M, D] -> [M, D]; rows from `tokens` on are padding.
+    pub(super) fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        h: &Var,
+        residual: &Var,
+        tokens: usize,
+    ) -> Result<Var, Fault> {
+        let y = self.experts.forward(tape, (h, residual), &self.mixture, tokens)?;
         let Some(shared) = &self.shared else { return Ok(y) };
-        let everyone = Arc::new(Order::all(h.value.rows()));
-        let gate = tape.sigmoid_gate(h, shared.gate)?;
-        let rows = tape.experts(h, &everyone, shared.expert)?;
-        tape.combine(&rows, &gate, &everyone, &y)
+        let gate = self.experts.gate(tape, h, shared.gate)?;
+        let gate_up = shared.gate_up.forward(tape, h, None)?;
+        let act = tape.swiglu(&gate_up)?;
+        drop(gate_up);
+        let rows = shared.down.forward(tape, &act, None)?;
+        tape.combine(&rows, &gate, &Arc::new(Order::all(h.value.rows())), Some(&y))
     }
 }
 
-/// Adds the matrices of one layer.
-struct Parts<'a> {
-    builder: &'a mut Builder,
+impl Shared {
+    fn build(parts: &Parts, stored: &str, ffn: usize, builder: &mut Builder) -> Result<Shared, ConfigError> {
+        let names = ["gate_proj", "up_proj", "down_proj"];
+        let (mut gate_up, down) =
+            parts.experts("shared_expert", &[format!("{stored}.shared_expert")], names, ffn);
+        gate_up.outputs = Dim::of_parts(&[(ffn, 1), (ffn, 1)]);
+        let gate_up = Linear::opening(&gate_up, builder)?;
+        let down = Linear::closing(&down, builder)?;
+        let gate = vec![(format!("{stored}.shared_expert_gate"), 1)];
+        let gate = builder.across(&parts.matrix("shared_expert_gate", parts.d, INIT_STD, gate));
+        Ok(Shared { gate_up, down, gate })
+    }
+}
+
+/// Describes the matrices of one layer.
+struct Parts {
     layer: usize,
     d: usize,
     /// Of matrices that lead back into the residual stream.
     std: f32,
 }
 
-impl Parts<'_> {
+impl Parts {
     /// [rows of all parts, inputs].
-    fn matrix(&mut self, name: &str, inputs: usize, std: f32, parts: Vec<(String, usize)>) -> ParamRef {
+    fn matrix(&self, name: &str, inputs: usize, std: f32, parts: Vec<(String, usize)>) -> LinearSpec {
         let (name, place) = (format!("layers.{}.{name}", self.layer), Place::Rows);
         let (inputs, outputs) = (Dim::plain(inputs), Dim::plain(parts.iter().map(|(_, rows)| rows).sum()));
-        self.builder.whole_matrix(&LinearSpec { name, inputs, outputs, bias: false, std, parts, place })
+        LinearSpec { name, inputs, outputs, bias: false, std, parts, place }
     }
 
     /// Gate and up of every expert [E 2F, D], and down [E D, F].
     fn experts(
-        &mut self,
+        &self,
         name: &str,
         folders: &[String],
         names: [&str; 3],
         f: usize,
-    ) -> (ParamRef, ParamRef) {
+    ) -> (LinearSpec, LinearSpec) {
         let [gate, up, down] = names;
         let gate_up: Vec<_> = folders
             .iter()
             .flat_map(|folder| [(format!("{folder}.{gate}"), f), (format!("{folder}.{up}"), f)])
             .collect();
         let downs: Vec<_> = folders.iter().map(|folder| (format!("{folder}.{down}"), self.d)).collect();
-        let (d, std) = (self.d, self.std);
-        let gate_up = self.matrix(&format!("{name}.gate_up"), d, INIT_STD, gate_up);
-        (gate_up, self.matrix(&format!("{name}.down"), f, std, downs))
+        let gate_up = self.matrix(&format!("{name}.gate_up"), self.d, INIT_STD, gate_up);
+        (gate_up, self.matrix(&format!("{name}.down"), f, self.std, downs))
     }
 }

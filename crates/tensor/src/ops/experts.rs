@@ -1,27 +1,15 @@
-//! A mixture of experts in four ops: route -> permute -> experts -> combine. Between permute and
-//! experts, and between experts and combine, rows stand ordered by expert: that is where ranks that
-//! share experts exchange them. No token is dropped: every expert takes as many as chose it.
+//! A mixture of experts in four ops: route -> permute -> experts -> combine; the first is in
+//! `route.rs`. Between permute and experts, and between experts and combine, rows stand ordered by
+//! expert: that is where ranks that share experts exchange them. No token is dropped: every expert
+//! takes as many as chose it.
 //!
 //! Letters: M tokens, E experts, k choices of a token, S = M k slots ordered by expert.
 
-use crate::tape::{Phase, Tape, Var};
+use crate::tape::{Tape, Var};
 use crate::{Fault, ParamRef, Tensor};
 use device::DType;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use std::sync::Arc;
-
-/// How a router chooses.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Router {
-    /// Experts E.
-    pub experts: usize,
-    /// Experts a token goes to, k.
-    pub choices: usize,
-    /// Whether the weights of a token's choices add up to 1.
-    pub normalise: bool,
-    /// Factor of this layer's load-balancing loss.
-    pub balance: f32,
-}
 
 /// Where every token goes.
 #[derive(Clone, Debug, PartialEq)]
@@ -33,7 +21,7 @@ pub struct Order {
     /// Token of each slot. [S]
     pub token_of: Vec<u32>,
     /// First slot of each expert, and S. [E + 1]
-    pub starts: Vec<usize>,
+    pub starts: Arc<[usize]>,
     /// Choices of a token, k.
     pub choices: usize,
 }
@@ -52,7 +40,7 @@ impl Order {
             (slot_of[pair], pair_of[slot]) = (slot as u32, pair as u32);
         }
         let token_of = pair_of.iter().map(|pair| pair / choices as u32).collect();
-        Order { slot_of, pair_of, token_of, starts, choices }
+        Order { slot_of, pair_of, token_of, starts: starts.into(), choices }
     }
 
     /// Every token to one expert: a feed-forward part all tokens share.
@@ -62,46 +50,6 @@ impl Order {
 }
 
 impl Tape<'_> {
-    /// Choose experts: x [M, D], weight [E, D] -> weights [M, k] f32 of the chosen, and their order.
-    /// Softmax in f32 over all experts, then the k likeliest (Shazeer et al. 2017). With it comes the
-    /// load-balancing loss of Switch Transformers (Fedus et al. 2021, eq. 4): E times the sum over
-    /// experts of (choices per token that fell on it) (its mean probability), times `balance`.
-    pub fn route(&mut self, x: &Var, weight: ParamRef, router: Router) -> Result<(Var, Arc<Order>), Fault> {
-        let (m, e, k) = (x.value.rows(), router.experts, router.choices);
-        self.moment("route", &[weight])?;
-        let mut probabilities = self.scores(&x.value, weight)?;
-        let mut weights = Tensor::new(x.value.device(), DType::F32, &[m, k])?;
-        let mut ids = vec![0; m * k];
-        let normalise = router.normalise;
-        kernels::experts::route(probabilities.view_mut(), e, &mut ids, weights.view_mut(), normalise);
-        let order = Arc::new(Order::new(&ids, e, k));
-        let pull = self.balance(&probabilities, &order, router);
-        let (kept, saved) = (x.value.clone(), order.clone());
-        let out = self.outside(&[x], weights, move |tape, dweights| {
-            tape.moment("route", &[weight])?;
-            let mut dlogits = Tensor::new(kept.device(), DType::F32, probabilities.shape())?;
-            let (p, dw) = (probabilities.view(), dweights.view());
-            kernels::experts::route_backward(p, &ids, dw, &pull, normalise, dlogits.view_mut());
-            Ok(vec![Some(tape.scores_backward(&kept, weight, &dlogits)?)])
-        });
-        Ok((out, saved))
-    }
-
-    /// sigmoid(x w): x [M, D], weight [1, D] -> [M, 1] f32.
-    pub fn sigmoid_gate(&mut self, x: &Var, weight: ParamRef) -> Result<Var, Fault> {
-        self.moment("sigmoid_gate", &[weight])?;
-        let mut gate = self.scores(&x.value, weight)?;
-        gate.view_mut().f32().iter_mut().for_each(|g| *g = 1.0 / (1.0 + (-*g).exp()));
-        let (kept, saved) = (x.value.clone(), gate.clone());
-        Ok(self.outside(&[x], gate, move |tape, dgate| {
-            tape.moment("sigmoid_gate", &[weight])?;
-            let mut dscores = Tensor::new(kept.device(), DType::F32, saved.shape())?;
-            let each = saved.view().f32().iter().zip(dgate.view().f32());
-            dscores.view_mut().f32().iter_mut().zip(each).for_each(|(ds, (g, dg))| *ds = dg * g * (1.0 - g));
-            Ok(vec![Some(tape.scores_backward(&kept, weight, &dscores)?)])
-        }))
-    }
-
     /// Rows in the order of experts: x [M, D] -> [S, D].
     pub fn permute(&mut self, x: &Var, order: &Arc<Order>) -> Result<Var, Fault> {
         self.moment("permute", &[])?;
@@ -123,7 +71,7 @@ impl Tape<'_> {
     pub fn experts(
         &mut self,
         x: &Var,
-        order: &Arc<Order>,
+        starts: &Arc<[usize]>,
         (gate_up, down): (ParamRef, ParamRef),
     ) -> Result<Var, Fault> {
         self.moment("experts", &[gate_up, down])?;
@@ -132,7 +80,7 @@ impl Tape<'_> {
         let (device, dtype) = (x.value.device(), x.value.dtype());
         let mut inner = Tensor::new(device, dtype, &[rows, 2 * f])?;
         let w = self.params.weight(gate_up);
-        for (e, first, m) in runs(order) {
+        for (e, first, m) in runs(starts) {
             let a = Mat::new(x.value.view().narrow(first * d, m * d), d);
             let b = Mat::new(w.narrow(e * 2 * f * d, 2 * f * d), d).t();
             let out = MatMut { data: inner.view_mut().narrow(first * 2 * f, m * 2 * f), ld: 2 * f };
@@ -142,34 +90,36 @@ impl Tape<'_> {
         kernels::swiglu::forward(inner.view(), f, act.view_mut());
         let mut y = Tensor::new(device, dtype, &[rows, d])?;
         let w = self.params.weight(down);
-        for (e, first, m) in runs(order) {
+        for (e, first, m) in runs(starts) {
             let a = Mat::new(act.view().narrow(first * f, m * f), f);
             let out = MatMut { data: y.view_mut().narrow(first * d, m * d), ld: d };
             gemm(m, d, f, a, Mat::new(w.narrow(e * d * f, d * f), f).t(), out, false, Epilogue::default());
         }
-        let (kept, order) = (x.value.clone(), order.clone());
+        let (kept, starts) = (x.value.clone(), starts.clone());
         Ok(self.outside(&[x], y, move |tape, dy| {
             tape.moment("experts", &[gate_up, down])?;
-            Ok(vec![Some(experts_backward(tape, (&kept, &inner), &order, (gate_up, down), &dy)?)])
+            Ok(vec![Some(experts_backward(tape, (&kept, &inner), &starts, (gate_up, down), &dy)?)])
         }))
     }
 
-    /// Rows back to their tokens: residual [M, D] + the weighted [M, k] rows [S, D] of each.
+    /// Rows back to their tokens: residual [M, D], where there is one, + the weighted [M, k] rows
+    /// [S, D] of each.
     pub fn combine(
         &mut self,
         rows: &Var,
         weights: &Var,
         order: &Arc<Order>,
-        residual: &Var,
+        residual: Option<&Var>,
     ) -> Result<Var, Fault> {
         self.moment("combine", &[])?;
         let d = rows.value.cols();
         let (device, dtype) = (rows.value.device(), rows.value.dtype());
-        let mut y = Tensor::new(device, dtype, residual.value.shape())?;
-        let (w, base) = (weights.value.view(), residual.value.view());
-        kernels::experts::combine(rows.value.view(), d, &order.slot_of, Some(w), Some(base), y.view_mut());
+        let mut y = Tensor::new(device, dtype, &[weights.value.rows(), d])?;
+        let (w, base) = (weights.value.view(), residual.map(|residual| residual.value.view()));
+        kernels::experts::combine(rows.value.view(), d, &order.slot_of, Some(w), base, y.view_mut());
         let (kept, w, order) = (rows.value.clone(), weights.value.clone(), order.clone());
-        Ok(self.outside(&[rows, weights, residual], y, move |tape, dy| {
+        let (inputs, added) = ([rows, weights, residual.unwrap_or(rows)], residual.is_some());
+        Ok(self.outside(&inputs[..2 + usize::from(added)], y, move |tape, dy| {
             tape.moment("combine", &[])?;
             let mut drows = Tensor::new(device, dtype, kept.shape())?;
             let mut by_slot = Tensor::new(device, DType::F32, &[order.pair_of.len()])?;
@@ -186,59 +136,21 @@ impl Tape<'_> {
             let mut dweights = Tensor::new(device, DType::F32, w.shape())?;
             let (by_pair, by_slot) = (dweights.view_mut().f32(), by_slot.view().f32());
             order.slot_of.iter().zip(by_pair).for_each(|(slot, dw)| *dw = by_slot[*slot as usize]);
-            Ok(vec![Some(drows), Some(dweights), Some(dy)])
+            Ok(vec![Some(drows), Some(dweights), added.then_some(dy)])
         }))
-    }
-
-    /// x [M, D] weight [N, D] transposed, in f32.
-    fn scores(&mut self, x: &Tensor, weight: ParamRef) -> Result<Tensor, Fault> {
-        let (m, d, n) = (x.rows(), x.cols(), self.params.spec(weight).shape[0]);
-        let mut scores = Tensor::new(x.device(), DType::F32, &[m, n])?;
-        let w = Mat::new(self.params.weight(weight), d);
-        let out = MatMut { data: scores.view_mut(), ld: n };
-        gemm(m, n, d, Mat::new(x.view(), d), w.t(), out, false, Epilogue::default());
-        Ok(scores)
-    }
-
-    /// dx [M, D] of `scores`; the weight's gradient is added.
-    fn scores_backward(&mut self, x: &Tensor, weight: ParamRef, ds: &Tensor) -> Result<Tensor, Fault> {
-        let (m, d, n) = (x.rows(), x.cols(), ds.cols());
-        let mut dx = Tensor::new(x.device(), x.dtype(), &[m, d])?;
-        let (w, dw, add) = self.params.weight_and_grad(weight);
-        let (scores, out) = (Mat::new(ds.view(), n), MatMut { data: dx.view_mut(), ld: d });
-        gemm(m, d, n, scores, Mat::new(w, d), out, false, Epilogue::default());
-        let out = MatMut { data: dw, ld: d };
-        gemm(n, d, m, scores.t(), Mat::new(x.view(), d), out, add, Epilogue::default());
-        Ok(dx)
-    }
-
-    /// Add the load-balancing loss to the tape's; its gradient by each expert's probability. [E]
-    fn balance(&mut self, probabilities: &Tensor, order: &Order, router: Router) -> Vec<f32> {
-        let (m, e) = (probabilities.rows().max(1) as f32, router.experts);
-        let factor = router.balance * self.share() * e as f32 / (m * m);
-        let counts = order.starts.windows(2).map(|run| (run[1] - run[0]) as f32);
-        let pull: Vec<f32> = counts.map(|count| factor * count).collect();
-        let rows = probabilities.view().f32().chunks_exact(e);
-        let each = rows.map(|row| row.iter().zip(&pull).map(|(p, f)| f64::from(p * f)).sum::<f64>());
-        let loss = each.sum::<f64>();
-        // Layers that run again have been counted.
-        if self.phase() == Phase::Forward {
-            self.balance_loss += loss;
-        }
-        pull
     }
 }
 
 /// (expert, first row, rows) of every expert some token chose.
-fn runs(order: &Order) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
-    let runs = order.starts.windows(2).enumerate().map(|(e, run)| (e, run[0], run[1] - run[0]));
+fn runs(starts: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
+    let runs = starts.windows(2).enumerate().map(|(e, run)| (e, run[0], run[1] - run[0]));
     runs.filter(|(_, _, rows)| *rows > 0)
 }
 
 fn experts_backward(
     tape: &mut Tape<'_>,
     (x, inner): (&Tensor, &Tensor),
-    order: &Order,
+    starts: &[usize],
     (gate_up, down): (ParamRef, ParamRef),
     dy: &Tensor,
 ) -> Result<Tensor, Fault> {
@@ -246,7 +158,7 @@ fn experts_backward(
     let (device, dtype) = (dy.device(), dy.dtype());
     let mut dact = Tensor::new(device, dtype, &[rows, f])?;
     let w = tape.params.weight(down);
-    for (e, first, m) in runs(order) {
+    for (e, first, m) in runs(starts) {
         let a = Mat::new(dy.view().narrow(first * d, m * d), d);
         let out = MatMut { data: dact.view_mut().narrow(first * f, m * f), ld: f };
         gemm(m, f, d, a, Mat::new(w.narrow(e * d * f, d * f), f), out, false, Epilogue::default());
@@ -254,10 +166,10 @@ fn experts_backward(
     let mut act = Tensor::new(device, dtype, &[rows, f])?;
     let mut dinner = Tensor::new(device, dtype, inner.shape())?;
     kernels::swiglu::backward(inner.view(), f, dact.view(), dinner.view_mut(), Some(act.view_mut()));
-    add_weight_grads(tape, down, order, (dy, &act));
+    add_weight_grads(tape, down, starts, (dy, &act));
     let mut dx = Tensor::new(device, dtype, &[rows, d])?;
     let w = tape.params.weight(gate_up);
-    for (e, first, m) in runs(order) {
+    for (e, first, m) in runs(starts) {
         let a = Mat::new(dinner.view().narrow(first * 2 * f, m * 2 * f), 2 * f);
         let out = MatMut { data: dx.view_mut().narrow(first * d, m * d), ld: d };
         gemm(
@@ -271,16 +183,16 @@ fn experts_backward(
             Epilogue::default(),
         );
     }
-    add_weight_grads(tape, gate_up, order, (&dinner, x));
+    add_weight_grads(tape, gate_up, starts, (&dinner, x));
     Ok(dx)
 }
 
 /// grad of [E N, K] += dy [S, N]^T x [S, K], each expert on its own rows.
-fn add_weight_grads(tape: &mut Tape<'_>, param: ParamRef, order: &Order, (dy, x): (&Tensor, &Tensor)) {
+fn add_weight_grads(tape: &mut Tape<'_>, param: ParamRef, starts: &[usize], (dy, x): (&Tensor, &Tensor)) {
     let (n, k) = (dy.cols(), x.cols());
     // Experts nobody chose keep what they have: a stale gradient is cleared first.
     let (_, mut grad) = tape.params.weight_and_added_grad(param);
-    for (e, first, m) in runs(order) {
+    for (e, first, m) in runs(starts) {
         let out = MatMut { data: grad.reborrow().narrow(e * n * k, n * k), ld: k };
         let a = Mat::new(dy.view().narrow(first * n, m * n), n).t();
         let b = Mat::new(x.view().narrow(first * k, m * k), k);

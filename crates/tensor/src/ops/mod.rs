@@ -7,12 +7,14 @@ mod experts;
 mod linear;
 mod loss;
 mod norm;
+mod route;
 mod swiglu_linear;
 
 pub use attention::{AttentionShape, KvCache};
-pub use experts::{Order, Router};
+pub use experts::Order;
 pub use loss::{Targets, loss_slice_tokens};
 pub use norm::Norm;
+pub use route::{Load, Pool, Router};
 
 use crate::Fault;
 use crate::tape::{Grads, Replay, WayBack};

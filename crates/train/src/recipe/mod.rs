@@ -1,6 +1,8 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
+mod experts;
 pub mod keys;
+mod new_model;
 mod values;
 
 pub use values::{
@@ -257,6 +259,9 @@ mod tests {
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
             ("[memory]\ndir = \"x\"", "memory.dram"),
+            ("[model]\nexperts = 4", "mixtral, qwen2_moe and qwen3_moe"),
+            ("[model]\nfamily = \"mixtral\"\nexperts = 4\nexperts_per_token = 5", "at most all experts"),
+            ("[model]\nfamily = \"mixtral\"\nshared_ffn = 64", "qwen2_moe"),
         ] {
             let message = refused(&format!("{base}{more}"));
             assert!(message.contains(want), "{more}: {message}");

@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings};
+use super::{RecipeError, Settings, new_model};
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
@@ -11,7 +11,6 @@ use dist::pipeline::{self, Pipeline};
 use dist::{Axis, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
-use serde_json::json;
 use std::path::PathBuf;
 use toml::Value;
 
@@ -192,26 +191,26 @@ pub struct MemoryRecipe {
 }
 
 /// Typed look-ups; the settings were checked against the table, so types are as it says.
-struct Get<'a>(&'a Settings);
+pub(super) struct Get<'a>(&'a Settings);
 
 impl Get<'_> {
-    fn int(&self, key: &'static str) -> Option<u64> {
+    pub(super) fn int(&self, key: &'static str) -> Option<u64> {
         self.0.get(key).and_then(|v| v.as_integer()).map(|n| n as u64)
     }
 
-    fn float(&self, key: &'static str) -> Option<f64> {
+    pub(super) fn float(&self, key: &'static str) -> Option<f64> {
         self.0.get(key).and_then(|v| v.as_float().or(v.as_integer().map(|n| n as f64)))
     }
 
-    fn flag(&self, key: &'static str) -> bool {
+    pub(super) fn flag(&self, key: &'static str) -> bool {
         self.0.get(key).and_then(|v| v.as_bool()).unwrap_or(false)
     }
 
-    fn text(&self, key: &'static str) -> Option<String> {
+    pub(super) fn text(&self, key: &'static str) -> Option<String> {
         self.0.get(key).and_then(|v| v.as_str().map(str::to_string))
     }
 
-    fn paths(&self, key: &'static str) -> Vec<PathBuf> {
+    pub(super) fn paths(&self, key: &'static str) -> Vec<PathBuf> {
         match self.0.get(key) {
             Some(Value::String(path)) => vec![path.into()],
             Some(Value::Array(list)) => list.iter().filter_map(|v| v.as_str()).map(PathBuf::from).collect(),
@@ -220,11 +219,11 @@ impl Get<'_> {
     }
 }
 
-fn need<T>(value: Option<T>, key: &'static str) -> Result<T, RecipeError> {
+pub(super) fn need<T>(value: Option<T>, key: &'static str) -> Result<T, RecipeError> {
     value.ok_or(RecipeError::Missing(key))
 }
 
-fn impossible<T>(what: String, remedy: &str) -> Result<T, RecipeError> {
+pub(super) fn impossible<T>(what: String, remedy: &str) -> Result<T, RecipeError> {
     Err(RecipeError::Impossible { what, remedy: remedy.to_string() })
 }
 
@@ -246,7 +245,7 @@ impl Recipe {
         let train = train(&get)?;
         Ok(Recipe {
             run: RunRecipe { dir, seed: int("run.seed")?, threads: int("run.threads")? as usize },
-            model: model(settings, &get, &train)?,
+            model: new_model::model(settings, &get, &train)?,
             tokenizer: TokenizerRecipe {
                 file: get.text("tokenizer.file").map(PathBuf::from),
                 vocab: int("tokenizer.vocab")? as usize,
@@ -396,7 +395,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Fsdp, Axis::Cp, Axis::Ep] {
+    for axis in [Axis::Fsdp, Axis::Cp] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -460,89 +459,4 @@ fn stage_schedule(
         Ok(_) => Ok(schedule),
         Err(error) => impossible(error.to_string(), "the microbatches of a step are train.accumulate"),
     }
-}
-
-/// Keys that describe a new model; beside `model.from` they would contradict it.
-const SIZES: [&str; 11] = [
-    "model.family",
-    "model.layers",
-    "model.width",
-    "model.heads",
-    "model.kv_heads",
-    "model.head_dim",
-    "model.ffn",
-    "model.tied",
-    "model.rope_theta",
-    "model.norm_eps",
-    "model.window",
-];
-
-fn model(settings: &Settings, get: &Get<'_>, train: &TrainRecipe) -> Result<ModelRecipe, RecipeError> {
-    if let Some(from) = get.text("model.from") {
-        return match SIZES.iter().find(|key| settings.gives(key)) {
-            None => Ok(ModelRecipe::From(from.into())),
-            Some(key) => impossible(
-                format!("{key} stands beside model.from = \"{from}\""),
-                "a loaded model brings its own sizes; remove one of the two",
-            ),
-        };
-    }
-    let int = |key| need(get.int(key), key).map(|n| n as usize);
-    let (d, n, h) = (int("model.width")?, int("model.heads")?, int("model.head_dim")?);
-    if h == 0 && d % n != 0 {
-        return impossible(
-            format!("model.width = {d} does not divide by model.heads = {n}"),
-            "choose a multiple, or give model.head_dim",
-        );
-    }
-    let h = if h == 0 { d / n } else { h };
-    let k = match int("model.kv_heads")? {
-        0 => n,
-        k => k,
-    };
-    if n % k != 0 {
-        return impossible(
-            format!("model.heads = {n} does not divide by model.kv_heads = {k}"),
-            "every kv head serves the same number of query heads",
-        );
-    }
-    let family = get.text("model.family").unwrap_or_default();
-    let gpt2 = family == "gpt2";
-    let f = match int("model.ffn")? {
-        0 if gpt2 => 4 * d,
-        0 => (8 * d).div_ceil(3).next_multiple_of(32),
-        f => f,
-    };
-    let tied = get.flag("model.tied");
-    if gpt2 {
-        if k != n || h * n != d || !tied {
-            return impossible(
-                "model.family = \"gpt2\" has one kv head per head, width / heads per head and a tied head"
-                    .into(),
-                "drop model.kv_heads, model.head_dim and model.tied, or take family \"llama\"",
-            );
-        }
-        return Ok(ModelRecipe::New(json!({
-            "model_type": "gpt2", "n_layer": int("model.layers")?, "n_embd": d, "n_head": n, "n_inner": f,
-            "n_positions": train.context, "layer_norm_epsilon": get.float("model.norm_eps"),
-            "activation_function": "gelu_new",
-        })));
-    }
-    let window = match int("model.window")? {
-        0 => None,
-        _ if family != "mistral" => {
-            return impossible(
-                format!("model.window is given but model.family = \"{family}\""),
-                "sliding windows belong to family \"mistral\"",
-            );
-        }
-        window => Some(window),
-    };
-    Ok(ModelRecipe::New(json!({
-        "model_type": family, "num_hidden_layers": int("model.layers")?, "hidden_size": d,
-        "num_attention_heads": n, "num_key_value_heads": k, "head_dim": h, "intermediate_size": f,
-        "max_position_embeddings": train.context, "rms_norm_eps": get.float("model.norm_eps"),
-        "rope_theta": get.float("model.rope_theta"), "tie_word_embeddings": tied, "hidden_act": "silu",
-        "sliding_window": window,
-    })))
 }

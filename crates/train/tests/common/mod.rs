@@ -2,6 +2,7 @@
 #![allow(dead_code)]
 
 pub mod meshes;
+pub mod runs;
 
 use std::path::{Path, PathBuf};
 use train::{Prepared, Progress, Settings, Start, TrainError, Trainer};

@@ -1,0 +1,163 @@
+//! The router of a mixture of experts: scores, the choice of each token, and the load-balancing loss.
+//!
+//! Letters: M tokens, E experts, k choices of a token.
+
+use crate::tape::{Phase, Tape, Var};
+use crate::{Fault, ParamRef, Tensor};
+use device::DType;
+use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
+
+/// How a router chooses.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Router {
+    /// Experts E.
+    pub experts: usize,
+    /// Experts a token goes to, k.
+    pub choices: usize,
+    /// Whether the weights of a token's choices add up to 1.
+    pub normalise: bool,
+    /// Factor of this layer's load-balancing loss.
+    pub balance: f32,
+}
+
+/// What fell on the experts of one layer in one forward pass, over all ranks that share the batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Load {
+    /// Which layer.
+    pub layer: usize,
+    /// Choices that fell on each expert. [E]
+    pub choices: Vec<f64>,
+    /// E times the sum over experts of (choices per token that fell on it) (its mean probability):
+    /// k when loads are even.
+    pub balance: f64,
+    /// The part of the step's targets this pass has, as the tape was told.
+    pub share: f32,
+    /// Least difference on this rank between the probability of an expert a token went to and of one
+    /// it did not: runs that differ by less choose alike.
+    pub margin: f32,
+}
+
+/// Adds up over ranks what is given, f32: each expert's choices, the sums of its probabilities, and the
+/// tokens. [2 E + 1]
+pub type Pool<'a> = &'a dyn Fn(&mut Tensor) -> Result<(), Fault>;
+
+impl Tape<'_> {
+    /// x [M, D] weight [N, D]^T -> [M, N] f32.
+    pub fn scores(&mut self, x: &Var, weight: ParamRef) -> Result<Var, Fault> {
+        self.moment("scores", &[weight])?;
+        let (m, d, n) = (x.value.rows(), x.value.cols(), self.params.spec(weight).shape[0]);
+        let mut scores = Tensor::new(x.value.device(), DType::F32, &[m, n])?;
+        let w = Mat::new(self.params.weight(weight), d);
+        let out = MatMut { data: scores.view_mut(), ld: n };
+        gemm(m, n, d, Mat::new(x.value.view(), d), w.t(), out, false, Epilogue::default());
+        let kept = x.value.clone();
+        Ok(self.outside(&[x], scores, move |tape, ds| {
+            tape.moment("scores", &[weight])?;
+            let mut dx = Tensor::new(kept.device(), kept.dtype(), &[m, d])?;
+            let (w, dw, add) = tape.params.weight_and_grad(weight);
+            let (scores, out) = (Mat::new(ds.view(), n), MatMut { data: dx.view_mut(), ld: d });
+            gemm(m, d, n, scores, Mat::new(w, d), out, false, Epilogue::default());
+            let out = MatMut { data: dw, ld: d };
+            gemm(n, d, m, scores.t(), Mat::new(kept.view(), d), out, add, Epilogue::default());
+            Ok(vec![Some(dx)])
+        }))
+    }
+
+    /// Choose experts: scores [M, E] f32 -> weights [M, k] f32 of the chosen, and their ids [M, k].
+    /// Softmax in f32 over all experts, then the k likeliest (Shazeer et al. 2017). With it comes the
+    /// load-balancing loss of Switch Transformers (Fedus et al. 2021, eq. 4): E times the sum over
+    /// experts of (choices per token that fell on it) (its mean probability), times `balance`; of the
+    /// first `tokens` tokens, the others being padding, and of the other ranks' that `pool` adds.
+    pub fn route(
+        &mut self,
+        scores: &Var,
+        router: Router,
+        tokens: usize,
+        pool: Pool<'_>,
+    ) -> Result<(Var, Vec<u32>), Fault> {
+        let (m, e, k, normalise) = (scores.value.rows(), router.experts, router.choices, router.normalise);
+        self.moment("route", &[])?;
+        let mut probabilities = scores.value.duplicate()?;
+        let mut weights = Tensor::new(probabilities.device(), DType::F32, &[m, k])?;
+        let mut ids = vec![0; m * k];
+        kernels::experts::route(probabilities.view_mut(), e, &mut ids, weights.view_mut(), normalise);
+        let mut sums = sums(&probabilities, &ids[..tokens * k], tokens)?;
+        if self.learns() {
+            pool(&mut sums)?;
+        }
+        let margin = margin(&probabilities, &ids, tokens);
+        let pull = self.balance(sums.view().f32(), router, margin);
+        let chosen = ids.clone();
+        let out = self.outside(&[scores], weights, move |tape, dweights| {
+            tape.moment("route", &[])?;
+            let mut dlogits = Tensor::new(probabilities.device(), DType::F32, probabilities.shape())?;
+            let (p, dw) = (probabilities.view(), dweights.view());
+            kernels::experts::route_backward(p, &ids, dw, &pull, normalise, dlogits.view_mut());
+            dlogits.view_mut().f32()[tokens * e..].fill(0.0);
+            Ok(vec![Some(dlogits)])
+        });
+        Ok((out, chosen))
+    }
+
+    /// 1 / (1 + exp(-x)) of f32 values.
+    pub fn sigmoid(&mut self, x: &Var) -> Result<Var, Fault> {
+        self.moment("sigmoid", &[])?;
+        let mut y = x.value.duplicate()?;
+        y.view_mut().f32().iter_mut().for_each(|y| *y = 1.0 / (1.0 + (-*y).exp()));
+        let saved = y.clone();
+        Ok(self.outside(&[x], y, move |tape, dy| {
+            tape.moment("sigmoid", &[])?;
+            let mut dx = Tensor::new(saved.device(), DType::F32, saved.shape())?;
+            let each = saved.view().f32().iter().zip(dy.view().f32());
+            dx.view_mut().f32().iter_mut().zip(each).for_each(|(dx, (y, dy))| *dx = dy * y * (1.0 - y));
+            Ok(vec![Some(dx)])
+        }))
+    }
+
+    /// Add the load-balancing loss to the tape's, from the sums over all ranks; its gradient by each
+    /// expert's probability. [E]
+    fn balance(&mut self, sums: &[f32], router: Router, margin: f32) -> Vec<f32> {
+        let e = router.experts;
+        let (choices, probabilities, m) = (&sums[..e], &sums[e..2 * e], sums[2 * e].max(1.0));
+        let factor = router.balance * self.share() * e as f32 / (m * m);
+        // Layers that run again have been counted.
+        if self.phase() == Phase::Forward {
+            let choices: Vec<f64> = choices.iter().map(|n| f64::from(*n)).collect();
+            let both = choices.iter().zip(probabilities).map(|(n, p)| n * f64::from(*p)).sum::<f64>();
+            let balance = both * e as f64 / f64::from(m).powi(2);
+            let (layer, share) = (self.layer(), self.share());
+            self.balance_loss += f64::from(router.balance * share) * balance;
+            self.loads.push(Load { layer, choices, balance, share, margin });
+        }
+        choices.iter().map(|count| factor * count).collect()
+    }
+}
+
+/// Least difference between the probabilities of a token's last choice and of the likeliest expert it
+/// did not choose.
+fn margin(probabilities: &Tensor, ids: &[u32], tokens: usize) -> f32 {
+    let e = probabilities.cols();
+    let rows = probabilities.view().f32().chunks_exact(e).take(tokens);
+    let each = rows.zip(ids.chunks_exact((ids.len() / probabilities.rows().max(1)).max(1)));
+    let gap = |(row, ids): (&[f32], &[u32])| {
+        let others = (0..e).filter(|expert| !ids.contains(&(*expert as u32)));
+        let next = others.map(|expert| row[expert]).fold(f32::NEG_INFINITY, f32::max);
+        ids.last().map_or(f32::INFINITY, |last| row[*last as usize] - next)
+    };
+    each.map(gap).fold(f32::INFINITY, f32::min)
+}
+
+/// Choices that fell on each expert, the sums of its probabilities over the first `tokens` tokens, and
+/// their number. [2 E + 1] f32
+fn sums(probabilities: &Tensor, ids: &[u32], tokens: usize) -> Result<Tensor, Fault> {
+    let e = probabilities.cols();
+    let mut wide = vec![0f64; 2 * e + 1];
+    ids.iter().for_each(|id| wide[*id as usize] += 1.0);
+    for row in probabilities.view().f32().chunks_exact(e).take(tokens) {
+        wide[e..2 * e].iter_mut().zip(row).for_each(|(sum, p)| *sum += f64::from(*p));
+    }
+    wide[2 * e] = tokens as f64;
+    let mut sums = Tensor::new(probabilities.device(), DType::F32, &[2 * e + 1])?;
+    sums.view_mut().f32().iter_mut().zip(wide).for_each(|(sum, wide)| *sum = wide as f32);
+    Ok(sums)
+}
