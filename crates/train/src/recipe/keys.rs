@@ -309,7 +309,13 @@ pub const KEYS: &[Key] = &[
         "Between nodes, a device's share, each way.",
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
-    key("mesh.pp", Int(1, 65536), "1", "ranks", "Pipeline stages: each has a run of the layers."),
+    key(
+        "mesh.pp",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "Pipeline stages: each has a run of the layers. Microbatches are train.accumulate.",
+    ),
     key(
         "mesh.dp",
         Int(1, 65536),
@@ -369,6 +375,20 @@ pub const KEYS: &[Key] = &[
         "600.0",
         "s",
         "Longest time a rank waits for another in one call; then the run ends on all of them and says who was late.",
+    ),
+    key(
+        "mesh.schedule",
+        Choice(&["gpipe", "1f1b", "interleaved", "zero-bubble"]),
+        "\"1f1b\"",
+        "",
+        "In which order the stages of pp work on the train.accumulate microbatches of a step (docs/parallelism.md).",
+    ),
+    key(
+        "mesh.virtual",
+        Int(1, 4096),
+        "",
+        "slices",
+        "Slices of the model on each stage of mesh.schedule = \"interleaved\"; absent: 2.",
     ),
     key(
         "memory.dram",

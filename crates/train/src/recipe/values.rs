@@ -9,6 +9,7 @@ use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
 use device::DType;
 use dist::cost::{Cluster, Link, Zero};
+use dist::pipeline::{self, Pipeline};
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -78,13 +79,15 @@ pub struct MeshRecipe {
     pub deadline: Duration,
     /// How ranks share the state.
     pub sharding: Sharding,
+    /// In which order the stages of `pp` work.
+    pub schedule: pipeline::Schedule,
 }
 
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
         let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
-        Ok(Flow { attention: self.attention, ..flow })
+        Ok(Flow { attention: self.attention, schedule: self.schedule, ..flow })
     }
 }
 
@@ -428,18 +431,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp] {
-        if shape.size(axis) > 1 {
-            return impossible(
-                format!(
-                    "mesh.{} = {}: training does not run on this axis yet",
-                    axis.name(),
-                    shape.size(axis)
-                ),
-                "set it to 1",
-            );
-        }
-    }
     context::check(&shape, train.context)?;
     let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
@@ -475,5 +466,54 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         _ => Zero::Three,
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
+    let attention = attention.unwrap_or_default();
+    refuse_beside_stages(&shape, sharding)?;
+    let schedule = stage_schedule(get, &shape, train)?;
+    Ok(MeshRecipe { shape, scheme, attention, deadline, sharding, schedule })
+}
+
+/// Refuse what no stage of a pipeline does beside other axes.
+fn refuse_beside_stages(shape: &MeshShape, sharding: Sharding) -> Result<(), RecipeError> {
+    let size = |axis| shape.size(axis);
+    if size(Axis::Pp) == 1 {
+        return Ok(());
+    }
+    if size(Axis::Ep) > 1 {
+        return impossible(
+            format!("mesh.ep = {} is given with mesh.pp = {}", size(Axis::Ep), size(Axis::Pp)),
+            "layers with experts run without a pipeline only; set mesh.pp = 1 or mesh.ep = 1",
+        );
+    }
+    if size(Axis::Fsdp) > 1 && sharding.zero > Zero::One {
+        return impossible(
+            format!("mesh.zero above 1 is given with mesh.pp = {}", size(Axis::Pp)),
+            "stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1",
+        );
+    }
+    Ok(())
+}
+
+/// In which order the stages of the mesh work, for the microbatches of a step.
+fn stage_schedule(
+    get: &Get<'_>,
+    shape: &MeshShape,
+    train: &TrainRecipe,
+) -> Result<pipeline::Schedule, RecipeError> {
+    let (name, slices) = (get.text("mesh.schedule").unwrap_or_default(), get.int("mesh.virtual"));
+    let schedule = match name.as_str() {
+        "gpipe" => pipeline::Schedule::GPipe,
+        "interleaved" => pipeline::Schedule::Interleaved { chunks: slices.unwrap_or(2) as usize },
+        "zero-bubble" => pipeline::Schedule::ZeroBubble,
+        _ => pipeline::Schedule::OneFOneB,
+    };
+    if let Some(slices) = slices.filter(|slices| *slices as usize != schedule.chunks()) {
+        return impossible(
+            format!("mesh.virtual = {slices} is given but mesh.schedule = \"{name}\""),
+            "several slices of the model on a stage belong to mesh.schedule = \"interleaved\"",
+        );
+    }
+    match Pipeline::new(shape.size(Axis::Pp), train.accumulate, schedule) {
+        Ok(_) => Ok(schedule),
+        Err(error) => impossible(error.to_string(), "the microbatches of a step are train.accumulate"),
+    }
 }
