@@ -127,7 +127,8 @@ impl Model {
     }
 
     /// Losses of every token in nats, 0 where ignored, from `hidden`: [M] f32, the same on every rank
-    /// of the tensor axes and of the context axis, in the order of the tokens. On a recording tape this is also where the backward pass will begin.
+    /// of the tensor axes and of the context axis, in the order of the tokens. On a recording tape this is
+    /// also where the backward pass will begin.
     pub fn loss(
         &self,
         tape: &mut Tape<'_>,

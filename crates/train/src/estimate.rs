@@ -80,7 +80,7 @@ impl Estimate {
         let table = if config.tied() { config.vocab() * config.width() } else { 0 };
         Ok(Estimate {
             activation_bytes: (self.activation_bytes * held as u64).div_ceil(slices as u64),
-            state_bytes: self.state_bytes + self.state_bytes / self.params as u64 * table as u64,
+            state_bytes: self.state_bytes + self.state_bytes / self.params.max(1) as u64 * table as u64,
             ..self
         })
     }

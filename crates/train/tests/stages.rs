@@ -5,7 +5,7 @@ mod common;
 
 use common::Place;
 use common::meshes::{states_are_gone_on_with, steps_are_those_of_one_rank};
-use common::runs::{begin, run};
+use common::runs::{begin, losses, run};
 use dist::pipeline::{Pipeline, Schedule};
 use dist::{Axis, Options, launch};
 use train::Start;
@@ -55,7 +55,7 @@ const TIED: [&str; 6] = [
 /// axes.
 #[test]
 fn a_pipeline_beside_any_other_axis_takes_the_steps_of_one_rank() {
-    let meshes: [&[&str]; 8] = [
+    let meshes: [&[&str]; 12] = [
         &["mesh.pp=2"],
         &["mesh.pp=2", "mesh.schedule=zero-bubble"],
         &["mesh.pp=2", "mesh.dp=2"],
@@ -64,6 +64,10 @@ fn a_pipeline_beside_any_other_axis_takes_the_steps_of_one_rank() {
         &["mesh.pp=2", "mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence", "mesh.schedule=gpipe"],
         &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.z=2", "mesh.schedule=zero-bubble"],
         &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.scheme=weight-stationary"],
+        &["mesh.pp=2", "mesh.fsdp=2", "mesh.zero=1"],
+        &["mesh.pp=2", "mesh.cp=2", "mesh.attention=ring", "mesh.schedule=zero-bubble"],
+        &["mesh.pp=2", "mesh.cp=5", "mesh.attention=all-to-all"],
+        &["mesh.pp=2", "mesh.dp=2", "mesh.fsdp=2", "mesh.zero=1", "mesh.cp=2", "mesh.attention=ring"],
     ];
     steps_are_those_of_one_rank(&TIED, &meshes);
     let gpt2: Vec<&str> = TIED.iter().copied().chain(["model.family=gpt2", "model.kv_heads=0"]).collect();
@@ -80,7 +84,22 @@ fn a_pipeline_run_twice_has_the_same_bits() {
     assert_eq!(place.result("once"), place.result("again"));
 }
 
-/// 10 pairs: to and from one rank, other schedules, other axes.
+/// Ranks that share the optimizer's state beside stages take the steps of replicas. Without clipping: the
+/// norm is added up in another order.
+#[test]
+fn shards_beside_a_pipeline_have_the_bits_of_replicas() {
+    let place = Place::new();
+    let base: Vec<&str> = TIED.iter().copied().chain(["train.clip=0", "mesh.pp=2"]).collect();
+    let go = |dir: &str, mesh: &[&'static str]| {
+        let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
+        run(&place, dir, &sets, Start::New, false);
+        (place.result(dir).0, place.result(dir).1, losses(&place.path(dir)))
+    };
+    let replicas = go("replicas", &["mesh.dp=2"]);
+    assert!(go("shards", &["mesh.fsdp=2", "mesh.zero=1"]) == replicas);
+}
+
+/// 12 pairs: to and from one rank, other schedules, other axes.
 #[test]
 fn a_state_of_a_pipeline_is_gone_on_with_on_any_mesh_and_back() {
     let solo: &[&str] = &[];
@@ -89,7 +108,9 @@ fn a_state_of_a_pipeline_is_gone_on_with_on_any_mesh_and_back() {
     let replicas: &[&str] = &["mesh.pp=4", "mesh.dp=2"];
     let square: &[&str] = &["mesh.x=2", "mesh.y=2"];
     let both: &[&str] = &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.schedule=gpipe"];
-    let chain = [solo, waits, solo, interleaved, replicas, square, both, waits, interleaved, both, square];
+    let shards: &[&str] = &["mesh.pp=2", "mesh.fsdp=2", "mesh.zero=1", "mesh.cp=2"];
+    let chain = [solo, waits, solo, interleaved, replicas, square, both, waits, shards, interleaved, both];
+    let chain: Vec<&[&str]> = chain.into_iter().chain([shards, square]).collect();
     states_are_gone_on_with(&["train.batch=4", "train.accumulate=2", "model.layers=4"], &chain);
 }
 
@@ -193,6 +214,10 @@ fn what_no_pipeline_can_be_is_refused_with_a_remedy() {
     assert!(groups.contains("3 microbatches do not divide by 2 stages; take 2 or 4"), "{groups}");
     let slices = refused(&["mesh.pp=2", "mesh.virtual=2"]).unwrap_err();
     assert!(slices.contains("belong to mesh.schedule = \"interleaved\""), "{slices}");
+    let shards = refused(&["mesh.pp=2", "mesh.fsdp=2"]).unwrap_err();
+    assert!(shards.contains("whole weights and gradients; set mesh.zero = 1"), "{shards}");
+    let experts = refused(&["mesh.pp=2", "mesh.ep=2"]).unwrap_err();
+    assert!(experts.contains("set mesh.pp = 1 or mesh.ep = 1"), "{experts}");
     refused(&["mesh.pp=2"]).unwrap();
     assert!(!place.path("run").exists(), "a refused run left a folder");
 }

@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, context, new_model};
+use super::{RecipeError, Settings, context, new_model, stages};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
@@ -9,7 +9,7 @@ use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
 use device::DType;
 use dist::cost::{Cluster, Link, Zero};
-use dist::pipeline::{self, Pipeline};
+use dist::pipeline;
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -467,53 +467,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
     let attention = attention.unwrap_or_default();
-    refuse_beside_stages(&shape, sharding)?;
-    let schedule = stage_schedule(get, &shape, train)?;
+    stages::check(&shape, sharding)?;
+    let schedule = stages::schedule(get, &shape, train)?;
     Ok(MeshRecipe { shape, scheme, attention, deadline, sharding, schedule })
-}
-
-/// Refuse what no stage of a pipeline does beside other axes.
-fn refuse_beside_stages(shape: &MeshShape, sharding: Sharding) -> Result<(), RecipeError> {
-    let size = |axis| shape.size(axis);
-    if size(Axis::Pp) == 1 {
-        return Ok(());
-    }
-    if size(Axis::Ep) > 1 {
-        return impossible(
-            format!("mesh.ep = {} is given with mesh.pp = {}", size(Axis::Ep), size(Axis::Pp)),
-            "layers with experts run without a pipeline only; set mesh.pp = 1 or mesh.ep = 1",
-        );
-    }
-    if size(Axis::Fsdp) > 1 && sharding.zero > Zero::One {
-        return impossible(
-            format!("mesh.zero above 1 is given with mesh.pp = {}", size(Axis::Pp)),
-            "stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1",
-        );
-    }
-    Ok(())
-}
-
-/// In which order the stages of the mesh work, for the microbatches of a step.
-fn stage_schedule(
-    get: &Get<'_>,
-    shape: &MeshShape,
-    train: &TrainRecipe,
-) -> Result<pipeline::Schedule, RecipeError> {
-    let (name, slices) = (get.text("mesh.schedule").unwrap_or_default(), get.int("mesh.virtual"));
-    let schedule = match name.as_str() {
-        "gpipe" => pipeline::Schedule::GPipe,
-        "interleaved" => pipeline::Schedule::Interleaved { chunks: slices.unwrap_or(2) as usize },
-        "zero-bubble" => pipeline::Schedule::ZeroBubble,
-        _ => pipeline::Schedule::OneFOneB,
-    };
-    if let Some(slices) = slices.filter(|slices| *slices as usize != schedule.chunks()) {
-        return impossible(
-            format!("mesh.virtual = {slices} is given but mesh.schedule = \"{name}\""),
-            "several slices of the model on a stage belong to mesh.schedule = \"interleaved\"",
-        );
-    }
-    match Pipeline::new(shape.size(Axis::Pp), train.accumulate, schedule) {
-        Ok(_) => Ok(schedule),
-        Err(error) => impossible(error.to_string(), "the microbatches of a step are train.accumulate"),
-    }
 }
