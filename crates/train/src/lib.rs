@@ -24,6 +24,7 @@ mod recovery;
 mod run_folder;
 mod schedule;
 mod shards;
+mod stages;
 mod step;
 mod tensorboard;
 mod tiers;
