@@ -58,7 +58,7 @@ fn stages_compose_with_other_axes() {
         &["mesh.x=2", "mesh.scheme=1d-sequence"],
         &["mesh.x=2", "mesh.y=2"],
         &["mesh.cp=2", "mesh.x=2"],
-        &["mesh.ep=2", "mesh.cp=2", "model.family=mixtral", "model.experts=4"],
+        &["mesh.ep=2", "model.family=mixtral", "model.experts=4"],
     ];
     for grid in grids {
         let want = outcome(&place, &[grid, &["mesh.dp=2"]]);
