@@ -14,7 +14,7 @@ mod search;
 mod seconds;
 mod volume;
 
-pub use cluster::{Cluster, Link};
+pub use cluster::{Cluster, Link, Pace};
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, ModelShape, Pair};
 pub use picture::{layer_flows, pure_grids, svg, table, title};

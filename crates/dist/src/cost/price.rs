@@ -141,7 +141,8 @@ impl Run<'_> {
             compute: sum.compute,
             tensor: sum.tensor,
             context: sum.context,
-            bubble: (self.pipeline.makespan(times) - sum.total()).max(0.0),
+            // Where ranks share cores, those that work have the cores of those that wait.
+            bubble: (self.pipeline.makespan(times) / self.cluster.pace.sharing - sum.total()).max(0.0),
             ..Seconds::default()
         };
         (seconds, times)
@@ -247,7 +248,7 @@ impl Run<'_> {
             once += scattered;
         }
         // Buckets go while the last microbatch's backward still runs, but for its last layer.
-        let hides = backward * (layers - 1.0) / layers;
+        let hides = if self.cluster.pace.beside { backward * (layers - 1.0) / layers } else { 0.0 };
         seconds.gradients += (once - hides).max(once / layers);
     }
 
@@ -257,7 +258,7 @@ impl Run<'_> {
         let shard = (layer_params + table) / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {
-            false => traffic / self.cluster.device_bytes_per_s,
+            false => traffic / self.cluster.pace.update_bytes_per_s,
             true => {
                 // Gradients down, the update and weights up run beside each other.
                 let link = self.cluster.host_link.bytes_per_s;

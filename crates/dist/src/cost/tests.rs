@@ -95,6 +95,7 @@ fn cluster() -> Cluster {
         host_link: link(10.0, 50.0),
         intra: link(3.0, 400.0),
         inter: link(10.0, 45.0),
+        pace: Pace::nominal(600e12, 3e12),
     }
 }
 

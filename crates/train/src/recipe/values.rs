@@ -6,7 +6,7 @@ use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use device::DType;
-use dist::cost::{Cluster, Link};
+use dist::cost::{Cluster, Link, Pace};
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -287,16 +287,18 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
     let link = |latency, rate| -> Result<Link, RecipeError> {
         Ok(Link { latency_s: float(latency)? * 1e-6, bytes_per_s: float(rate)? * 1e9 })
     };
+    let (flops_per_s, bytes_per_s) = (float("cluster.compute")? * 1e12, float("cluster.memory_rate")? * 1e9);
     let cluster = Cluster {
         node_devices: int("cluster.node_devices")?,
         device_bytes: float("cluster.memory")? * GIB,
-        flops_per_s: float("cluster.compute")? * 1e12,
-        device_bytes_per_s: float("cluster.memory_rate")? * 1e9,
+        flops_per_s,
+        device_bytes_per_s: bytes_per_s,
         host_bytes: float("cluster.host_memory")? * GIB,
         host_bytes_per_s: float("cluster.host_memory_rate")? * 1e9,
         host_link: link("cluster.host_latency", "cluster.host_rate")?,
         intra: link("cluster.intra_latency", "cluster.intra_rate")?,
         inter: link("cluster.inter_latency", "cluster.inter_rate")?,
+        pace: Pace::nominal(flops_per_s, bytes_per_s),
     };
     Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
 }
