@@ -6,6 +6,8 @@ mod chat;
 mod doctor;
 mod eval;
 mod inspect;
+mod launch;
+mod outcome;
 mod plan;
 mod plan_memory;
 mod show;
@@ -19,6 +21,10 @@ use std::process::ExitCode;
 /// Exit code of a run that saved its state because it was told to stop: start it again with
 /// --resume. It is EX_TEMPFAIL of sysexits.h, which Slurm and systemd can be told to requeue on.
 pub const EXIT_AGAIN: u8 = 75;
+
+/// Exit code of a rank whose run ended because a rank was lost or failed on the way: whoever started
+/// it may start the run again. It is EX_SOFTWARE of sysexits.h.
+pub const EXIT_LOST: u8 = 70;
 
 #[derive(Parser)]
 #[command(
@@ -69,7 +75,7 @@ fn main() -> ExitCode {
         if show::is_broken_pipe(&error) {
             return ExitCode::SUCCESS;
         }
-        eprintln!("error: {error:#}");
+        eprintln!("error: {}", show::causes(&error));
         ExitCode::FAILURE
     })
 }

@@ -19,10 +19,10 @@ pub struct Machine {
     /// Memory of the GPU, as 80GB; absent: layers run on the processor
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     hbm: Option<u64>,
-    /// Memory of the host [default: what is available here]
+    /// Memory of the host [default: memory.dram of the recipe, or what is available here]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     dram: Option<u64>,
-    /// Space on the drive; absent: there is none
+    /// Space on the drive [default: memory.nvme of the recipe in bytes; else there is none]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     nvme: Option<u64>,
     /// Between GPU and host, each way and second
@@ -47,7 +47,8 @@ pub struct Machine {
 
 /// Print what a recipe needs, and where that lies on a machine. Errors: what does not fit, with what
 /// would make it fit.
-pub fn print(recipe: &Recipe, machine: &Machine) -> Result<()> {
+pub fn print(recipe: &Recipe, given: &Machine) -> Result<()> {
+    let machine = &given.with_budgets_of(recipe);
     let model = outlook(&crate::plan::config(recipe)?, recipe, &machine.speeds(recipe)?)?;
     let budgets = machine.budgets()?;
     print!("{}", needs(&model, recipe, machine, &budgets));
@@ -87,7 +88,7 @@ fn needs(model: &Transformer, recipe: &Recipe, machine: &Machine, budgets: &Budg
         .into_iter()
         .map(|tier| format!("{tier} {}", show::bytes(budgets.of(tier).unwrap_or(0))))
         .collect();
-    let whose = if machine.is_given() { "as given" } else { "this one" };
+    let whose = if machine.is_given() { "as given" } else { "this one, no drive" };
     show::facts(&[
         ("parameters", show::count(params as f64)),
         (
@@ -115,6 +116,13 @@ impl Machine {
     /// Whether memory was asked about at all.
     pub fn is_given(&self) -> bool {
         self.hbm.or(self.dram).or(self.nvme).is_some()
+    }
+
+    /// With the budgets of `[memory]` where no flag says otherwise.
+    fn with_budgets_of(&self, recipe: &Recipe) -> Machine {
+        let (dram, nvme) =
+            recipe.memory.as_ref().map_or((None, None), |memory| (memory.dram_bytes, memory.nvme_bytes));
+        Machine { dram: self.dram.or(dram), nvme: self.nvme.or(nvme), ..*self }
     }
 
     fn budgets(&self) -> Result<Budgets> {

@@ -1,4 +1,4 @@
-//! What a run's tiers moved, for people.
+//! What a run's tiers moved and its ranks exchanged, for people.
 
 use crate::show;
 use std::fmt;
@@ -13,6 +13,19 @@ pub struct Traffic {
     peaks: Vec<(String, u64)>,
     other_bytes: u64,
     links: Vec<Link>,
+    axes: Vec<Axis>,
+}
+
+/// What this rank exchanged over one set of axes.
+#[derive(Default)]
+struct Axis {
+    name: String,
+    steps: u64,
+    seconds: f64,
+    sent_bytes: u64,
+    received_bytes: u64,
+    exposed_s: f64,
+    beside_s: f64,
 }
 
 #[derive(Default)]
@@ -30,6 +43,19 @@ struct Link {
 impl Traffic {
     /// Count a step.
     pub fn add(&mut self, step: &StepMetrics) {
+        for messages in &step.messages {
+            let at = self.axes.iter().position(|axis| axis.name == messages.axes).unwrap_or_else(|| {
+                self.axes.push(Axis { name: messages.axes.clone(), ..Axis::default() });
+                self.axes.len() - 1
+            });
+            let axis = &mut self.axes[at];
+            axis.steps += 1;
+            axis.seconds += step.seconds;
+            axis.sent_bytes += messages.sent_bytes;
+            axis.received_bytes += messages.received_bytes;
+            axis.exposed_s += messages.exposed_s;
+            axis.beside_s += messages.beside_s;
+        }
         let Some(tiers) = &step.tiers else { return };
         self.steps += 1;
         self.seconds += step.seconds;
@@ -81,6 +107,25 @@ impl fmt::Display for Traffic {
             let others = show::bytes(self.other_bytes);
             writeln!(f, "peak: state {peaks}, beside {others} of activations and buffers")?;
         }
-        Ok(())
+        self.axes.iter().filter(|axis| axis.steps > 0).try_for_each(|axis| writeln!(f, "{axis}"))
+    }
+}
+
+impl fmt::Display for Axis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let per_step = |bytes: u64| show::bytes(bytes / self.steps.max(1));
+        let of_time = |seconds: f64| 100.0 * seconds / self.seconds.max(1e-9);
+        write!(
+            f,
+            "{}: rank 0 sent {} and received {} a step; waited {:.1} % of the time",
+            self.name,
+            per_step(self.sent_bytes),
+            per_step(self.received_bytes),
+            of_time(self.exposed_s),
+        )?;
+        match self.beside_s > 0.0 {
+            true => write!(f, ", calls beside computation took {:.1} %", of_time(self.beside_s)),
+            false => Ok(()),
+        }
     }
 }

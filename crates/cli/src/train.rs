@@ -1,8 +1,11 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
+use crate::launch::{self, Run, Seat, Way};
+use crate::outcome::Outcome;
+use crate::show;
 use crate::traffic::Traffic;
-use crate::{EXIT_AGAIN, show};
-use ::train::{Begin, Prepared, Progress, Recipe, Settings, Stage, Start, StepMetrics, Trainer};
+use ::train::{Begin, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start};
+use ::train::{StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -18,7 +21,7 @@ const LINE_EVERY: Duration = Duration::from_secs(10);
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "Examples:\n  trilith train recipes/shakespeare.toml\n  trilith train recipes/shakespeare.toml --dry-run\n  trilith train recipes/shakespeare.toml --set train.steps=50 --set run.dir=runs/try\n  trilith train recipes/shakespeare.toml --resume\n\nSIGTERM or Ctrl-C saves the state and exits with code 75: run the same command with --resume."
+    after_help = "Examples:\n  trilith train recipes/shakespeare.toml\n  trilith train recipes/shakespeare.toml --dry-run\n  trilith train recipes/shakespeare.toml --set train.steps=50 --set run.dir=runs/try\n  trilith train recipes/shakespeare.toml --resume\n  trilith train recipes/shakespeare.toml --set mesh.x=2 --processes --restart 3\n\nSIGTERM or Ctrl-C saves the state and exits with code 75: run the same command with --resume."
 )]
 pub struct Args {
     /// Recipe: a TOML file
@@ -33,9 +36,18 @@ pub struct Args {
     /// Throw away the run that is in run.dir
     #[arg(long)]
     overwrite: bool,
-    /// Ranks to start as threads of this process; they are the places of the recipe's mesh
+    /// Ranks to start, as threads of this process; they are the places of the recipe's mesh
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
+    /// Start the ranks as processes of this machine and look after them
+    #[arg(long)]
+    processes: bool,
+    /// When a rank dies, hangs or fails, go on from the newest state, at most so many times
+    #[arg(long, value_name = "TIMES", default_value_t = 0)]
+    restart: usize,
+    /// Mesh to go on with after a rank was lost, as in --fallback dp=1,x=2
+    #[arg(long, value_name = "MESH", requires = "restart")]
+    fallback: Option<dist::MeshShape>,
     /// Show shapes, parameters, memory, FLOPs and predicted time without training
     #[arg(long)]
     dry_run: bool,
@@ -49,80 +61,85 @@ pub fn run(args: Args) -> Result<ExitCode> {
         print!("{}", ::train::recipe::keys::markdown());
         return Ok(ExitCode::SUCCESS);
     };
-    let mut settings = Settings::read(path)?;
-    for argument in &args.set {
-        settings.set(argument)?;
-    }
-    let recipe = settings.recipe()?;
-    if let Some(ranks) = args.ranks.filter(|ranks| *ranks != recipe.mesh.shape.world_size()) {
-        let (mesh, places) = (recipe.mesh.shape, recipe.mesh.shape.world_size());
+    let start = match (args.resume, args.overwrite) {
+        (true, _) => Start::Resume,
+        (_, true) => Start::Overwrite,
+        _ => Start::New,
+    };
+    let run = Run::new(path, &args.set, start)?.restarted(args.restart, args.fallback)?;
+    if let Some(ranks) = args.ranks.filter(|ranks| *ranks != run.recipe.mesh.shape.world_size()) {
+        let (mesh, places) = (run.recipe.mesh.shape, run.recipe.mesh.shape.world_size());
         return Err(anyhow!(
             "--ranks {ranks}: mesh `{mesh}` has {places} places; change --ranks or the mesh"
         ));
     }
-    let threads = if recipe.run.threads == 0 { device::cores() } else { recipe.run.threads };
-    let pool = device::Threads::new(threads).map_err(|_| ::train::TrainError::Threads { count: threads })?;
     let stop = stop_flag().context("cannot listen for signals")?;
-    // The loop that feeds the kernels runs inside the pool.
-    match pool.run(|| cook(&args, recipe, &settings, threads))? {
-        None => Ok(ExitCode::SUCCESS),
-        Some(begin) => start(&pool, begin, &stop),
+    match Way::find(args.processes)? {
+        way if args.dry_run || matches!(way, Way::Threads) => threads(&run, args.dry_run, &stop),
+        Way::Processes => launch::processes(&run, &stop),
+        way => launch::one_rank(&run, way, &stop),
     }
 }
 
-/// Set by SIGTERM or SIGINT; a second one ends the process at once.
+/// All ranks in this process.
+fn threads(run: &Run, dry_run: bool, stop: &AtomicBool) -> Result<ExitCode> {
+    let recipe = &run.recipe;
+    let threads = if recipe.run.threads == 0 { device::cores() } else { recipe.run.threads };
+    let pool = device::Threads::new(threads).map_err(|_| ::train::TrainError::Threads { count: threads })?;
+    // The loop that feeds the kernels runs inside the pool.
+    if dry_run {
+        pool.run(|| -> Result<()> {
+            let (prepared, peak) = (prepare(recipe, run.start == Start::Resume)?, peak(recipe));
+            print!("{}", plan(recipe, &prepared, &Seat::alone(), peak));
+            Ok(())
+        })?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let begin = pool.run(|| cook(recipe, &run.settings, run.start, &Seat::alone()))?;
+    launch::threads(&pool, run, begin, stop)
+}
+
+/// Set by SIGTERM or SIGINT, and by SIGUSR1, which launchers of MPI pass on; a second one ends the
+/// process at once.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
+    use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
     let flag = Arc::new(AtomicBool::new(false));
-    for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
+    for signal in [SIGTERM, SIGINT, SIGUSR1] {
         signal_hook::flag::register_conditional_shutdown(signal, 128 + signal, flag.clone())?;
         signal_hook::flag::register(signal, flag.clone())?;
     }
     Ok(flag)
 }
 
-/// Everything up to the first step; nothing when only a plan was asked for.
-fn cook(args: &Args, recipe: Recipe, settings: &Settings, threads: usize) -> Result<Option<Begin>> {
-    let prepared = prepare(&recipe, args.resume)?;
-    let peak = match recipe.train.dtype {
+/// Everything up to the first step, on the rank that `seat` is.
+pub fn cook(recipe: &Recipe, settings: &Settings, start: Start, seat: &Seat) -> Result<Begin> {
+    let resume = start == Start::Resume;
+    let (resolved, recipe) = (settings.resolved(), recipe.clone());
+    if seat.rank > 0 {
+        let prepared = Arc::new(Prepared::new(&recipe, resume, &mut |_| {})?);
+        return Ok(Begin { recipe, resolved, prepared, start, peak_gflops: 1.0 });
+    }
+    let prepared = prepare(&recipe, resume)?;
+    prepared.check_memory(&recipe)?;
+    // Ranks that are processes have equal shares of their machines.
+    let peak_gflops = peak(&recipe) * seat.ranks as f64;
+    eprint!("{}", headline(&recipe, &prepared, seat, peak_gflops));
+    Ok(Begin { recipe, resolved, prepared: Arc::new(prepared), start, peak_gflops })
+}
+
+/// Measured, of the pool this runs in.
+fn peak(recipe: &Recipe) -> f64 {
+    match recipe.train.dtype {
         device::DType::F32 => kernels::peak::gflops_f32(),
         _ => kernels::peak::gflops_bf16(),
-    };
-    if args.dry_run {
-        print!("{}", plan(&recipe, &prepared, threads, peak));
-        return Ok(None);
     }
-    prepared.check_memory(&recipe)?;
-    eprint!("{}", headline(&recipe, &prepared, threads, peak));
-    let start = match (args.resume, args.overwrite) {
-        (true, _) => Start::Resume,
-        (_, true) => Start::Overwrite,
-        _ => Start::New,
-    };
-    let (resolved, prepared, peak_gflops) = (settings.resolved(), Arc::new(prepared), peak);
-    Ok(Some(Begin { recipe, resolved, prepared, start, peak_gflops }))
 }
 
-/// The loop on one rank, in `pool`, or on every rank of the mesh, each with its share of the cores.
-fn start(pool: &device::Threads, begin: Begin, stop: &AtomicBool) -> Result<ExitCode> {
-    let shape = begin.recipe.mesh.shape;
-    let complete = match shape.world_size() {
-        1 => pool.run(|| rank(&dist::Mesh::solo(), begin, stop))?,
-        _ => {
-            let options = dist::Options::default();
-            let ends = dist::launch(&shape, &options, |mesh| rank(mesh, begin.clone(), stop));
-            ends.map_err(|failure| anyhow!("{failure:#}"))?.contains(&true)
-        }
-    };
-    if complete {
-        return Ok(ExitCode::SUCCESS);
-    }
-    eprintln!("stopped: the state is saved; run the same command with --resume to go on");
-    Ok(ExitCode::from(EXIT_AGAIN))
-}
-
-/// One rank's run; the first one has the screen. Whether every step is done.
-fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
-    let mut trainer = Trainer::on(mesh, begin)?;
+/// One rank's run; the first one has the screen. `began` is told when the run is set up. Whether
+/// every step is done.
+pub fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool, began: &dyn Fn()) -> Result<bool> {
+    let mut outcome = outcome(&begin);
+    let mut trainer = Trainer::on(mesh, begin.clone())?;
     if mesh.rank() > 0 {
         while let Some(progress) = trainer.advance()? {
             if let Progress::Ended { complete, .. } = progress {
@@ -131,13 +148,35 @@ fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool) -> Result<bool> {
         }
         return Err(anyhow!("the run ended without saying so"));
     }
-    for (path, why) in &trainer.skipped_states {
-        eprintln!("warning: passed over {}: {why}", path.display());
+    began();
+    let mut recovery = Recovery::default();
+    loop {
+        for (path, why) in &trainer.skipped_states {
+            eprintln!("warning: passed over {}: {why}", path.display());
+        }
+        if trainer.step() > 0 {
+            eprintln!("  resumed at step {}\n", trainer.step());
+        }
+        let error = match drive(&mut trainer, stop, outcome.as_mut()) {
+            Ok(complete) => return Ok(complete),
+            Err(error) => error.downcast::<TrainError>()?,
+        };
+        let lost = recovery.after(error, &trainer)?;
+        eprintln!("{}", says(&lost));
+        // The offload file and the lock of the folder go before they are taken again.
+        drop(trainer);
+        trainer = Trainer::on(mesh, Begin { start: Start::Resume, ..begin.clone() })?;
     }
-    if trainer.step() > 0 {
-        eprintln!("  resumed at step {}\n", trainer.step());
-    }
-    drive(&mut trainer, stop)
+}
+
+fn says(lost: &Lost) -> String {
+    format!(
+        "warning: step {}: {}\n  it held {}; nothing was learnt from it: setting up again from the newest state ({} of at most {MOST_RECOVERIES} times in a row)",
+        lost.step,
+        lost.cause,
+        lost.params.join(", "),
+        lost.nth
+    )
 }
 
 fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
@@ -155,13 +194,13 @@ fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
 }
 
 /// Advance to the end or to a signal; whether every step is done.
-fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
+fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>) -> Result<bool> {
     let steps = trainer.recipe().train.steps;
     let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
     let (started, first) = (Instant::now(), trainer.step());
-    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default() };
+    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default(), outcome };
     while let Some(progress) = trainer.advance()? {
         match progress {
             Progress::Step(metrics) => screen.step(&metrics),
@@ -174,6 +213,9 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
+                if let Some(outcome) = &screen.outcome {
+                    eprint!("{outcome}");
+                }
                 eprint!("{}", screen.traffic);
                 let dir = trainer.folder().display();
                 let took = show::duration(screen.started.elapsed().as_secs_f64());
@@ -192,18 +234,38 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool) -> Result<bool> {
     Err(anyhow!("the run ended without saying so"))
 }
 
-struct Screen {
+/// What is predicted of the steps to come; measures before the run takes its memory. Ranks that share
+/// the cores get no prediction.
+fn outcome(begin: &Begin) -> Option<Outcome> {
+    let Begin { recipe, prepared, peak_gflops, .. } = begin;
+    if recipe.mesh.shape.world_size() > 1 {
+        return None;
+    }
+    let estimate = prepared.estimate(recipe);
+    let step_s = estimate.measured_step_seconds(&prepared.config, &recipe.train, *peak_gflops);
+    let memory_bytes = match prepared.tiers(recipe) {
+        Some(tiers) => [tiers.budgets.hbm, tiers.budgets.dram].into_iter().flatten().sum(),
+        None => estimate.total_bytes() - estimate.snapshot_bytes,
+    };
+    Some(Outcome::predicted(step_s, memory_bytes))
+}
+
+struct Screen<'a> {
     bar: ProgressBar,
     steps: u64,
     started: Instant,
     first: u64,
     said: Option<Instant>,
     traffic: Traffic,
+    outcome: Option<&'a mut Outcome>,
 }
 
-impl Screen {
+impl Screen<'_> {
     fn step(&mut self, m: &StepMetrics) {
         self.traffic.add(m);
+        if let Some(outcome) = &mut self.outcome {
+            outcome.add(m);
+        }
         let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
         let experts = m.balance.map_or(String::new(), |balance| {
             format!("  balance {:.3}, fullest expert {:.2} x mean", balance.loss, balance.imbalance)
@@ -271,7 +333,7 @@ fn indent(text: &str) -> String {
     text.trim_end().lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }
 
-fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> String {
+fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String {
     let estimate = prepared.estimate(recipe);
     let (n, k, h) = prepared.config.heads();
     let active = match prepared.config.idle_params() {
@@ -288,6 +350,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> 
     );
     let train = &recipe.train;
     let tokens = prepared.train.len();
+    let threads = device::num_threads() * seat.ranks;
     let epochs = (train.steps * estimate.step_tokens as u64) as f64 / tokens as f64;
     show::facts(&[
         ("model", shape),
@@ -311,19 +374,19 @@ fn headline(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> 
             ),
         ),
         ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
-        ("mesh", mesh_line(&recipe.mesh)),
+        ("mesh", mesh_line(&recipe.mesh, seat)),
         ("memory", memory(recipe, prepared)),
     ]) + "\n"
 }
 
 /// The mesh and how products are spread over it.
-fn mesh_line(mesh: &::train::recipe::MeshRecipe) -> String {
+fn mesh_line(mesh: &::train::recipe::MeshRecipe, seat: &Seat) -> String {
     let ranks = mesh.shape.world_size();
     if ranks == 1 {
         return "one rank".into();
     }
     let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
-    format!("{}: {ranks} ranks as threads, products {scheme}", mesh.shape)
+    format!("{}: {ranks} ranks as {}, products {scheme}", mesh.shape, seat.carrier)
 }
 
 fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
@@ -341,7 +404,7 @@ fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
 }
 
 /// The answer to --dry-run.
-fn plan(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> String {
+fn plan(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String {
     let estimate = prepared.estimate(recipe);
     let specs = prepared.params.specs();
     let rows = specs
@@ -378,5 +441,5 @@ fn plan(recipe: &Recipe, prepared: &Prepared, threads: usize, peak: f64) -> Stri
         Ok(()) => "It fits.".to_string(),
         Err(error) => format!("It does not fit: {error}"),
     };
-    format!("{table}\n\n{}{facts}\n{verdict}\n", headline(recipe, prepared, threads, peak))
+    format!("{table}\n\n{}{facts}\n{verdict}\n", headline(recipe, prepared, seat, peak))
 }

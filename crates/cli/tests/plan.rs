@@ -79,3 +79,32 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         assert!(said.contains(want), "{arguments:?}: {said}");
     }
 }
+
+#[test]
+fn budgets_of_the_recipe_are_planned_with_and_flags_override_them() {
+    let place = Place::new();
+    let budgets = ["--set", "memory.dram=300MiB", "--set", "memory.nvme=2GiB", "--tflops", "1"];
+    let plan = |flags: &[&str]| place.succeeds(&[&["plan", "tiny.toml"], &budgets[..], flags].concat());
+    let text = plan(&[]);
+    assert!(text.contains("dram 300.0 MiB, nvme 2.0 GiB"), "{text}");
+    let text = plan(&["--dram", "400MiB"]);
+    assert!(text.contains("dram 400.0 MiB, nvme 2.0 GiB"), "{text}");
+}
+
+#[test]
+fn moments_of_8_bits_are_planned() {
+    let place = Place::new();
+    let text = place.succeeds(&["plan", "tiny.toml", "--tflops", "1", "--set", "train.moments=8bit"]);
+    assert!(text.contains("10 B a parameter (2 param + 4 grad + 2 master + 1 m + 1 v)"), "{text}");
+}
+
+#[test]
+fn a_missing_recipe_is_said_once() {
+    let place = Place::new();
+    for command in ["plan", "train"] {
+        let said = place.run(&[command, "none.toml"]).stderr;
+        let said = String::from_utf8(said).unwrap();
+        assert!(said.contains("none.toml"), "{said}");
+        assert_eq!(said.matches("No such file").count(), 1, "{said}");
+    }
+}

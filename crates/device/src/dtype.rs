@@ -13,6 +13,8 @@ pub enum DType {
     U32,
     /// Unsigned 16-bit words: the low halves of split master weights.
     U16,
+    /// Bytes: 8-bit codes of moments.
+    U8,
 }
 
 impl DType {
@@ -21,6 +23,7 @@ impl DType {
         match self {
             DType::F32 | DType::U32 => 4,
             DType::Bf16 | DType::F16 | DType::U16 => 2,
+            DType::U8 => 1,
         }
     }
 
@@ -32,6 +35,7 @@ impl DType {
             DType::F16 => "f16",
             DType::U32 => "u32",
             DType::U16 => "u16",
+            DType::U8 => "u8",
         }
     }
 }

@@ -19,7 +19,7 @@ pub use loan::{Borrowed, Exclusive, Window};
 pub use memory::{
     MemoryUse, available_bytes, limit_parked, memory_use, release_cached, reset_peak, resident_bytes,
 };
-pub use region::{Loan, Region};
+pub use region::{Loan, Region, Stretch};
 pub use threads::{Threads, cores, for_each_chunk, for_each_index, for_each_part, num_threads};
 pub use view::{Slice, SliceMut, View, ViewMut};
 

@@ -70,24 +70,42 @@ impl Region {
             granule_bytes > 0 && granule_bytes.is_multiple_of(ALIGN_BYTES),
             "granules of {granule_bytes} bytes"
         );
-        Self::map(device, bytes, granule_bytes, libc::MAP_NORESERVE)
+        // A granule of huge pages must not share one with its neighbour: leaving would not free it.
+        let huge = granule_bytes.is_multiple_of(HUGE_PAGE_BYTES);
+        Self::map(device, bytes, granule_bytes, (libc::MAP_NORESERVE, huge))
+    }
+
+    /// `bytes` of zeros in granules of `granule_bytes` (a multiple of 4096), all of them here. They
+    /// may be lent one by one, but are not meant to leave. The system may refuse.
+    pub fn standing(device: Device, bytes: usize, granule_bytes: usize) -> Result<Region, OutOfMemory> {
+        assert!(
+            granule_bytes > 0 && granule_bytes.is_multiple_of(ALIGN_BYTES),
+            "granules of {granule_bytes} bytes"
+        );
+        let mut region = Self::map(device, bytes, granule_bytes, (0, true))?;
+        (0..region.granules()).for_each(|i| region.bring(i));
+        Ok(region)
     }
 
     /// `bytes` of zeros that are here for good: one granule. The system may refuse.
     pub fn zeroed(device: Device, bytes: usize) -> Result<Region, OutOfMemory> {
         let whole = bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES);
         let whole = whole.ok_or(OutOfMemory { bytes, device })?;
-        let mut region = Self::map(device, bytes, whole, 0)?;
+        let mut region = Self::map(device, bytes, whole, (0, true))?;
         if bytes > 0 {
             region.bring(0);
         }
         Ok(region)
     }
 
-    fn map(device: Device, bytes: usize, granule_bytes: usize, flags: i32) -> Result<Region, OutOfMemory> {
+    fn map(
+        device: Device,
+        bytes: usize,
+        granule_bytes: usize,
+        (flags, huge): (i32, bool),
+    ) -> Result<Region, OutOfMemory> {
         let refused = OutOfMemory { bytes, device };
-        // A granule of huge pages must not share one with its neighbour: leaving would not free it.
-        let huge = granule_bytes.is_multiple_of(HUGE_PAGE_BYTES) && bytes >= HUGE_PAGE_BYTES;
+        let huge = huge && bytes >= HUGE_PAGE_BYTES;
         let align = if huge { HUGE_PAGE_BYTES } else { ALIGN_BYTES };
         let rounded = bytes.max(1).checked_next_multiple_of(ALIGN_BYTES).ok_or(refused.clone())?;
         let length = rounded.checked_add(align - ALIGN_BYTES).ok_or(refused.clone())?;
@@ -153,6 +171,17 @@ impl Region {
         Loan { block: self.block.clone(), granule: i, here: was == HERE }
     }
 
+    /// Lend adjacent granules, each here or away, as one run.
+    pub fn lend_run(&mut self, granules: Range<usize>) -> Stretch {
+        Stretch { device: self.device, loans: granules.map(|i| self.lend(i)).collect() }
+    }
+
+    /// Bytes of memory behind the granules that are here or lent while here.
+    pub fn resident_bytes(&self) -> usize {
+        let here = |i: &usize| self.block.states[*i].load(Ordering::Acquire) != AWAY;
+        (0..self.granules()).filter(here).map(|i| self.granule_bytes(i)).sum()
+    }
+
     /// Read `len` elements of `dtype` from element `start` on; all of them must be here.
     pub fn view(&self, dtype: DType, start: usize, len: usize) -> View<'_> {
         let ptr = self.check(dtype, start, len);
@@ -184,6 +213,51 @@ impl Region {
             return 0..0;
         }
         bytes.start / self.granule_bytes..(bytes.end - 1) / self.granule_bytes + 1
+    }
+}
+
+/// Adjacent granules, exclusively ours until dropped, on whatever thread.
+pub struct Stretch {
+    device: Device,
+    loans: Vec<Loan>,
+}
+
+impl Stretch {
+    /// Put memory behind those that are away; they read as zeros.
+    pub fn bring(&mut self) {
+        self.loans.iter_mut().filter(|loan| !loan.here).for_each(Loan::bring);
+    }
+
+    /// Give the memory of all but the `keep`-th back; their bytes are lost.
+    pub fn send_away_but(&mut self, keep: usize) {
+        let others = self.loans.iter_mut().enumerate().filter(|(i, loan)| *i != keep && loan.here);
+        others.for_each(|(_, loan)| loan.send_away());
+    }
+
+    /// Granules.
+    pub fn granules(&self) -> usize {
+        self.loans.len()
+    }
+
+    /// All of it as elements of `dtype`; every granule must be here.
+    pub fn view_mut(&mut self, dtype: DType) -> ViewMut<'_> {
+        self.open(dtype, 0..self.loans.len())
+    }
+
+    /// The `i`-th granule, which must be here.
+    pub fn granule_mut(&mut self, i: usize, dtype: DType) -> ViewMut<'_> {
+        self.open(dtype, i..i + 1)
+    }
+
+    fn open(&mut self, dtype: DType, granules: Range<usize>) -> ViewMut<'_> {
+        let loans = &self.loans[granules];
+        let bytes: usize = loans.iter().map(Loan::len_bytes).sum();
+        for loan in loans {
+            assert!(loan.here, "granule {} is opened while it is away", loan.granule);
+        }
+        // SAFETY: the granules are adjacent in one mapping, here, and lent to us alone; `&mut self`
+        // excludes every other window on them.
+        unsafe { ViewMut::new(self.device, dtype, loans[0].first(), bytes / dtype.size_bytes()) }
     }
 }
 
@@ -281,6 +355,26 @@ mod tests {
         goes.send_away();
         drop((comes, goes));
         assert!(region.is_here(1) && !region.is_here(0));
+    }
+
+    #[test]
+    fn a_run_of_granules_is_one_window_and_keeps_what_it_should() {
+        let mut region = Region::reserve(Device::Cpu, 4 * 4096, 4096).unwrap();
+        region.bring(2);
+        region.view_mut(DType::F32, 2048, 1024).f32().fill(3.0);
+        let mut run = region.lend_run(1..3);
+        run.bring();
+        let window = run.view_mut(DType::F32).f32();
+        assert!(window.len() == 2048 && window[..1024] == [0.0; 1024] && window[1024..] == [3.0; 1024]);
+        window[..1024].fill(4.0);
+        run.send_away_but(1);
+        assert!(run.granule_mut(1, DType::F32).f32().iter().all(|x| *x == 3.0));
+        drop(run);
+        assert!(!region.is_here(1) && region.is_here(2));
+        assert_eq!(region.resident_bytes(), 4096);
+        let standing = Region::standing(Device::Cpu, 3 << 20, 4096).unwrap();
+        assert_eq!(standing.resident_bytes(), 3 << 20);
+        assert!(standing.view(DType::F32, 0, 3 << 18).f32().iter().all(|x| *x == 0.0));
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::traffic::{Peers, Tally, Traffic};
 use device::{Buffer, DType, Device};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Calls that may be under way for one rank; whoever starts more waits.
 const UNDER_WAY: usize = 256;
@@ -103,6 +103,63 @@ impl Pending {
         };
         self.tally.expose(start.elapsed());
         done
+    }
+}
+
+/// Several calls under way as one job, with what they own. Dropping it gives up the result, not the
+/// calls.
+#[must_use = "a job under way ends with finish()"]
+pub struct Underway<T> {
+    result: Result<T, Receiver<Done<T>>>,
+    tallies: Vec<Arc<Tally>>,
+}
+
+/// What a job came to, and how long its calls took over each of its groups.
+struct Done<T> {
+    result: Result<T, CommError>,
+    took: Vec<Duration>,
+}
+
+/// Runs `job` beside computation, on the thread that makes this rank's calls there, in the order jobs
+/// and calls were started. It makes its calls over `groups`, which it is given back for that purpose.
+/// Every member of every group must start the same jobs in the same order.
+pub fn start_beside<T: Send + 'static>(
+    groups: &[Group],
+    job: impl FnOnce(&[Group]) -> Result<T, CommError> + Send + 'static,
+) -> Result<Underway<T>, CommError> {
+    let beside: Vec<Group> = groups.iter().map(Group::beside).collect();
+    let tallies: Vec<Arc<Tally>> = groups.iter().map(|group| group.tally().clone()).collect();
+    let Some(waits) = beside.iter().find(|group| group.waits()) else {
+        return Ok(Underway { result: Ok(job(&beside)?), tallies });
+    };
+    let lane = waits.clone();
+    let (sender, receiver) = sync_channel(1);
+    let work = move || {
+        let before: Vec<Duration> = beside.iter().map(|group| group.tally().beside()).collect();
+        let result = job(&beside);
+        let took = beside.iter().zip(before).map(|(group, before)| group.tally().beside() - before).collect();
+        // The receiver may be gone: whoever started the job gave its result up.
+        drop(sender.send(Done { result, took }));
+    };
+    lane.lane().run(Box::new(work))?;
+    Ok(Underway { result: Err(receiver), tallies })
+}
+
+impl<T> Underway<T> {
+    /// Waits for the end of the job and returns its result. What was waited for is counted as exposed
+    /// over the groups of the job, each for its part of the time.
+    pub fn finish(self) -> Result<T, CommError> {
+        let receiver = match self.result {
+            Ok(result) => return Ok(result),
+            Err(receiver) => receiver,
+        };
+        let start = Instant::now();
+        let Done { result, took } = receiver.recv().map_err(|_| gone())?;
+        let (waited, all) = (start.elapsed(), took.iter().sum::<Duration>());
+        for (tally, took) in self.tallies.iter().zip(took) {
+            tally.expose(waited.mul_f64(took.as_secs_f64() / all.as_secs_f64().max(1e-9)));
+        }
+        result
     }
 }
 

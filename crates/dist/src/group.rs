@@ -131,6 +131,34 @@ impl Group {
         })
     }
 
+    /// The same in place: member i's piece lies at place i of its `data`, and everybody gets all.
+    pub fn all_gather_within(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        let piece = self.expect_whole(Op::AllGather, &data)?;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.all_gather_within(data),
+            Carrier::Processes(seat) => seat.all_gather_within(data),
+        })
+    }
+
+    /// The same in place: piece i of `data` becomes the sum over members on member i; of the other
+    /// pieces nothing is said.
+    pub fn reduce_scatter_sum_within(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        self.expect_float(Op::ReduceScatter, data.dtype())?;
+        let piece = self.expect_whole(Op::ReduceScatter, &data)?;
+        if self.size() == 1 {
+            return Ok(());
+        }
+        self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.reduce_scatter_sum_within(data),
+            Carrier::Processes(seat) => seat.reduce_scatter_sum_within(data),
+        })
+    }
+
     /// `data` becomes what it is on member `root`, on every member.
     pub fn broadcast(&self, data: ViewMut<'_>, root: usize) -> Result<(), CommError> {
         self.expect_member(Op::Broadcast, root)?;
@@ -241,7 +269,7 @@ impl Group {
         &self.tally
     }
 
-    /// Makes a call and counts it; the time of a call beside computation is exposed in `finish`.
+    /// Makes a call and counts it; the exposed time of a call beside computation is exposed in `finish`.
     fn counted(
         &self,
         traffic: Traffic,
@@ -250,8 +278,9 @@ impl Group {
         let start = Instant::now();
         body(&self.carrier)?;
         self.tally.add(traffic, self.size(), self.index);
-        if !self.carrier.is_beside() {
-            self.tally.expose(start.elapsed());
+        match self.carrier.is_beside() {
+            true => self.tally.work_beside(start.elapsed()),
+            false => self.tally.expose(start.elapsed()),
         }
         Ok(())
     }
@@ -316,6 +345,13 @@ impl Group {
              the whole is one piece a member, so pad to a multiple"
         );
         Err(self.refuse(op, problem))
+    }
+
+    /// Bytes of a piece of `data`, which is one piece a member.
+    fn expect_whole(&self, op: Op, data: &ViewMut<'_>) -> Result<usize, CommError> {
+        let piece = data.len() / self.size();
+        self.expect_pieces(op, (data.dtype(), piece), (data.dtype(), data.len()))?;
+        Ok(piece * data.dtype().size_bytes())
     }
 
     fn expect_runs(

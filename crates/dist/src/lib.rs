@@ -33,7 +33,7 @@ mod threads;
 mod traffic;
 mod wire;
 
-pub use beside::{Array, Pending};
+pub use beside::{Array, Pending, Underway, start_beside};
 pub use call::{Call, Members, Op};
 pub use communicator::{Communicator, NullRank};
 pub use context::{Context, ContextAttention, HeadShare, Moved, ZigZag, gather_context};
@@ -49,7 +49,7 @@ pub use norm::{Width, norm};
 pub use product::{Algorithm, Keep, Leave, Product, Side};
 pub use scheme::{Flow, FlowError, Scheme, Weighted};
 pub use shape::{Axis, Coords, MeshError, MeshShape};
-pub use supervise::{RunError, Start, Supervision, supervise};
+pub use supervise::{End, Ends, RunError, Start, Supervision, supervise};
 pub use table::{Table, embed, head_loss};
 pub use threads::Rank;
 pub use traffic::{Counts, Peers, Traffic, piece};

@@ -112,6 +112,11 @@ impl Mesh {
         self.own.place.set(step, layer);
     }
 
+    /// The same within the step said last.
+    pub fn set_layer(&self, layer: u32) {
+        self.own.place.set(self.own.place.step(), Some(layer));
+    }
+
     /// What we have communicated over each set of axes so far.
     pub fn counts(&self) -> Vec<Counts> {
         let groups = self.own.groups.lock().unwrap_or_else(PoisonError::into_inner);

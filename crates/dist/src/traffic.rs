@@ -91,6 +91,7 @@ pub(crate) struct Tally {
     received: AtomicU64,
     calls: AtomicU64,
     exposed_ns: AtomicU64,
+    beside_ns: AtomicU64,
     /// One bit a member of the group.
     peers: Mutex<Vec<u64>>,
 }
@@ -103,6 +104,7 @@ impl Tally {
             received: zero(),
             calls: zero(),
             exposed_ns: zero(),
+            beside_ns: zero(),
             peers: Mutex::new(Vec::new()),
         }
     }
@@ -136,6 +138,16 @@ impl Tally {
         self.exposed_ns.fetch_add(waited.as_nanos() as u64, Relaxed);
     }
 
+    /// Count time that a call beside computation took.
+    pub(crate) fn work_beside(&self, took: Duration) {
+        self.beside_ns.fetch_add(took.as_nanos() as u64, Relaxed);
+    }
+
+    /// Time that calls beside computation have taken so far.
+    pub(crate) fn beside(&self) -> Duration {
+        Duration::from_nanos(self.beside_ns.load(Relaxed))
+    }
+
     /// What was counted; peers as world ranks.
     pub(crate) fn counts(&self, Members { axes, ranks }: &Members) -> Counts {
         let peers = self.peers.lock().unwrap_or_else(|e| e.into_inner());
@@ -147,6 +159,7 @@ impl Tally {
             calls: self.calls.load(Relaxed),
             peers: (0..ranks.len()).filter(met).map(|i| ranks[i]).collect(),
             exposed_s: self.exposed_ns.load(Relaxed) as f64 * 1e-9,
+            beside_s: self.beside().as_secs_f64(),
         }
     }
 }
@@ -167,6 +180,8 @@ pub struct Counts {
     /// Seconds the rank spent in calls instead of computing. Calls that ran beside computation
     /// count for the time their `finish` waited.
     pub exposed_s: f64,
+    /// Seconds that calls beside computation took, whether anybody waited for them or not.
+    pub beside_s: f64,
 }
 
 #[cfg(test)]

@@ -128,7 +128,11 @@ fn a_rank_that_only_counts_counts_what_a_rank_that_moves_does() {
         row.start_broadcast(mine, (DType::F32, 9), 0)?.finish()?;
         row.start_all_reduce_sum(array(&[1.0; 6]))?.finish()?;
         mesh.group_over(&Axis::ALL).barrier()?;
-        Ok(mesh.counts().into_iter().map(|counts| Counts { exposed_s: 0.0, ..counts }).collect())
+        Ok(mesh
+            .counts()
+            .into_iter()
+            .map(|counts| Counts { exposed_s: 0.0, beside_s: 0.0, ..counts })
+            .collect())
     };
     let threads = launch(&shape, &Options::default(), calls).unwrap();
     let processes = on_sockets(shape, |mesh| {

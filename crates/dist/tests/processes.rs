@@ -4,9 +4,10 @@
 //! The program is its own rank: `processes rank ...` works, without arguments it is the test.
 
 use device::ViewMut;
-use dist::{Axis, CommError, Communicator, Mesh, MeshShape, Process, Supervision, supervise};
+use dist::{Axis, CommError, Communicator, Mesh, MeshShape, Process, Start, Supervision, supervise};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 const STEPS: u64 = 30;
@@ -36,19 +37,20 @@ enum Disturbance {
 const DISTURBANCES: [Disturbance; 4] =
     [Disturbance::None, Disturbance::Kill, Disturbance::Stop, Disturbance::Delay];
 
-/// `rank MEET RANK RANKS ATTEMPT STATE KIND VICTIM STEP MICROSECONDS`
+/// `rank STATE KIND VICTIM STEP MICROSECONDS`
 fn rank_main(args: &[String]) -> Result<(), CommError> {
     let number = |i: usize| args[i].parse::<usize>().expect("a number");
-    let (meet, rank, ranks, attempt, state) =
-        (Path::new(&args[0]), number(1), number(2), number(3), PathBuf::from(&args[4]));
-    let disturbed = attempt == 0 && rank == number(6);
-    let kind = if disturbed { DISTURBANCES[number(5)] } else { Disturbance::None };
-    let process = Process::join(meet, rank, ranks, Duration::from_secs(20))?.with_deadline(DEADLINE);
+    let start =
+        Start::of_this_process(|name| std::env::var_os(name)).expect("a supervisor").expect("started by one");
+    let (rank, ranks, attempt, state) = (start.rank, start.ranks, start.attempt, PathBuf::from(&args[0]));
+    let disturbed = attempt == 0 && rank == number(2);
+    let kind = if disturbed { DISTURBANCES[number(1)] } else { Disturbance::None };
+    let process = Process::join(&start.meet, rank, ranks, Duration::from_secs(20))?.with_deadline(DEADLINE);
     let shape = MeshShape::new(&[(Axis::Dp, ranks)]).expect("a mesh");
     let mesh = Mesh::new(shape, Communicator::Processes(process.clone())).expect("as many ranks");
     let result = train(&mesh, &state, |step| {
-        if step == number(7) as u64 {
-            disturb(kind, Duration::from_micros(number(8) as u64));
+        if step == number(3) as u64 {
+            disturb(kind, Duration::from_micros(number(4) as u64));
         }
     });
     let ended = process.end(result.as_ref().err().map(CommError::to_string));
@@ -121,17 +123,20 @@ fn run(ranks: usize, kind: Disturbance, victim: usize, at: (u64, u64)) -> (usize
     let state = folder.path();
     let program = std::env::current_exe().expect("our own path");
     let kind = DISTURBANCES.iter().position(|k| *k == kind).expect("one of them");
-    let supervision = Supervision { ranks, restarts: 10, patience: Duration::from_secs(3) };
-    let attempts = supervise(state, &supervision, |start| {
+    let stop = AtomicBool::new(false);
+    let supervision = Supervision { ranks, patience: Duration::from_secs(3), well: &[0], stop: &stop };
+    let command = |_: &Start| {
         let mut command = Command::new(&program);
-        command.arg("rank").arg(start.meet);
-        command.args([start.rank, start.ranks, start.attempt].map(|n| n.to_string()));
-        command.arg(state).args([kind, victim].map(|n| n.to_string()));
+        command.arg("rank").arg(state).args([kind, victim].map(|n| n.to_string()));
         command.args([at.0, at.1].map(|n| n.to_string()));
-        command.stdin(Stdio::null());
         command
-    })
-    .expect("ten restarts are enough");
+    };
+    let mut attempts = 0;
+    let ends = supervise(state, &supervision, command, |attempt, ends| {
+        attempts = attempt + 1;
+        ends.first.filter(|_| attempts <= 10).map(|_| ranks)
+    });
+    assert_eq!(ends.expect("processes can be started").first, None, "ten restarts are enough");
     let words = |attempt: usize| {
         let of = |rank| std::fs::read_to_string(state.join(format!("words-{attempt}-{rank}"))).ok();
         (0..ranks).filter_map(of).collect()

@@ -7,8 +7,8 @@
 use crate::pager::{About, Pager, PagerError, Setup, TierReport};
 use crate::plan::Budgets;
 use crate::trace::{Access, ChunkId, Trace};
-use crate::{Class, STATES, Tier};
-use device::{DType, Device, OutOfMemory, Region, View, ViewMut};
+use crate::{Class, STATES, Stripes, Tier};
+use device::{DType, Device, OutOfMemory, Region, Stretch, View, ViewMut};
 use std::ops::Range;
 
 struct Array {
@@ -68,6 +68,27 @@ impl Regions {
     }
 }
 
+impl Shared {
+    fn region(
+        &self,
+        device: Device,
+        len: usize,
+        (class, dtype): (Class, DType),
+    ) -> Result<Region, OutOfMemory> {
+        let Shared { stripes, away } = self;
+        let size = dtype.size_bytes();
+        // Whole stripes, so that the pieces of every collective are equal.
+        let (count, granule) = (stripes.count(len), stripes.granule * size);
+        let bytes = count * stripes.stripe() * size;
+        if !away.contains(&class) || stripes.ranks == 1 {
+            return Region::standing(device, bytes, granule);
+        }
+        let mut region = Region::reserve(device, bytes, granule)?;
+        (0..count).for_each(|stripe| region.bring(stripes.granules(stripe).start + stripes.index));
+        Ok(region)
+    }
+}
+
 /// A run of elements of one class that a moment needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Need {
@@ -93,6 +114,13 @@ pub struct Update<'a> {
     pub v: ViewMut<'a>,
 }
 
+/// Arrays that ranks share in stripes.
+struct Shared {
+    stripes: Stripes,
+    /// Classes of which the granules of other ranks come and go.
+    away: Vec<Class>,
+}
+
 /// Weights, gradients and optimizer state.
 pub struct Arrays {
     device: Device,
@@ -101,6 +129,7 @@ pub struct Arrays {
     /// Depth of the memory in which the present moment computes: there its windows open.
     depth: usize,
     pager: Option<Pager>,
+    shared: Option<Shared>,
     /// The list of a visit, kept so that no visit allocates.
     scratch: Vec<(ChunkId, Access)>,
 }
@@ -108,7 +137,22 @@ pub struct Arrays {
 impl Arrays {
     /// No array yet; each will have `len` elements and stay in memory.
     pub fn new(device: Device, len: usize) -> Arrays {
-        Arrays { device, len, regions: Regions::default(), depth: 0, pager: None, scratch: Vec::new() }
+        Arrays {
+            device,
+            len,
+            regions: Regions::default(),
+            depth: 0,
+            pager: None,
+            shared: None,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// The same as one of the ranks that share them: of the classes in `away` only our own granules
+    /// are here, until others are brought.
+    pub fn striped(device: Device, len: usize, stripes: Stripes, away: &[Class]) -> Arrays {
+        let shared = Some(Shared { stripes, away: away.to_vec() });
+        Arrays { shared, ..Arrays::new(device, len) }
     }
 
     /// The same over tiers, with all its arrays.
@@ -137,7 +181,10 @@ impl Arrays {
     pub fn add(&mut self, class: Class, dtype: DType) -> Result<(), OutOfMemory> {
         if !self.has(class) {
             assert!(self.pager.is_none(), "arrays over tiers have all classes from the beginning");
-            let region = Region::zeroed(self.device, self.len * dtype.size_bytes())?;
+            let region = match &self.shared {
+                None => Region::zeroed(self.device, self.len * dtype.size_bytes())?,
+                Some(shared) => shared.region(self.device, self.len, (class, dtype))?,
+            };
             self.regions.0[class as usize] = Some(Array { dtype, regions: vec![region] });
         }
         Ok(())
@@ -207,7 +254,24 @@ impl Arrays {
 
     /// Bytes of a class.
     pub fn bytes(&self, class: Class) -> usize {
-        self.array(class).regions[0].len_bytes()
+        self.len * self.array(class).dtype.size_bytes()
+    }
+
+    /// Bytes of memory that stand behind a class now.
+    pub fn resident_bytes(&self, class: Class) -> usize {
+        self.array(class).regions.iter().map(Region::resident_bytes).sum()
+    }
+
+    /// How ranks share them, if they do.
+    pub fn stripes(&self) -> Option<Stripes> {
+        self.shared.as_ref().map(|shared| shared.stripes)
+    }
+
+    /// Lend a stripe of a class to a collective.
+    pub fn lend_stripe(&mut self, class: Class, stripe: usize) -> Stretch {
+        let granules = self.stripes().expect("ranks share the arrays").granules(stripe);
+        let at = At { class: class as usize, depth: 0, i: granules.start };
+        self.regions.region(at).lend_run(granules)
     }
 
     /// Windows on the same elements of every class.
@@ -226,8 +290,15 @@ impl Arrays {
         }
     }
 
-    /// Runs of `elements` that lie in one chunk each.
+    /// Runs of `elements` that lie in one chunk each; of arrays that ranks share, the runs that are
+    /// ours.
     pub fn pieces(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let owned = self.stripes().map(|stripes| stripes.owned(elements.clone()));
+        let all = self.chunks(if owned.is_some() { 0..0 } else { elements });
+        owned.into_iter().flatten().chain(all)
+    }
+
+    fn chunks(&self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
         let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
         let mut start = elements.start;
         std::iter::from_fn(move || {
@@ -247,20 +318,17 @@ impl Arrays {
     /// An op is about to run: make what it needs resident.
     pub fn visit(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
         let Some(pager) = &mut self.pager else { return Ok(()) };
-        let list = &mut self.scratch;
-        list.clear();
-        for need in needs.iter().filter(|need| !need.elements.is_empty()) {
-            let chunk = pager.chunk_elements();
-            for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
-                let id = pager.id(need.class, i);
-                match list.iter_mut().find(|(known, _)| *known == id) {
-                    Some((_, access)) => *access = access.then(need.access),
-                    None => list.push((id, need.access)),
-                }
-            }
-        }
-        self.depth = pager.visit(&mut self.regions, about, list)?;
+        list_chunks(pager, needs, &mut self.scratch);
+        self.depth = pager.visit(&mut self.regions, about, &self.scratch)?;
         Ok(())
+    }
+
+    /// A visit of the usual step falls out in this one: nothing is brought, and what comes after it
+    /// is as well known as ever.
+    pub fn pass_over(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
+        let Some(pager) = &mut self.pager else { return Ok(()) };
+        list_chunks(pager, needs, &mut self.scratch);
+        pager.pass_over(&mut self.regions, about, &self.scratch)
     }
 
     /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
@@ -315,5 +383,20 @@ impl Arrays {
     /// The training step as it was last recorded; none without a pager.
     pub fn trace(&self) -> Option<Trace> {
         self.pager.as_ref().map(Pager::trace)
+    }
+}
+
+/// The chunks of `needs`, each once.
+fn list_chunks(pager: &Pager, needs: &[Need], list: &mut Vec<(ChunkId, Access)>) {
+    list.clear();
+    for need in needs.iter().filter(|need| !need.elements.is_empty()) {
+        let chunk = pager.chunk_elements();
+        for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
+            let id = pager.id(need.class, i);
+            match list.iter_mut().find(|(known, _)| *known == id) {
+                Some((_, access)) => *access = access.then(need.access),
+                None => list.push((id, need.access)),
+            }
+        }
     }
 }

@@ -10,9 +10,11 @@ mod arrays;
 pub mod disk;
 pub mod pager;
 pub mod plan;
+mod stripes;
 pub mod trace;
 
 pub use arrays::{Arrays, Need, Update};
+pub use stripes::Stripes;
 
 use std::fmt;
 

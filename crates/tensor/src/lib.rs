@@ -21,7 +21,7 @@ pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;
 pub use kernels::rope::{RopeScaling, RopeTable};
 pub use ops::{AttentionShape, KvCache, Load, Norm, Order, Pool, Router, Targets, loss_slice_tokens};
-pub use params::{ParamList, ParamRef, ParamSpec, ParamStore};
+pub use params::{BLOCK, ParamList, ParamRef, ParamSpec, ParamStore};
 pub use piece::{Piece, Run};
 pub use tape::{Moment, Phase, Tape, Var, Watch};
 pub use value::Tensor;

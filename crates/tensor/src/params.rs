@@ -9,10 +9,10 @@ use crate::Fault;
 use crate::init::{Init, fill};
 use crate::piece::Piece;
 use crate::tape::{Moment, Phase};
-use device::{DType, Device, OutOfMemory, View, ViewMut};
+use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
-use memory::{Arrays, Class, Need, trace};
+use memory::{Arrays, Class, Need, Stripes, Update, trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -154,9 +154,12 @@ fn piece_values(spec: &ParamSpec, piece: &Piece, seed: u64) -> Vec<f32> {
     values
 }
 
-/// Every parameter starts on a multiple of this many elements (64 bytes of bf16), so that vector
-/// loads of one never straddle a cache line with another.
-const ALIGN: usize = 32;
+/// Every parameter starts on a multiple of this many elements, so that vector loads of one never
+/// straddle a cache line with another, and no block of 8-bit moments holds some of two.
+const ALIGN: usize = BLOCK;
+
+/// Elements of 8-bit moments that share an exponent.
+pub const BLOCK: usize = 128;
 
 /// All parameters of a model: specs, weights, and gradients while training.
 pub struct ParamStore {
@@ -164,6 +167,9 @@ pub struct ParamStore {
     specs: Vec<ParamSpec>,
     starts: Vec<usize>,
     arrays: Arrays,
+    /// A byte for each block of first and second moments, where those have 8 bits. They stay in
+    /// memory: a 64th of a byte a parameter is not worth a journey.
+    exponents: Option<[Buffer; 2]>,
     /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
     touched: Vec<bool>,
 }
@@ -188,10 +194,26 @@ impl ParamStore {
         Ok(Self::of(list, dtype, starts, arrays))
     }
 
-    /// Storage over tiers, for weights, gradients and optimizer state.
-    pub fn paged(
+    /// Storage that `ranks` ranks share, of whom we are number `index`: of the classes in `away` only
+    /// our own granules are here, until others are brought.
+    pub fn striped(
         device: Device,
         dtype: DType,
+        list: &ParamList,
+        (ranks, index): (usize, usize),
+        away: &[Class],
+    ) -> Result<ParamStore, OutOfMemory> {
+        let (starts, total) = lay_out(&list.specs);
+        let mut arrays = Arrays::striped(device, total, Stripes::new(total, ranks, index), away);
+        arrays.add(Class::Param, dtype)?;
+        Ok(Self::of(list, dtype, starts, arrays))
+    }
+
+    /// Storage over tiers, for weights, gradients and optimizer state, whose moments are `moments`
+    /// (f32 or u8).
+    pub fn paged(
+        device: Device,
+        (dtype, moments): (DType, DType),
         list: &ParamList,
         setup: Setup,
     ) -> Result<ParamStore, PagerError> {
@@ -200,7 +222,7 @@ impl ParamStore {
         if dtype != DType::F32 {
             classes.push((Class::Master, DType::U16));
         }
-        classes.extend([(Class::M, DType::F32), (Class::V, DType::F32)]);
+        classes.extend([(Class::M, moments), (Class::V, moments)]);
         let arrays = Arrays::paged(device, total, setup, &classes)?;
         Ok(Self::of(list, dtype, starts, arrays))
     }
@@ -208,12 +230,49 @@ impl ParamStore {
     fn of(list: &ParamList, dtype: DType, starts: Vec<usize>, arrays: Arrays) -> ParamStore {
         let specs = list.specs.clone();
         let touched = vec![false; specs.len()];
-        ParamStore { dtype, specs, starts, arrays, touched }
+        ParamStore { dtype, specs, starts, arrays, exponents: None, touched }
     }
 
     /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
     pub fn enable_grads(&mut self) -> Result<(), OutOfMemory> {
         self.arrays.add(Class::Grad, DType::F32)
+    }
+
+    /// Reserve moments (f32 or u8), as far as they are not there.
+    pub fn enable_moments(&mut self, moments: DType) -> Result<(), OutOfMemory> {
+        self.arrays.add(Class::M, moments)?;
+        self.arrays.add(Class::V, moments)?;
+        if moments == DType::U8 {
+            let one = || Buffer::zeroed(self.arrays.device(), self.arrays.len().div_ceil(BLOCK));
+            self.exponents = Some([one()?, one()?]);
+        }
+        Ok(())
+    }
+
+    /// Windows on the same elements of every class for one update, and on the exponents of their
+    /// blocks (first, second moments) where moments have 8 bits.
+    pub fn update(&mut self, elements: Range<usize>) -> (Update<'_>, Option<[&mut [u8]; 2]>) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let exponents = self.exponents.as_mut().map(|pair| {
+            pair.each_mut().map(|one| one.view_mut(DType::U8, blocks.start, blocks.len()).bytes())
+        });
+        (self.arrays.update(elements), exponents)
+    }
+
+    /// Codes of 8-bit moments of `class` and the exponents of their blocks.
+    pub fn codes(&self, class: Class, elements: Range<usize>) -> (&[u8], &[u8]) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let pair = self.exponents.as_ref().expect("moments of 8 bits were enabled");
+        let exponents = pair[usize::from(class == Class::V)].view(DType::U8, blocks.start, blocks.len());
+        (self.arrays.view(class, elements).bytes(), exponents.bytes())
+    }
+
+    /// The same to be written.
+    pub fn codes_mut(&mut self, class: Class, elements: Range<usize>) -> (&mut [u8], &mut [u8]) {
+        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
+        let pair = self.exponents.as_mut().expect("moments of 8 bits were enabled");
+        let exponents = pair[usize::from(class == Class::V)].view_mut(DType::U8, blocks.start, blocks.len());
+        (self.arrays.view_mut(class, elements).bytes(), exponents.bytes())
     }
 
     /// The flat arrays, for the optimizer and for files.
@@ -357,15 +416,26 @@ impl ParamStore {
         self.arrays.discard(Class::Grad, 0..self.arrays.len()).map_err(Fault::outside)
     }
 
+    /// Start a step while gradients of the one before still wait to be used: each counts as zero from
+    /// when its chunk is used up, which must be before the first write.
+    pub fn renew_grads(&mut self) {
+        self.touched.fill(false);
+    }
+
     /// End the backward passes of a step: gradients nobody wrote become zeros.
     pub fn settle_grads(&mut self) -> Result<(), Fault> {
-        for param in self.refs().filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {
-            let elements = self.range(param);
-            let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-            self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
-            self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
-            self.touched[param.index()] = true;
+        self.refs().try_for_each(|param| self.settle_grad(param))
+    }
+
+    /// The same for one parameter.
+    pub fn settle_grad(&mut self, param: ParamRef) -> Result<(), Fault> {
+        if std::mem::replace(&mut self.touched[param.index()], true) {
+            return Ok(());
         }
+        let elements = self.range(param);
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
+        self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
         Ok(())
     }
 

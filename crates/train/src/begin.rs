@@ -5,6 +5,7 @@ use crate::TrainError;
 use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::Metrics;
+use crate::moments;
 use crate::prepare::Prepared;
 use crate::ranks::first_says;
 use crate::recipe::Recipe;
@@ -62,6 +63,7 @@ struct Found {
 pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result<Begun, TrainError> {
     let Begin { recipe, resolved, prepared, start, .. } = begin;
     let identity = identity(recipe, prepared);
+    same_run(flow, resolved, &identity)?;
     let mut found = match flow.mesh.rank() {
         0 => Some(look(recipe, *start)?),
         _ => None,
@@ -117,6 +119,33 @@ fn look(recipe: &Recipe, start: Start) -> Result<Found, TrainError> {
     }
 }
 
+/// Refuse to train with ranks that would train something else: processes read recipe and data by
+/// themselves, on hosts of their own, and copies of weights would drift apart without a word.
+fn same_run(flow: &Flow, resolved: &str, identity: &Identity) -> Result<(), TrainError> {
+    let isa = device::Isa::active().name();
+    let model = identity.model.to_string();
+    let data = identity.data.to_string();
+    let ours = [("recipe", resolved), ("model", &model), ("training data", &data), ("instruction set", isa)];
+    // FNV-1a, the same in every process.
+    let hash = |text: &str| {
+        let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+        text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
+    };
+    let own: [u64; 4] = ours.map(|(_, text)| hash(text));
+    let mut words: [u16; 16] = std::array::from_fn(|i| (own[i / 4] >> (16 * (i % 4))) as u16);
+    let mine = words;
+    first_says(&flow.mesh, &mut words)?;
+    let Some(at) = (0..16).find(|i| words[*i] != mine[*i]) else { return Ok(()) };
+    let (rank, name) = (flow.mesh.rank(), ours[at / 4].0);
+    let hint = if name == "instruction set" { format!(" (here it is {isa})") } else { String::new() };
+    Err(TrainError::Mesh {
+        what: format!(
+            "rank {rank} has another {name} than rank 0{hint}; every rank needs the same recipe, options, files \
+             and kind of processor"
+        ),
+    })
+}
+
 /// The state every rank goes on from.
 fn agree(recipe: &Recipe, flow: &Flow, found: Option<&mut Found>) -> Result<Option<Checkpoint>, TrainError> {
     let state = found.and_then(|found| found.state.take());
@@ -140,12 +169,36 @@ fn agree(recipe: &Recipe, flow: &Flow, found: Option<&mut Found>) -> Result<Opti
 fn restore(learner: &mut Learner, state: &Checkpoint) -> Result<(), TrainError> {
     let Learner { optimizer, store, .. } = learner;
     for (name, bytes) in optimizer.arrays(store) {
-        state.check_size(name, bytes)?;
+        let elements = store.flat_len().max(1) as u64;
+        let ours = (bytes / elements) as usize;
+        let saved = saved_size(state, name, elements, ours)?;
         state.for_each_block(name, |first, bytes| {
-            optimizer.write(store, name, first, bytes).map_err(TrainError::from)
+            let first = first / saved as u64 * ours as u64;
+            let bytes = moments::resize(bytes, saved, ours);
+            optimizer.write(store, name, first, &bytes).map_err(TrainError::from)
         })?;
     }
     Ok(())
+}
+
+/// Bytes of an element of a saved array of `elements`, of which this run has `ours`. Moments may have
+/// been saved by a run with the other kind.
+pub(crate) fn saved_size(
+    state: &Checkpoint,
+    name: &str,
+    elements: u64,
+    ours: usize,
+) -> Result<usize, TrainError> {
+    let other = match ours {
+        2 => 4,
+        _ => 2,
+    };
+    let is_moment = matches!(name, "m" | "v");
+    if is_moment && state.array(name)?.bytes == elements * other as u64 {
+        return Ok(other);
+    }
+    state.check_size(name, elements * ours as u64)?;
+    Ok(ours)
 }
 
 fn identity(recipe: &Recipe, prepared: &Prepared) -> Identity {

@@ -2,12 +2,13 @@
 //! are counted and move nothing. So what a rank would exchange is counted, not computed from formulas.
 
 use crate::TrainError;
-use crate::ranks::sum_grads;
+use crate::ranks::axes_of_sums;
 use device::{DType, Device};
 use dist::{Axis, Communicator, Flow, Mesh, MeshShape, Scheme};
+use memory::Class;
 use model::{Built, Config, Model, Recompute, Tokens};
 use std::collections::BTreeSet;
-use tensor::{ParamStore, Tape, Targets};
+use tensor::{Fault, ParamStore, Tape, Targets};
 
 /// Tokens of a dry run, about: bytes per token do not depend on it.
 const TOKENS: usize = 1024;
@@ -68,7 +69,13 @@ fn run(config: &Config, shape: MeshShape, scheme: Scheme) -> Result<Counted, Tra
     drop(tape);
     let passes = received(&mesh);
     store.settle_grads()?;
-    sum_grads(&mesh, &mut store, &spreads)?;
+    for (param, spread) in store.refs().zip(&spreads) {
+        for axis in axes_of_sums(&mesh, spread) {
+            let range = store.range(param);
+            let grad = store.arrays_mut().view_mut(Class::Grad, range);
+            mesh.group(axis).all_reduce_sum(grad).map_err(Fault::from)?;
+        }
+    }
     Ok(Counted { tokens, passes, all: received(&mesh), peers: peers(&mesh) })
 }
 

@@ -1,8 +1,11 @@
 //! What a run will need, from shapes alone: predicted, before anything is reserved.
 
+use crate::moments::Moments;
 use crate::optimizer::AdamW;
-use crate::recipe::TrainRecipe;
+use crate::recipe::{MeshRecipe, TrainRecipe};
 use device::DType;
+use dist::Axis;
+use dist::cost::Zero;
 use model::{Config, Recompute};
 use tensor::ParamList;
 
@@ -17,6 +20,8 @@ pub struct Estimate {
     pub params: usize,
     /// Weights, masters, gradients and moments.
     pub state_bytes: u64,
+    /// Exponents of 8-bit moments, which stay in memory whatever the tiers.
+    pub exponent_bytes: u64,
     /// Activations at their highest, scratch included.
     pub activation_bytes: u64,
     /// The copy that is written in the background.
@@ -31,13 +36,16 @@ impl Estimate {
     /// For a model of `params` under `recipe`.
     pub fn new(config: &Config, params: &ParamList, recipe: &TrainRecipe, snapshot: bool) -> Estimate {
         let count: usize = params.specs().iter().map(|spec| spec.len()).sum();
-        let per_param = AdamW::bytes_per_param(recipe.dtype);
+        let moments = recipe.adamw.moments;
+        let per_param = AdamW::bytes_per_param(recipe.dtype, moments);
         let step_tokens = recipe.batch * recipe.context * recipe.accumulate;
         // Gradients are not saved.
-        let snapshot_bytes = if snapshot { count * (per_param - 4) } else { 0 };
+        let snapshot_bytes = if snapshot { count * AdamW::saved_per_param(moments) } else { 0 };
+        let exponents = if moments == Moments::Bits8 { 2 * count.div_ceil(tensor::BLOCK) } else { 0 };
         Estimate {
             params: count,
             state_bytes: (count * per_param) as u64,
+            exponent_bytes: exponents as u64,
             activation_bytes: activation_bytes(config, recipe),
             snapshot_bytes: snapshot_bytes as u64,
             step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
@@ -45,14 +53,43 @@ impl Estimate {
         }
     }
 
+    /// The same for all ranks of `mesh`, which are threads of one process: replicas each have a copy
+    /// of what they do not share.
+    pub fn over(self, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
+        let (dtype, moments) = (recipe.dtype, recipe.adamw.moments);
+        let size = |axis| mesh.shape.size(axis);
+        let copies = size(Axis::Dp) * size(Axis::Cp) * size(Axis::Ep);
+        let kept = |stage: Zero| if mesh.sharding.zero >= stage { 1 } else { size(Axis::Fsdp) };
+        let (weight, grad) = (dtype.size_bytes(), DType::F32.size_bytes());
+        let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
+        let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
+        Estimate { state_bytes: (self.params * copies * each) as u64, ..self }
+    }
+
     /// All of it.
     pub fn total_bytes(&self) -> u64 {
-        self.state_bytes + self.activation_bytes + self.snapshot_bytes
+        self.state_bytes + self.exponent_bytes + self.activation_bytes + self.snapshot_bytes
     }
 
     /// Predicted seconds of a step on a machine of `peak_gflops`.
     pub fn step_seconds(&self, peak_gflops: f64) -> f64 {
         self.step_flops / (peak_gflops * 1e9 * USUAL_UTILISATION)
+    }
+}
+
+/// Seconds one measured product may take, about.
+const PRODUCT_S: f64 = 0.03;
+
+impl Estimate {
+    /// Predicted seconds of a step on this machine, from what it reaches on a layer's widest product
+    /// and on the optimizer's update, both measured now (less than a second). Norms, softmax and other
+    /// passes over activations are not in it, so steps of narrow models take longer than it says.
+    pub fn measured_step_seconds(&self, config: &Config, recipe: &TrainRecipe, peak_gflops: f64) -> f64 {
+        let (k, n) = (config.width(), config.ffn());
+        let rows = (PRODUCT_S * peak_gflops * 1e9 / (2 * k * n) as f64) as usize;
+        let m = (recipe.batch * recipe.context).min(rows.max(64));
+        let gflops = kernels::peak::gflops_of(recipe.dtype, m, k, n);
+        self.step_flops / (gflops * 1e9) + self.params as f64 * kernels::peak::update_seconds()
     }
 }
 

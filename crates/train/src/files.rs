@@ -52,11 +52,20 @@ impl Files {
         let arrays = optimizer.arrays(store);
         match &mut self.saver {
             Writer::Inline(states) => {
+                let mut cause = None;
                 let read = |array: usize, first: u64, out: &mut [u8]| {
                     let read = optimizer.read(store, arrays[array].0, first, out);
-                    read.map_err(|error| StateError::Source { what: error.to_string() })
+                    read.map_err(|error| {
+                        let what = error.to_string();
+                        cause = Some(error);
+                        StateError::Source { what }
+                    })
                 };
-                states.save_from(step, &meta, &arrays, read)?;
+                let saved = states.save_from(step, &meta, &arrays, read);
+                if let Some(cause) = cause {
+                    return Err(cause.into());
+                }
+                saved?;
             }
             Writer::Background(saver) => {
                 // The former save's failure must not wait for the next one.

@@ -2,7 +2,9 @@
 
 use crate::balance::Balance;
 use crate::optimizer::{AdamW, AdamWConfig};
+use crate::pending::Pending;
 use crate::ranks;
+use crate::shards::{self, Sharding, Shards};
 use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
@@ -33,6 +35,9 @@ pub struct Learner {
     pub loads: Vec<Load>,
     pub(crate) recompute: Recompute,
     pub(crate) pass: Pass,
+    pub(crate) pending: Pending,
+    /// Our part in sharing the state; none on a mesh of one.
+    pub(crate) shards: Option<Shards>,
 }
 
 /// How a learner is to work.
@@ -72,15 +77,29 @@ impl Learner {
 
     /// The same as one rank of the mesh of `flow`, with its pieces of the parameters.
     pub fn on(flow: &Flow, config: &Config, options: LearnerOptions) -> Result<Learner, LearnerError> {
+        Learner::sharded(flow, config, options, Sharding::default())
+    }
+
+    /// The same, sharing the state with the ranks of `fsdp` as `sharding` says.
+    pub fn sharded(
+        flow: &Flow,
+        config: &Config,
+        options: LearnerOptions,
+        sharding: Sharding,
+    ) -> Result<Learner, LearnerError> {
         let LearnerOptions { context, dtype, adamw, recompute, tiers } = options;
         let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
+        let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
+        let share = (mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
         let mut store = match tiers {
-            None => ParamStore::new(Device::Cpu, dtype, &params)?,
-            Some(setup) => ParamStore::paged(Device::Cpu, dtype, &params, setup)?,
+            Some(setup) => ParamStore::paged(Device::Cpu, (dtype, adamw.moments.dtype()), &params, setup)?,
+            None if mesh.world_size() == 1 => ParamStore::new(Device::Cpu, dtype, &params)?,
+            None => ParamStore::striped(Device::Cpu, dtype, &params, share, sharding.away())?,
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
-        let (mesh, pass) = (flow.mesh.clone(), Pass::default());
+        let striped = store.arrays().stripes().is_some();
+        let shards = striped.then(|| Shards::new(&mesh, sharding, &store, &spreads));
         Ok(Learner {
             model,
             store,
@@ -92,6 +111,8 @@ impl Learner {
             loads: Vec::new(),
             recompute,
             pass,
+            pending,
+            shards,
         })
     }
 
@@ -104,18 +125,30 @@ impl Learner {
     /// Random initial weights from `seed`.
     pub fn initialise(&mut self, seed: u64) -> Result<(), Fault> {
         let Learner { optimizer, store, params, .. } = self;
-        params.initial_values(seed, |param, first, values| optimizer.set_weights(store, param, first, values))
+        params.initial_values(seed, |param, first, values| {
+            optimizer.set_weights(store, param, first, values)
+        })?;
+        self.share_weights()
+    }
+
+    /// Weights were set: ranks that share the state set their own granules, and now get those of
+    /// others where they keep whole weights. Every rank calls it.
+    pub fn share_weights(&mut self) -> Result<(), Fault> {
+        let shards = self.shards.as_mut();
+        shards.map_or(Ok(()), |shards| shards.share_weights(&mut self.store))
     }
 
     /// Add the gradients of this replica's rows of one microbatch, whose summed loss counts `scale`;
-    /// returns the sum of the losses of all its learned targets, in nats. Gradients of ranks are
-    /// still to be added up (`ranks::sum_grads`).
+    /// returns the sum of the losses of all its learned targets, in nats. On a mesh this is part of a
+    /// pass (`shards`), which adds the gradients of ranks up.
     pub fn accumulate(&mut self, batch: &Batch, scale: f32) -> Result<f64, Fault> {
         let (tokens, share) = (tokens_of(batch), self.share(batch, scale)?);
-        let (mesh, step) = (&self.mesh, self.optimizer.steps);
-        let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
-            mesh.set_place(step, Some(moment.layer as u32));
-            Ok(())
+        let mesh = &self.mesh;
+        let (pending, optimizer, shards) = (&mut self.pending, &self.optimizer, &mut self.shards);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
+            mesh.set_layer(moment.layer as u32);
+            pending.before(moment, optimizer, store)?;
+            shards.as_mut().map_or(Ok(()), |shards| shards.moment(moment, store))
         };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(share);
@@ -126,6 +159,12 @@ impl Learner {
         tape.backward()?;
         self.loads.append(&mut tape.loads);
         ranks::sum_of_losses(&self.mesh, &losses)
+    }
+
+    /// Make the updates that wait for the next step, so that weights and state are those after the
+    /// last one. Nothing to do where there are none.
+    pub fn finish_updates(&mut self) -> Result<(), Fault> {
+        self.pending.finish(&self.optimizer, &mut self.store)
     }
 
     /// Which part of a step's targets a microbatch has, over all replicas; asked of them only where a
@@ -142,6 +181,7 @@ impl Learner {
 
     /// Start a step: gradients count as zero.
     pub fn clear_grads(&mut self) -> Result<(), Fault> {
+        self.finish_updates()?;
         self.store.clear_grads()
     }
 
@@ -162,7 +202,7 @@ impl Learner {
             None => rows.push((phase, op, seconds)),
         };
         let tokens = tokens_of(batch);
-        self.store.clear_grads()?;
+        self.clear_grads()?;
         // A moment is told before its op runs: the time up to the next one is its own.
         let mut running: Option<(String, String, Instant)> = None;
         let mut watch = |moment: &Moment<'_>, _: &mut ParamStore| {
@@ -190,7 +230,14 @@ impl Learner {
 
     /// Sum of the losses of a batch without learning from it.
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
-        loss_of(&self.model, &mut self.store, batch)
+        self.finish_updates()?;
+        let Learner { model, store, shards, .. } = self;
+        let Some(shards) = shards else { return loss_of(model, store, batch) };
+        shards.begin_pass(shards::Pass::Running, store)?;
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| shards.moment(moment, store);
+        let loss = run(model, Tape::running(store).watched_by(&mut watch), batch)?;
+        shards.end_pass(store)?;
+        Ok(loss)
     }
 }
 
@@ -206,8 +253,11 @@ pub(crate) fn tokens_of(batch: &Batch) -> Tokens {
 
 /// Sum of the losses of the learned targets of `batch`, in nats.
 pub fn loss_of(model: &Model, store: &mut ParamStore, batch: &Batch) -> Result<f64, Fault> {
+    run(model, Tape::running(store), batch)
+}
+
+fn run(model: &Model, mut tape: Tape<'_>, batch: &Batch) -> Result<f64, Fault> {
     let tokens = tokens_of(batch);
-    let mut tape = Tape::running(store);
     let hidden = model.hidden(&mut tape, &tokens, Recompute::Never)?;
     let losses = model.loss(&mut tape, &hidden, Targets { ids: &batch.targets, scale: 1.0 }, batch.b)?;
     Ok(sum(losses.view().f32()))

@@ -5,6 +5,7 @@
 
 use crate::balance::Balance;
 use crate::tensorboard::EventWriter;
+use dist::Counts;
 use memory::pager::{LinkCount, TierCount, TierReport};
 use serde_json::{Value, json};
 use std::fs::{File, OpenOptions};
@@ -73,8 +74,44 @@ pub struct StepMetrics {
     pub mfu: f64,
     /// What the tiers of the state did, where it has some.
     pub tiers: Option<TierReport>,
+    /// What this rank exchanged with others, by axes; empty on a mesh of one.
+    pub messages: Vec<Messages>,
     /// How evenly experts were asked, where the model has some.
     pub balance: Option<Balance>,
+}
+
+/// What one rank exchanged in a step over one set of axes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Messages {
+    /// The axes, like `fsdp` or `dp`.
+    pub axes: String,
+    /// Bytes that left the rank.
+    pub sent_bytes: u64,
+    /// Bytes that reached it.
+    pub received_bytes: u64,
+    /// Seconds the rank waited instead of computing.
+    pub exposed_s: f64,
+    /// Seconds of calls beside computation, waited for or not.
+    pub beside_s: f64,
+}
+
+impl Messages {
+    /// What was exchanged over each set of axes between two counts of one rank.
+    pub(crate) fn between(before: &[Counts], after: &[Counts]) -> Vec<Messages> {
+        let since = |after: &Counts| {
+            let before = before.iter().find(|before| before.axes == after.axes);
+            let less = |of: &dyn Fn(&Counts) -> u64| of(after) - before.map_or(0, of);
+            let less_s = |of: &dyn Fn(&Counts) -> f64| of(after) - before.map_or(0.0, of);
+            Messages {
+                axes: after.axes.clone(),
+                sent_bytes: less(&|counts| counts.bytes_sent),
+                received_bytes: less(&|counts| counts.bytes_received),
+                exposed_s: less_s(&|counts| counts.exposed_s),
+                beside_s: less_s(&|counts| counts.beside_s),
+            }
+        };
+        after.iter().map(since).collect()
+    }
 }
 
 impl Metrics {
@@ -118,12 +155,16 @@ impl Metrics {
             points.push(("experts/balance_loss", balance.loss));
             points.push(("experts/imbalance", balance.imbalance));
         }
-        let names;
+        let mut named = Vec::new();
         if let Some(tiers) = &m.tiers {
             line["tiers"] = tiers_line(tiers);
-            names = tiers_points(tiers);
-            points.extend(names.iter().map(|(name, value)| (name.as_str(), *value)));
+            named.extend(tiers_points(tiers));
         }
+        if !m.messages.is_empty() {
+            line["messages"] = messages_line(&m.messages);
+            named.extend(m.messages.iter().flat_map(messages_points));
+        }
+        points.extend(named.iter().map(|(name, value)| (name.as_str(), *value)));
         self.put(m.step, &line, &points)
     }
 
@@ -184,6 +225,25 @@ fn tiers_points(tiers: &TierReport) -> Vec<(String, f64)> {
         }
     }
     points
+}
+
+fn messages_line(messages: &[Messages]) -> Value {
+    let line = |m: &Messages| {
+        json!({
+            "axes": m.axes, "sent_bytes": m.sent_bytes, "received_bytes": m.received_bytes,
+            "exposed_s": m.exposed_s, "beside_s": m.beside_s,
+        })
+    };
+    messages.iter().map(line).collect()
+}
+
+fn messages_points(messages: &Messages) -> [(String, f64); 3] {
+    let name = |what: &str| format!("mesh/{}/{what}", messages.axes);
+    [
+        (name("received_bytes"), messages.received_bytes as f64),
+        (name("exposed_s"), messages.exposed_s),
+        (name("beside_s"), messages.beside_s),
+    ]
 }
 
 /// JSON has no NaN and no infinity; a text keeps what happened.

@@ -1,8 +1,10 @@
 //! AdamW over flat memory: the moments, and the low halves that make bf16 weights exact f32
 //! masters. Works chunk by chunk where chunks come and go.
 
+use crate::moments::{self, Moments};
 use device::{DType, Device, OutOfMemory};
 use kernels::adamw::{self, Hyper, Master};
+use kernels::adamw8::{self, Packed};
 use memory::pager::About;
 use memory::trace::{Access, Phase};
 use memory::{Class, Need, Update};
@@ -20,12 +22,14 @@ pub struct AdamWConfig {
     pub eps: f32,
     /// Decoupled decay of the parameters that ask for it (`ParamSpec::decay`).
     pub weight_decay: f32,
+    /// Precision of the moments.
+    pub moments: Moments,
 }
 
 /// The rule that updates the flat arrays of a `ParamStore`.
 ///
-/// Bytes per parameter beside weights and gradients: 8 of moments, and 2 of low halves when the
-/// weights are bf16.
+/// Bytes per parameter beside weights and gradients: 8 of moments (2 with 8 bits), and 2 of low
+/// halves when the weights are bf16.
 pub struct AdamW {
     config: AdamWConfig,
     /// Steps applied so far.
@@ -42,8 +46,7 @@ impl AdamW {
         if store.dtype() != DType::F32 {
             store.arrays_mut().add(Class::Master, DType::U16)?;
         }
-        store.arrays_mut().add(Class::M, DType::F32)?;
-        store.arrays_mut().add(Class::V, DType::F32)?;
+        store.enable_moments(config.moments.dtype())?;
         Ok(AdamW { config, steps: 0 })
     }
 
@@ -94,12 +97,9 @@ impl AdamW {
         lr: f32,
         grad_scale: f32,
     ) -> Result<(), Fault> {
-        let need = |class, access| Need { class, elements: elements.clone(), access };
-        let mut needs = vec![need(Class::Grad, Access::Read)];
-        let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
-        needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
+        let needs = needs(store, &elements);
         store.bring(UPDATE, &needs)?;
-        let AdamWConfig { beta1, beta2, eps, weight_decay } = self.config;
+        let AdamWConfig { beta1, beta2, eps, weight_decay, .. } = self.config;
         for param in store.params_in(&elements) {
             let range = store.range(param);
             let part = range.start.max(elements.start)..range.end.min(elements.end);
@@ -108,20 +108,37 @@ impl AdamW {
             }
             let weight_decay = if store.spec(param).decay { weight_decay } else { 0.0 };
             let hyper = Hyper { lr, beta1, beta2, eps, weight_decay, step: self.steps, grad_scale };
-            let Update { param, grad, master, m, v } = store.arrays_mut().update(part);
+            // The number of a block decides how it is rounded: the same wherever a copy lies.
+            let first = ((param.index() as u64) << 40) + (part.start - range.start) as u64;
+            let (update, exponents) = store.update(part);
+            let Update { param, grad, master, m, v } = update;
             let master = match master {
                 None => Master::F32(param),
                 Some(low) => Master::Split { high: param, low },
             };
-            adamw::update(master, grad, m, v, &hyper);
+            match exponents {
+                None => adamw::update(master, grad, m, v, &hyper),
+                Some([m_exponents, v_exponents]) => {
+                    let m = Packed { codes: m.bytes(), exponents: m_exponents };
+                    let v = Packed { codes: v.bytes(), exponents: v_exponents };
+                    adamw8::update(master, grad, m, v, first, &hyper);
+                }
+            }
         }
         store.arrays_mut().discard(Class::Grad, elements).map_err(Fault::outside)
     }
 
-    /// Everything a step reads and writes, weights included, as flat arrays: (name, bytes).
+    /// An update that usual steps make falls out in this one.
+    pub(crate) fn pass_over(&self, store: &mut ParamStore, elements: Range<usize>) -> Result<(), Fault> {
+        let needs = needs(store, &elements);
+        store.arrays_mut().pass_over(UPDATE, &needs).map_err(Fault::outside)
+    }
+
+    /// Everything a step reads and writes, weights included, as flat arrays of a state: (name, bytes
+    /// saved).
     pub fn arrays(&self, store: &ParamStore) -> Vec<(&'static str, u64)> {
         let saved = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
-        saved.map(|(name, class)| (*name, store.arrays().bytes(*class) as u64)).collect()
+        saved.map(|(name, class)| (*name, (store.flat_len() * saved_size(store, *class)) as u64)).collect()
     }
 
     /// Copy bytes of one of `arrays` from byte `first` on.
@@ -131,38 +148,67 @@ impl AdamW {
             let need = Need { class, elements: piece.clone(), access: Access::Read };
             store.bring(SAVE, &[need])?;
             let out = &mut out[(piece.start - start) * size..(piece.end - start) * size];
-            out.copy_from_slice(store.arrays().view(class, piece).bytes());
+            match store.arrays().dtype(class) {
+                DType::U8 => moments::read(store, class, piece, out),
+                _ => out.copy_from_slice(store.arrays().view(class, piece).bytes()),
+            }
         }
         Ok(())
     }
 
-    /// Set bytes of one of `arrays` from byte `first` on.
+    /// Set bytes of one of `arrays` from byte `first` on; of 8-bit moments whole blocks.
     pub fn write(&self, store: &mut ParamStore, name: &str, first: u64, bytes: &[u8]) -> Result<(), Fault> {
         let (class, start, size) = place(store, name, first);
         for piece in store.arrays().pieces(start..start + bytes.len() / size) {
             let need = Need { class, elements: piece.clone(), access: Access::ReadWrite };
             store.bring(LOAD, &[need])?;
             let bytes = &bytes[(piece.start - start) * size..(piece.end - start) * size];
-            store.arrays_mut().view_mut(class, piece).bytes().copy_from_slice(bytes);
+            match store.arrays().dtype(class) {
+                DType::U8 => moments::write(store, class, piece, bytes),
+                _ => store.arrays_mut().view_mut(class, piece).bytes().copy_from_slice(bytes),
+            }
         }
         Ok(())
     }
 
     /// Bytes of state per parameter, weights and f32 gradients included.
-    pub const fn bytes_per_param(dtype: DType) -> usize {
-        match dtype {
-            DType::F32 => 4 + 4 + 8,
-            _ => 2 + 2 + 4 + 8,
-        }
+    pub const fn bytes_per_param(dtype: DType, moments: Moments) -> usize {
+        let weights = match dtype {
+            DType::F32 => 4,
+            _ => 2 + 2,
+        };
+        weights + 4 + 2 * moments.dtype().size_bytes()
     }
+
+    /// Bytes of a saved state per parameter.
+    pub const fn saved_per_param(moments: Moments) -> usize {
+        4 + 2 * moments.saved_size()
+    }
+}
+
+/// What an update of `elements` reads and writes.
+fn needs(store: &ParamStore, elements: &Range<usize>) -> Vec<Need> {
+    let need = |class, access| Need { class, elements: elements.clone(), access };
+    let mut needs = vec![need(Class::Grad, Access::Read)];
+    let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
+    needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
+    needs
 }
 
 /// Class of a saved array, element of a byte, bytes of an element.
 fn place(store: &ParamStore, name: &str, first: u64) -> (Class, usize, usize) {
     let class = SAVED.iter().find(|(known, _)| *known == name).map(|(_, class)| *class);
     let class = class.unwrap_or_else(|| panic!("no array `{name}` is saved"));
-    let size = store.arrays().dtype(class).size_bytes();
+    let size = saved_size(store, class);
     (class, first as usize / size, size)
+}
+
+/// Bytes of an element of a class in a state.
+fn saved_size(store: &ParamStore, class: Class) -> usize {
+    match store.arrays().dtype(class) {
+        DType::U8 => Moments::Bits8.saved_size(),
+        other => other.size_bytes(),
+    }
 }
 
 const LOAD: About = About { phase: Phase::Optimizer, op: "load", layer: 0 };

@@ -9,9 +9,6 @@ use dist::Mesh;
 use memory::plan::{StateLayout, Transformer, Updates};
 use model::{Config, Model, Recompute};
 
-/// Bytes an update reads and writes per parameter: weight, master, moments and gradient.
-const UPDATE_BYTES: f64 = 28.0;
-
 /// A part of a layer holds at most this many bytes of gradients, so that parts move one by one.
 const PART_BYTES: u64 = 256 << 20;
 
@@ -53,10 +50,14 @@ fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Spee
         DType::F32 => StateLayout::F32,
         _ => StateLayout::SPLIT,
     };
+    let moment = recipe.adamw.moments.dtype().size_bytes() as u64;
+    let state = StateLayout { m: moment, v: moment, ..state };
+    // An update reads the gradient, reads and writes the rest.
+    let update_bytes = (2 * state.per_param() - state.grad) as f64;
     let activations = Activations::new(config, recipe);
     let tokens = (recipe.batch * recipe.context) as f64;
     let flops = config.flops().per_token(recipe.context) * tokens;
-    let update = |per_s: f64| UPDATE_BYTES / per_s;
+    let update = |per_s: f64| update_bytes / per_s;
     let accumulate = (recipe.accumulate as u64).clamp(1, u64::from(MOST_MICROBATCHES));
     // Forward and backward of each microbatch, and the update.
     let most_parts = (MOST_MOMENTS / (layers * (2 * accumulate + 1))).clamp(1, 64);
@@ -67,8 +68,8 @@ fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Spee
         head_params,
         state,
         parts: (layer_params * state.grad).div_ceil(PART_BYTES).clamp(1, most_parts) as u32,
-        // Clipping waits for the norm of all gradients.
-        updates: if recipe.clip.is_finite() { Updates::AfterBackward } else { Updates::InBackward },
+        // Clipping waits for the norm of all gradients; updates then wait for the next step.
+        updates: if recipe.clip.is_finite() { Updates::BeforeForward } else { Updates::InBackward },
         accumulate: accumulate as u32,
         kept_bytes: activations.kept_bytes,
         input_bytes: activations.input_bytes,

@@ -74,7 +74,8 @@ impl Prepared {
     pub fn estimate(&self, recipe: &Recipe) -> Estimate {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
-        Estimate::new(&self.config, &self.params, &recipe.train, snapshot)
+        let one = Estimate::new(&self.config, &self.params, &recipe.train, snapshot);
+        one.over(&recipe.mesh, &recipe.train)
     }
 
     /// What the state may spread over; none: all of it stays in memory.
@@ -119,7 +120,7 @@ impl Prepared {
         let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
         let tiers = self.tiers(recipe);
         let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
-        Learner::on(flow, &self.config, options).map_err(|error| match error {
+        Learner::sharded(flow, &self.config, options, recipe.mesh.sharding).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),
             LearnerError::Memory(error) => TrainError::Memory(error),
             LearnerError::Tiers(error) => TrainError::Tiers(error),
@@ -139,7 +140,7 @@ impl Prepared {
             |name, shape| files.read(name, shape).map_err(TrainError::from),
             |param, first, values| Ok(optimizer.set_weights(store, param, first, values)?),
         )?;
-        Ok(())
+        Ok(learner.share_weights()?)
     }
 }
 

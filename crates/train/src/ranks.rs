@@ -1,20 +1,18 @@
-//! What the ranks of a run tell each other outside of the model: gradients of copies, scalars, and
-//! what the first rank decides. Everything goes along one axis at a time, so that a rank meets its
+//! What the ranks of a run tell each other outside of the model and its gradients (`shards`): scalars,
+//! and what the first rank decides; and over which axes gradients are added up. Everything goes along one axis at a time, so that a rank meets its
 //! own lines of the mesh only, and sums have one order.
 
 use device::{Buffer, DType, Device, ViewMut};
 use dist::{Axis, Mesh};
-use memory::pager::About;
-use memory::trace::{Access, Phase};
-use memory::{Class, Need};
 use model::Spread;
-use tensor::{Fault, ParamStore, Tensor};
+use tensor::{Fault, Tensor};
 
 /// Axes whose ranks see other rows of the batch, outermost first.
 pub(crate) const ROWS: [Axis; 3] = [Axis::Dp, Axis::Fsdp, Axis::Ep];
 
-/// Axes whose ranks see other tokens of the batch: gradients of what they hold copies of are summands.
-const TOKENS: [Axis; 4] = [Axis::Dp, Axis::Fsdp, Axis::Ep, Axis::Cp];
+/// Axes whose ranks see other tokens of the batch: gradients of what they hold copies of are
+/// summands. In the order of sums.
+const TOKENS: [Axis; 4] = [Axis::Fsdp, Axis::Dp, Axis::Ep, Axis::Cp];
 
 /// Which of how many shares of the rows of a batch this rank has.
 pub(crate) fn replica(mesh: &Mesh) -> (usize, usize) {
@@ -23,37 +21,19 @@ pub(crate) fn replica(mesh: &Mesh) -> (usize, usize) {
     })
 }
 
-const SUM: About = About { phase: Phase::Optimizer, op: "sum_grads", layer: 0 };
-
-/// Add the gradients up that ranks hold summands of; copies are equal afterwards, bit for bit.
-pub(crate) fn sum_grads(mesh: &Mesh, store: &mut ParamStore, spreads: &[Spread]) -> Result<(), Fault> {
-    let axes_of = |spread: &Spread| -> Vec<Axis> {
-        let copies = TOKENS.into_iter().filter(|axis| !spread.cut.contains(axis));
-        let axes = spread.sums.iter().copied().chain(copies);
-        axes.filter(|axis| mesh.size(*axis) > 1).collect()
-    };
-    let params: Vec<_> = store.refs().zip(spreads.iter().map(axes_of)).collect();
-    // Neighbours that are summed over the same axes travel as one, where nothing has to be brought.
-    let paged = store.arrays().is_paged();
-    for run in params.chunk_by(|a, b| !paged && a.1 == b.1) {
-        let (Some((first, axes)), Some((last, _))) = (run.first(), run.last()) else { continue };
-        let elements = store.range(*first).start..store.range(*last).end;
-        if axes.is_empty() || elements.is_empty() {
-            continue;
-        }
-        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-        store.bring(SUM, &[need])?;
-        for axis in axes {
-            let grads = store.arrays_mut().view_mut(Class::Grad, elements.clone());
-            mesh.group(*axis).all_reduce_sum(grads)?;
-        }
-    }
-    Ok(())
+/// Axes over which the gradient of a parameter is added up, in that order: replicas first, so that
+/// those that share the state scatter it before anybody else is asked.
+pub(crate) fn axes_of_sums(mesh: &Mesh, spread: &Spread) -> Vec<Axis> {
+    let copies = TOKENS.into_iter().filter(|axis| !spread.cut.contains(axis));
+    let axes = copies.chain(spread.sums.iter().copied());
+    axes.filter(|axis| mesh.size(*axis) > 1).collect()
 }
 
-/// Whether this rank is the first of those that hold the same piece of a parameter.
-pub(crate) fn is_first(mesh: &Mesh, spread: &Spread) -> bool {
-    Axis::ALL.iter().all(|axis| spread.cut.contains(axis) || mesh.coord(*axis) == 0)
+/// Whether this rank is the first of those that hold the same piece of a parameter, wherever it is on
+/// `axis`, whose ranks share that piece.
+pub(crate) fn is_first_but(mesh: &Mesh, spread: &Spread, axis: Axis) -> bool {
+    let mut axes = Axis::ALL.iter().filter(|other| **other != axis);
+    axes.all(|axis| spread.cut.contains(axis) || mesh.coord(*axis) == 0)
 }
 
 /// `x` of every replica, in their order.
@@ -68,14 +48,22 @@ pub(crate) fn gather_replicas(mesh: &Mesh, x: f64) -> Result<Vec<f64>, Fault> {
 
 /// `x` of every rank of an axis, in their order.
 pub(crate) fn gather_over(mesh: &Mesh, axis: Axis, x: f64) -> Result<Vec<f64>, Fault> {
+    gather_all(mesh, axis, &[x])
+}
+
+/// `xs` of every rank of an axis, one rank after the other.
+pub(crate) fn gather_all(mesh: &Mesh, axis: Axis, xs: &[f64]) -> Result<Vec<f64>, Fault> {
     if mesh.size(axis) == 1 {
-        return Ok(vec![x]);
+        return Ok(xs.to_vec());
     }
-    let mut mine = Buffer::new(Device::Cpu, 8)?;
-    mine.view_mut(DType::U16, 0, 4).bytes().copy_from_slice(&x.to_ne_bytes());
-    let mut all = Buffer::new(Device::Cpu, 8 * mesh.size(axis))?;
-    let words = all.len_bytes() / 2;
-    mesh.group(axis).all_gather(mine.view(DType::U16, 0, 4), all.view_mut(DType::U16, 0, words))?;
+    let mut mine = Buffer::new(Device::Cpu, 8 * xs.len())?;
+    let mut words = 4 * xs.len();
+    let bytes = mine.view_mut(DType::U16, 0, words).bytes();
+    bytes.as_chunks_mut().0.iter_mut().zip(xs).for_each(|(word, x)| *word = x.to_ne_bytes());
+    let mut all = Buffer::new(Device::Cpu, 8 * xs.len() * mesh.size(axis))?;
+    let mine = mine.view(DType::U16, 0, words);
+    words *= mesh.size(axis);
+    mesh.group(axis).all_gather(mine, all.view_mut(DType::U16, 0, words))?;
     let bytes = all.view(DType::U16, 0, words).bytes();
     Ok(bytes.as_chunks().0.iter().map(|word| f64::from_ne_bytes(*word)).collect())
 }

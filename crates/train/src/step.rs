@@ -1,14 +1,15 @@
 //! One training step: microbatches there and back, the global norm, the update.
 //!
 //! Where chunks come and go, a gradient is summed for the norm the moment it is final, while it is
-//! at hand, and without clipping its chunk is updated at once, while the backward pass is still
-//! going: then no gradient ever leaves. When a gradient is final is known from the pass before.
+//! at hand. Without clipping its chunk is updated at once, while the backward pass is still going:
+//! then no gradient ever leaves. With clipping updates wait for the next step (`pending`). When a
+//! gradient is final is known from the pass before.
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
 use crate::ranks;
+use crate::shards::{self, Shards};
 use data::Batch;
-use dist::Axis;
 use memory::pager::About;
 use memory::trace::{Access, Phase};
 use memory::{Class, Need};
@@ -59,57 +60,112 @@ const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
 impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
-        self.store.clear_grads()?;
+        if self.shards.is_some() {
+            self.store.clear_grads()?;
+            return self.step_over_ranks(batches, plan);
+        }
+        let deferred = self.defers(plan);
+        self.begin_grads(deferred)?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
-        let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)? as usize;
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
         let (last, others) = batches.split_last().expect("a step has a microbatch");
         for batch in others {
             loss += self.accumulate(batch, scale)?;
         }
-        self.optimizer.steps += 1;
-        // Gradients of several ranks are final only when they are added up, at the end.
-        let done = match self.store.arrays().is_paged() && self.mesh.world_size() == 1 {
+        let applied = self.optimizer.steps;
+        // Updates of the step before, which may still wait, are made with its count.
+        self.optimizer.steps += u64::from(!deferred);
+        let done = match self.settles_early() {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
                 loss += self.accumulate(last, scale)?;
                 self.store.settle_grads()?;
-                ranks::sum_grads(&self.mesh, &mut self.store, &self.spreads)?;
                 let squares = self.squared_norm()?;
                 let done = done(loss / learned.max(1) as f64, squares);
                 self.update_all(done, plan)?;
                 done
             }
         };
-        if !done.applied {
-            self.optimizer.steps -= 1;
-        }
+        self.optimizer.steps = applied + u64::from(done.applied);
         self.store.arrays_mut().end_step().map_err(Fault::outside)?;
         Ok(done)
     }
 
-    /// Squared norm of the whole gradient: every rank adds the pieces it is the first to hold.
+    /// Whether gradients are used as they become final.
+    fn settles_early(&self) -> bool {
+        self.store.arrays().is_paged()
+    }
+
+    /// Whether updates wait for the next step. Without clipping they need not: made in the backward
+    /// pass they cost fewer bytes.
+    fn defers(&self, plan: StepPlan) -> bool {
+        self.settles_early() && plan.clip.is_finite()
+    }
+
+    /// Every gradient counts as zero, once what waits for it is done.
+    fn begin_grads(&mut self, deferred: bool) -> Result<(), Fault> {
+        if !deferred {
+            return self.clear_grads();
+        }
+        self.pending.begin_step(&self.store);
+        match self.pending.is_some() {
+            true => self.store.renew_grads(),
+            false => self.store.clear_grads()?,
+        }
+        Ok(())
+    }
+
+    /// The same where ranks share rows, state or pieces.
+    fn step_over_ranks(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
+        let learned: usize = batches.iter().map(|batch| batch.learned).sum();
+        let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)?.max(1.0);
+        self.optimizer.steps += 1;
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            let pass = if i + 1 < batches.len() { shards::Pass::Learning } else { shards::Pass::Last };
+            let (shards, store) = self.shared();
+            shards.begin_pass(pass, store)?;
+            loss += self.accumulate(batch, 1.0 / learned as f32)?;
+            let (shards, store) = self.shared();
+            shards.end_pass(store)?;
+        }
+        let Learner { shards, store, optimizer, spreads, .. } = self;
+        let shards = shards.as_mut().expect("ranks share the state");
+        let done = done(loss / learned, shards.squared_norm(store, spreads)?);
+        match done.applied {
+            true => shards.update(store, optimizer, (plan.lr, clipped(done.grad_norm, plan.clip)))?,
+            false => optimizer.steps -= 1,
+        }
+        Ok(done)
+    }
+
+    fn shared(&mut self) -> (&mut Shards, &mut ParamStore) {
+        (self.shards.as_mut().expect("ranks share the state"), &mut self.store)
+    }
+
+    /// Squared norm of the whole gradient.
     fn squared_norm(&mut self) -> Result<f64, Fault> {
         let mut squares = 0.0;
-        for (param, spread) in self.store.refs().zip(&self.spreads) {
-            if ranks::is_first(&self.mesh, spread) {
-                let need =
-                    Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
-                self.store.bring(NORM, &[need])?;
-                squares += squared_norm(&self.store, param);
-            }
+        for param in self.store.refs() {
+            let need = Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
+            self.store.bring(NORM, &[need])?;
+            squares += squared_norm(&self.store, param);
         }
-        ranks::sum_over(&self.mesh, &Axis::ALL, squares)
+        Ok(squares)
     }
 
     fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {
         if !done.applied {
             return Ok(());
         }
-        let factor = if done.grad_norm > plan.clip { plan.clip / done.grad_norm } else { 1.0 };
-        self.optimizer.update_all(&mut self.store, plan.lr, factor as f32)
+        let factor = clipped(done.grad_norm, plan.clip);
+        if self.defers(plan) {
+            self.pending.put(&self.store, plan.lr, factor);
+            return Ok(());
+        }
+        self.optimizer.update_all(&mut self.store, plan.lr, factor)
     }
 
     /// The last microbatch, the norm and the update; `before` is the loss so far and the learned
@@ -126,7 +182,11 @@ impl Learner {
         let early = Cell::new(false);
         let mut finisher = Finisher::new(&known, &self.store, &self.optimizer, (&early, plan.lr));
         let (tokens, share) = (tokens_of(batch), batch.learned as f32 / learned as f32);
-        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| finisher.moment(moment, store);
+        let (pending, optimizer) = (&mut self.pending, &self.optimizer);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
+            pending.before(moment, optimizer, store)?;
+            finisher.moment(moment, store)
+        };
         let mut tape = Tape::recording(&mut self.store).watched_by(&mut watch);
         tape.set_share(share);
         let hidden = self.model.hidden(&mut tape, &tokens, self.recompute)?;
@@ -282,6 +342,11 @@ impl<'a> Finisher<'a> {
     }
 }
 
+/// Factor of gradients whose norm may not be larger than `clip`.
+fn clipped(norm: f64, clip: f64) -> f32 {
+    if norm > clip { (clip / norm) as f32 } else { 1.0 }
+}
+
 fn done(loss: f64, squares: f64) -> StepDone {
     let grad_norm = squares.sqrt();
     StepDone { loss, grad_norm, applied: loss.is_finite() && grad_norm.is_finite() }
@@ -293,7 +358,8 @@ fn half_applied(store: &ParamStore, squares: &[f64]) -> Fault {
     Fault::outside(HalfApplied { param })
 }
 
-fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
+/// Elements of each chunk of the flat arrays.
+pub(crate) fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
     store.arrays().pieces(0..store.flat_len())
 }
 

@@ -15,6 +15,9 @@ use tensor::ParamList;
 /// more is kept free for them.
 const MARGIN: f64 = 1.25;
 
+/// Of the drive.
+const PAGE_BYTES: usize = 4096;
+
 /// Part of what the system has free that `memory.dram = "auto"` takes.
 const AUTO_PART: f64 = 0.9;
 
@@ -25,8 +28,8 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
     let device_bytes = memory.device_bytes;
     let dram_bytes = memory.dram_bytes.unwrap_or_else(|| auto().saturating_sub(device_bytes.unwrap_or(0)));
-    let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64;
-    let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype)) as u64;
+    let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
+    let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;
     let fits = |budget: u64, beside: u64| state_bytes + beside <= free_for_chunks(budget, 0);
     if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
         return None;
@@ -43,7 +46,9 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         dir: memory.dir.clone(),
         policy: memory.policy,
         other_bytes,
-        chunk_elements: chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64),
+        // A chunk of 8-bit moments is whole pages, too.
+        chunk_elements: chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64)
+            .max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes()),
     })
 }
 
@@ -107,7 +112,7 @@ fn least_budgets(recipe: &Recipe, params: &ParamList, setup: &Setup) -> Vec<(Tie
     let widest = params.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
     // Where a parameter begins and ends within chunks.
     let whole = ((widest + 2 * chunk) * (recipe.train.dtype.size_bytes() + 4)) as u64;
-    let update = (chunk * AdamW::bytes_per_param(recipe.train.dtype)) as u64;
+    let update = (chunk * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;
     // What `free_for_chunks` takes off.
     let budget = |bytes: u64, others: u64| {
         let bytes = bytes * setup.ranks + others;

@@ -4,7 +4,7 @@
 use crate::begin::{self, Begin, Begun, Start};
 use crate::files::Files;
 use crate::learner::Learner;
-use crate::metrics::StepMetrics;
+use crate::metrics::{Messages, StepMetrics};
 use crate::prepare::Prepared;
 use crate::ranks::{self, first_says};
 use crate::recipe::Recipe;
@@ -169,6 +169,16 @@ impl Trainer {
         }
     }
 
+    /// Parameters with elements in a place of the offload file.
+    pub(crate) fn params_at(&self, place: &memory::disk::Place) -> Vec<String> {
+        let store = &self.learner.store;
+        let class = memory::Class::STATE.into_iter().find(|class| class.to_string() == place.region);
+        let Some(class) = class.filter(|class| store.arrays().has(*class)) else { return Vec::new() };
+        let size = store.arrays().dtype(class).size_bytes() as u64;
+        let elements = (place.offset / size) as usize..(place.offset + place.len).div_ceil(size) as usize;
+        store.params_in(&elements).map(|param| store.spec(param).name.clone()).collect()
+    }
+
     /// Save and end after the step at hand. Of several ranks the first one decides.
     pub fn stop(&mut self) {
         self.stopping = true;
@@ -180,6 +190,7 @@ impl Trainer {
             return Ok(None);
         }
         self.assembled = None;
+        self.flow.mesh.set_place(self.step + 1, None);
         if self.whole.is_some() {
             let mut words = [u16::from(self.stopping)];
             first_says(&self.flow.mesh, &mut words)?;
@@ -192,6 +203,10 @@ impl Trainer {
                 self.due.push_back(Due::Save);
             }
             self.due.push_back(Due::End);
+        }
+        if !self.due.is_empty() {
+            // Whatever is due looks at weights or state.
+            self.learner.finish_updates()?;
         }
         match self.due.pop_front() {
             None => self.run_step().map(Some),
@@ -207,7 +222,6 @@ impl Trainer {
         let train = &self.recipe.train;
         let step = self.step + 1;
         let mesh = &self.flow.mesh;
-        mesh.set_place(step, None);
         let (replica, replicas) = ranks::replica(mesh);
         let (first, each) = (self.meta.samples, train.batch / replicas);
         let batches: Vec<Batch> = (0..train.accumulate)
@@ -217,7 +231,9 @@ impl Trainer {
         let plan = StepPlan { lr: lr as f32, clip: train.clip };
         // What was moved between steps (validation, saves) is not the step's.
         self.learner.store.arrays_mut().report();
+        let before = mesh.counts();
         let StepDone { loss, grad_norm, applied } = self.learner.step(&batches, plan)?;
+        let messages = Messages::between(&before, &mesh.counts());
         self.meta.skipped_in_row = if applied { 0 } else { self.meta.skipped_in_row + 1 };
         self.step = step;
         let rows = (train.batch * train.accumulate) as u64;
@@ -240,6 +256,7 @@ impl Trainer {
             gflops,
             mfu: gflops / self.peak_gflops,
             tiers: self.learner.store.arrays_mut().report(),
+            messages,
             balance: self.learner.balance(),
         };
         if let Some(files) = &mut self.files {

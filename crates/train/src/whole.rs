@@ -2,13 +2,15 @@
 //! saved and exported, and taken from a saved state. So a state knows no mesh.
 
 use crate::TrainError;
+use crate::begin::saved_size;
 use crate::learner::Learner;
-use crate::ranks::is_first;
+use crate::moments;
+use crate::ranks::is_first_but;
 use checkpoint::Checkpoint;
 use device::{Buffer, DType, Device};
 use dist::{Axis, Communicator, Flow, Mesh};
-use memory::Class;
-use model::{Built, Config, Model, StoredWeight};
+use memory::{Class, Stripes};
+use model::{Built, Config, Model, Spread, StoredWeight};
 use tensor::{Fault, ParamList, ParamStore};
 
 /// What is needed to put a run together: the model's shape, and how one rank would hold it.
@@ -25,6 +27,31 @@ pub(crate) struct Assembled {
     pub model: Model,
     pub store: ParamStore,
     pub stored: Vec<StoredWeight>,
+}
+
+/// One rank of the run: its model, and its share of the flat arrays.
+struct There {
+    mesh: Mesh,
+    built: Built,
+    len: usize,
+    stripes: Stripes,
+}
+
+impl There {
+    /// Elements of its granules.
+    fn packed(&self) -> usize {
+        self.stripes.count(self.len) * self.stripes.granule
+    }
+
+    /// Whether it is the first rank that holds its granules of a parameter.
+    fn is_first(&self, spread: &Spread) -> bool {
+        is_first_but(&self.mesh, spread, Axis::Fsdp)
+    }
+
+    /// Whether it is the first to hold anything.
+    fn gives(&self) -> bool {
+        self.built.spreads.iter().any(|spread| self.is_first(spread))
+    }
 }
 
 /// Named arrays of a state.
@@ -58,32 +85,38 @@ impl Whole {
     ) -> Result<Option<Vec<u8>>, TrainError> {
         let mesh = &flow.mesh;
         let bytes = self.bytes_here(learner, name);
-        let mut mine = Buffer::new(Device::Cpu, bytes)?;
-        learner.optimizer.read(
-            &mut learner.store,
-            name,
-            0,
-            mine.view_mut(DType::U16, 0, bytes / 2).bytes(),
-        )?;
+        let size = bytes / learner.store.flat_len().max(1);
+        let here = self.as_rank(flow, mesh.rank())?;
+        let mut mine = Buffer::new(Device::Cpu, here.packed() * size)?;
+        {
+            let packed = mine.view_mut(DType::U16, 0, here.packed() * size / 2).bytes();
+            let Learner { optimizer, store, .. } = learner;
+            for run in store.arrays().pieces(0..store.flat_len()) {
+                let at = here.stripes.packed(run.start) * size;
+                let out = &mut packed[at..at + run.len() * size];
+                optimizer.read(store, name, (run.start * size) as u64, out)?;
+            }
+        }
         let world = mesh.group_over(&Axis::ALL);
         if mesh.rank() != 0 {
-            if learner.spreads.iter().any(|spread| is_first(mesh, spread)) {
-                world.send(mine.view(DType::U16, 0, bytes / 2), 0).map_err(Fault::from)?;
+            if here.gives() {
+                let words = here.packed() * size / 2;
+                world.send(mine.view(DType::U16, 0, words), 0).map_err(Fault::from)?;
             }
             return Ok(None);
         }
-        let size = bytes / learner.store.flat_len().max(1);
         let mut whole = vec![0u8; self.len * size];
         for rank in 0..mesh.world_size() {
             let there = self.as_rank(flow, rank)?;
-            if !there.1.spreads.iter().any(|spread| is_first(&there.0, spread)) {
+            if !there.gives() {
                 continue;
             }
+            let words = there.packed() * size / 2;
             if rank > 0 {
-                let words = mine.view_mut(DType::U16, 0, bytes / 2);
-                world.receive(words, rank).map_err(Fault::from)?;
+                mine = Buffer::new(Device::Cpu, words * 2)?;
+                world.receive(mine.view_mut(DType::U16, 0, words), rank).map_err(Fault::from)?;
             }
-            self.place(&there, mine.view(DType::U16, 0, bytes / 2).bytes(), size, &mut whole);
+            self.place(&there, mine.view(DType::U16, 0, words).bytes(), size, &mut whole);
         }
         Ok(Some(whole))
     }
@@ -94,22 +127,30 @@ impl Whole {
     }
 
     /// The model as `rank` has it; nothing is reserved and nobody is asked.
-    fn as_rank(&self, flow: &Flow, rank: usize) -> Result<(Mesh, Built), TrainError> {
+    fn as_rank(&self, flow: &Flow, rank: usize) -> Result<There, TrainError> {
         let shape = *flow.mesh.shape();
         let mesh = Mesh::new(shape, Communicator::null(rank, shape.world_size()))
             .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
         let there = Flow::new(&mesh, flow.scheme).map_err(model::ConfigError::from)?;
         let built = Model::build_on(&self.config, self.context, &there)?;
-        Ok((mesh, built))
+        let (_, len) = built.params.layout();
+        let stripes = Stripes::new(len, mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
+        Ok(There { mesh, built, len, stripes })
     }
 
-    /// Put what a rank is the first to hold to its places in the whole.
-    fn place(&self, (mesh, built): &(Mesh, Built), here: &[u8], size: usize, whole: &mut [u8]) {
-        for (i, stretch) in self.stretches(&built.params).enumerate() {
-            if is_first(mesh, &built.spreads[i]) {
-                for (at, from, len) in stretch {
-                    let (at, from, len) = (at * size, from * size, len * size);
-                    whole[from..from + len].copy_from_slice(&here[at..at + len]);
+    /// Put what a rank is the first to hold to its places in the whole. `packed` are its granules, one
+    /// after the other.
+    fn place(&self, there: &There, packed: &[u8], size: usize, whole: &mut [u8]) {
+        for (i, stretch) in self.stretches(&there.built.params).enumerate() {
+            if !there.is_first(&there.built.spreads[i]) {
+                continue;
+            }
+            for (at, from, len) in stretch {
+                for run in there.stripes.owned(at..at + len) {
+                    let source = there.stripes.packed(run.start) * size;
+                    let target = (from + run.start - at) * size;
+                    let bytes = run.len() * size;
+                    whole[target..target + bytes].copy_from_slice(&packed[source..source + bytes]);
                 }
             }
         }
@@ -135,8 +176,10 @@ impl Whole {
         let flat_len = learner.store.flat_len().max(1);
         for (name, bytes) in learner.optimizer.arrays(&learner.store) {
             let size = bytes as usize / flat_len;
-            let mut whole = vec![0u8; self.len * size];
+            let saved = saved_size(state, name, self.len as u64, size)?;
+            let mut whole = vec![0u8; self.len * saved];
             state.read(name, &mut whole)?;
+            let whole = moments::resize(&whole, saved, size);
             let mut here = vec![0u8; bytes as usize];
             for (at, from, len) in self.stretches(&learner.params).flatten() {
                 let (at, from, len) = (at * size, from * size, len * size);
@@ -144,7 +187,7 @@ impl Whole {
             }
             learner.optimizer.write(&mut learner.store, name, 0, &here)?;
         }
-        Ok(())
+        Ok(learner.share_weights()?)
     }
 
     /// The model of one rank with the weights of all, on rank 0.

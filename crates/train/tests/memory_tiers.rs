@@ -5,11 +5,11 @@
 
 mod common;
 
-use common::{Place, moved};
+use common::{Place, bounds, moved};
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
-use train::{Prepared, Progress, Start, TrainError};
+use train::{MOST_RECOVERIES, Prepared, Progress, Recovery, Start, TrainError};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -62,6 +62,8 @@ fn every_budget_model_and_policy_gives_the_bits_of_a_run_without_limits() {
         &["train.recompute=always", "train.clip=0", "train.accumulate=2"],
         &["model.family=gpt2", "model.kv_heads=0", "train.clip=0", "train.recompute_layers=2"],
         &["model.family=qwen3", "model.ffn=512", "train.precision=f32"],
+        &["train.moments=8bit", "train.clip=0"],
+        &["train.moments=8bit", "train.precision=f32", "train.accumulate=2"],
     ];
     for (i, variant) in variants.iter().enumerate() {
         let (sets, whole) = ([&MODEL[..], variant].concat(), format!("whole{i}"));
@@ -159,6 +161,73 @@ fn budgets_change_while_a_run_goes_on() {
     assert_same(&place, "whole", "live", "changing budgets");
 }
 
+/// Updates of clipped runs wait for the next step; whoever looks in between sees them made.
+#[test]
+fn looks_between_steps_see_every_update_made() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let often = ["train.steps=6", "eval.every=1", "checkpoint.every=2", "checkpoint.keep_last=9"];
+    // The second clips every step, the third none though it could, the last does not clip.
+    for clip in ["1.0", "0.05", "1e6", "0"] {
+        let clip = format!("train.clip={clip}");
+        let sets = [&MODEL[..], &often, &[&clip, "train.accumulate=2", "train.batch=1"]].concat();
+        place.run("whole", &sets, Start::Overwrite, None).unwrap();
+        let bytes = budget(&place, &sets, 0.35);
+        run_within(&place, "tiers", &sets, Start::Overwrite, bytes).unwrap();
+        assert_same(&place, "whole", "tiers", &clip);
+        for state in std::fs::read_dir(place.path("whole").join("state")).unwrap() {
+            let name = state.unwrap().file_name();
+            let saved =
+                |dir: &str| std::fs::read(place.path(dir).join("state").join(&name).join("state.bin"));
+            assert!(saved("tiers").unwrap() == saved("whole").unwrap(), "{clip} {name:?}");
+        }
+        // Told to stop right after a step nobody looked at, and gone on with.
+        let rare = ["eval.every=0", "checkpoint.every=0"];
+        let dram = format!("memory.dram={bytes}B");
+        let rare = [&sets[..], &rare].concat();
+        place.run("whole", &rare, Start::Overwrite, None).unwrap();
+        place.run("stopped", &[&rare[..], &[&dram]].concat(), Start::Overwrite, Some(3)).unwrap();
+        run_within(&place, "stopped", &rare, Start::Resume, bytes).unwrap();
+        assert_same(&place, "whole", "stopped", &format!("{clip}, stopped"));
+    }
+}
+
+/// A look between two steps leaves the plan in force: the last step knows its bound though the one
+/// before was followed by a validation.
+#[test]
+fn the_plan_survives_a_look() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let sets = [&MODEL[..], &["train.steps=7", "eval.every=5", "checkpoint.every=0"]].concat();
+    let bytes = budget(&place, &sets, 0.35);
+    run_within(&place, "tiers", &sets, Start::New, bytes).unwrap();
+    let bounds = bounds(&place.path("tiers"));
+    assert_eq!(bounds.len(), 7);
+    assert!(bounds[2..].iter().all(|bound| *bound == bounds[2] && bound.is_some()), "{bounds:?}");
+}
+
+/// With bf16 weights an update reads and writes 2 bytes of weight, 2 of its low half and 2 of moments;
+/// the gradient never leaves, and the way forth reads the weights once more where they do not fit.
+#[test]
+fn moments_of_8_bits_halve_what_the_drive_carries() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let carried = |moments: &str, part: f64| {
+        let sets = [&MODEL[..], &[moments, "train.clip=0", "train.steps=6"]].concat();
+        let recipe = place.settings("probe", &sets).recipe().unwrap();
+        let params = Prepared::new(&recipe, false, &mut |_| {}).unwrap().params.layout().1;
+        run_within(&place, "tiers", &sets, Start::Overwrite, budget(&place, &sets, part)).unwrap();
+        let (up, down, _) = moved(&place.path("tiers"));
+        let (up, down) = (up as f64 / params as f64, down as f64 / params as f64);
+        println!("{moments}, {part} of the state in memory: {up:.2} up and {down:.2} down a parameter");
+        (up, down)
+    };
+    let (up, down) = carried("train.moments=8bit", 0.3);
+    assert!(up > 1.0 && up <= 6.0 && down > 1.0 && down <= 6.0, "{up} up, {down} down");
+    let (up32, down32) = carried("train.moments=f32", 0.3);
+    assert!(up32 + down32 > 1.5 * (up + down), "{up32} up, {down32} down with f32");
+}
+
 #[test]
 fn a_run_goes_on_under_another_budget() {
     let _alone = ALONE.lock();
@@ -233,19 +302,98 @@ fn damage_on_the_drive_ends_the_run_and_is_never_learnt_from() {
     assert!(place.result("run").0 == place.result("whole").0);
 }
 
-/// Flip a bit in every page of the nameless offload file of this process below `dir`.
-fn damage(dir: &std::path::Path) {
-    for entry in std::fs::read_dir("/proc/self/fd").unwrap() {
-        let fd = entry.unwrap().path();
-        let target = std::fs::read_link(&fd).unwrap_or_default().display().to_string();
-        if target.starts_with(&dir.display().to_string()) && target.ends_with("(deleted)") {
-            let file = std::fs::File::options().read(true).write(true).open(&fd).unwrap();
-            let length = file.metadata().unwrap().len();
-            for page in (0..length).step_by(4096) {
-                let mut byte = [0];
-                file.read_exact_at(&mut byte, page + 100).unwrap();
-                file.write_all_at(&[byte[0] ^ 1], page + 100).unwrap();
+#[test]
+fn a_run_whose_drive_loses_bytes_goes_on_from_its_last_state_as_if_nothing_had_been() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let dram = format!("memory.dram={}B", budget(&place, &MODEL, 0.3));
+    let sets = [&MODEL[..], &["train.steps=8"]].concat();
+    place.run("whole", &sets, Start::New, None).unwrap();
+    let sets = [&sets[..], &[&dram]].concat();
+    device::Threads::new(2).unwrap().run(|| {
+        let (mut recovery, mut found) = (Recovery::default(), Vec::new());
+        let mut trainer = place.trainer("run", &sets, Start::New).unwrap();
+        // Before the first state, and after one.
+        let mut damage_after = vec![5, 1];
+        loop {
+            match trainer.advance() {
+                Ok(Some(Progress::Step(step))) if damage_after.last() == Some(&step.step) => {
+                    damage_after.pop();
+                    damage(&place.path("run"));
+                }
+                Ok(Some(_)) => {}
+                Ok(None) => break,
+                Err(error) => {
+                    let lost = recovery.after(error, &trainer).unwrap();
+                    drop(trainer);
+                    assert_eq!(offload_files(&place.path("run")).len(), 0, "space is given back");
+                    found.push(lost);
+                    trainer = place.trainer("run", &sets, Start::Resume).unwrap();
+                }
             }
+        }
+        assert_eq!(found.len(), 2, "{found:?}");
+        for lost in &found {
+            assert!(lost.nth == 1 && !lost.params.is_empty(), "{lost:?}");
+            assert!(lost.cause.to_string().contains("checksum"), "{lost:?}");
+        }
+        assert!(found[0].step < found[1].step, "{found:?}");
+    });
+    assert_same(&place, "whole", "run", "a run that lost bytes twice");
+}
+
+#[test]
+fn a_drive_that_loses_bytes_again_and_again_ends_the_run() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let dram = format!("memory.dram={}B", budget(&place, &MODEL, 0.3));
+    let sets = [&MODEL[..], &[&dram, "train.steps=8"]].concat();
+    device::Threads::new(2).unwrap().run(|| {
+        let (mut recovery, mut times) = (Recovery::default(), 0);
+        let error = loop {
+            let start = if times == 0 { Start::New } else { Start::Resume };
+            let mut trainer = place.trainer("run", &sets, start).unwrap();
+            let error = loop {
+                match trainer.advance() {
+                    Ok(_) => damage(&place.path("run")),
+                    Err(error) => break error,
+                }
+            };
+            match recovery.after(error, &trainer) {
+                Ok(lost) => assert_eq!(lost.nth, times + 1),
+                Err(error) => break error,
+            }
+            times += 1;
+        };
+        assert_eq!(times, MOST_RECOVERIES);
+        assert!(error.to_string().contains("checksum"), "{error}");
+        // What is no loss of the drive is no case for it.
+        let trainer = place.trainer("other", &MODEL, Start::New).unwrap();
+        let other = TrainError::Threads { count: 1 };
+        assert!(Recovery::default().after(other, &trainer).is_err());
+    });
+}
+
+/// The nameless offload files of this process below `dir`.
+fn offload_files(dir: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap().map(|entry| entry.unwrap().path());
+    let dir = dir.display().to_string();
+    fds.filter(|fd| {
+        let target = std::fs::read_link(fd).unwrap_or_default().display().to_string();
+        target.starts_with(&dir) && target.ends_with("(deleted)")
+    })
+    .collect()
+}
+
+/// Flip a bit in every page of the offload file of this process below `dir`.
+fn damage(dir: &std::path::Path) {
+    for fd in offload_files(dir) {
+        let file = std::fs::File::options().read(true).write(true).open(&fd).unwrap();
+        let length = file.metadata().unwrap().len();
+        for page in (0..length).step_by(4096) {
+            let mut byte = [0];
+            file.read_exact_at(&mut byte, page + 100).unwrap();
+            file.write_all_at(&[byte[0] ^ 1], page + 100).unwrap();
         }
     }
 }

@@ -5,11 +5,11 @@ mod common;
 use common::runs::{F32, begin, losses, run, state};
 use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
-use train::Start;
+use train::{Begin, Start, Trainer};
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
 /// width 32, ffn 96, 4 rows.
-const MESHES: [&[&str]; 10] = [
+const MESHES: [&[&str]; 14] = [
     &["mesh.x=2"],
     &["mesh.dp=2"],
     &["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence"],
@@ -20,6 +20,10 @@ const MESHES: [&[&str]; 10] = [
     &["mesh.dp=2", "mesh.y=2", "mesh.z=3", "mesh.scheme=3d"],
     &["mesh.x=2", "mesh.y=2", "mesh.scheme=weight-stationary"],
     &["mesh.dp=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
+    &["mesh.fsdp=4"],
+    &["mesh.fsdp=2", "mesh.x=2", "mesh.zero=1", "mesh.scheme=1d-sequence"],
+    &["mesh.fsdp=2", "mesh.x=2", "mesh.y=2", "mesh.zero=2"],
+    &["mesh.dp=2", "mesh.fsdp=2", "mesh.x=3"],
 ];
 
 /// Rows of 24 tokens cut among context ranks, 5 of which pad them to 30; alone and beside other axes.
@@ -42,9 +46,19 @@ const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
 
 #[test]
 fn a_step_on_any_mesh_is_the_step_of_one_rank() {
+    let meshes: Vec<&[&str]> = MESHES.into_iter().chain(CONTEXTS).collect();
+    compare_with_one_rank(&["train.steps=2", "train.clip=0"], &meshes);
+}
+
+/// Sharing gradients, ranks add up microbatch by microbatch what others add up at the end.
+#[test]
+fn a_step_of_several_microbatches_on_shards_is_the_step_of_one_rank() {
+    compare_with_one_rank(&["train.steps=2", "train.clip=0", "train.accumulate=2"], &MESHES[10..]);
+}
+
+fn compare_with_one_rank(more: &[&str], meshes: &[&[&str]]) {
     let place = Place::new();
-    let steps = ["train.steps=2", "train.clip=0"];
-    let base: Vec<&str> = F32.iter().chain(&steps).copied().collect();
+    let base: Vec<&str> = F32.iter().chain(more).copied().collect();
     run(&place, "solo", &base, Start::New, false);
     let solo = place.path("solo");
     let (_, one) = state(&solo, 1);
@@ -54,7 +68,7 @@ fn a_step_on_any_mesh_is_the_step_of_one_rank() {
     let (starts, _) = built.params.layout();
     let lr = begin.recipe.train.schedule.at(1) as f32;
     let wanted = losses(&solo);
-    for (i, mesh) in MESHES.iter().chain(&CONTEXTS).enumerate() {
+    for (i, mesh) in meshes.iter().enumerate() {
         let dir = format!("mesh-{i}");
         let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
         run(&place, &dir, &sets, Start::New, false);
@@ -122,7 +136,7 @@ fn heads_against_tokens_leave_the_losses_of_a_step_bit_for_bit() {
 #[test]
 fn the_same_run_twice_has_the_same_bits() {
     let place = Place::new();
-    for mesh in [MESHES[2], MESHES[3], MESHES[7], CONTEXTS[2], CONTEXTS[5]] {
+    for mesh in [MESHES[2], MESHES[3], MESHES[7], MESHES[10], MESHES[13], CONTEXTS[2], CONTEXTS[5]] {
         let base = ["train.batch=4", "train.steps=3"];
         let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
         run(&place, "once", &sets, Start::Overwrite, false);
@@ -176,14 +190,15 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 14 pairs, from and to one rank among them: the state put together is the state saved, byte for
+/// 20 pairs, from and to one rank among them: the state put together is the state saved, byte for
 /// byte, and the run goes on with the next samples.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let place = Place::new();
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
-    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6], CONTEXTS[5]]);
+    let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
+    let chain = chain.chain([MESHES[10], MESHES[11], MESHES[1], MESHES[12], MESHES[13], CONTEXTS[5], solo]);
     let meshes: Vec<&[&str]> = chain.collect();
     let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
         let base = [
@@ -223,7 +238,7 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
 fn what_cannot_be_spread_is_refused_with_a_remedy() {
     let place = Place::new();
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
-    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3"));
+    assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3, the product of mesh.dp"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
     assert!(idle.contains("no use for mesh.z"), "{idle}");
     let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
@@ -232,4 +247,23 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
     assert_eq!((shape.size(Axis::X), shape.size(Axis::Y), shape.world_size()), (2, 3, 6));
+}
+
+#[test]
+fn a_rank_that_would_train_something_else_is_refused() {
+    let place = Place::new();
+    let ours = begin(&place, "run", &["mesh.dp=2", "mesh.x=2"], Start::New);
+    let theirs = begin(&place, "run", &["mesh.dp=2", "mesh.x=2", "train.lr=2e-3"], Start::New);
+    let other_data = begin(&place, "run", &["mesh.dp=2", "mesh.x=2", "data.valid_fraction=0.3"], Start::New);
+    let other_data = Begin { resolved: ours.resolved.clone(), ..other_data };
+    for (theirs, name) in [(theirs, "recipe"), (other_data, "training data")] {
+        let failure = launch(&ours.recipe.mesh.shape, &Options::default(), |mesh| {
+            let begin = if mesh.rank() == 3 { theirs.clone() } else { ours.clone() };
+            let mut trainer = Trainer::on(mesh, begin)?;
+            while trainer.advance()?.is_some() {}
+            Ok::<_, train::TrainError>(())
+        });
+        let failure = failure.unwrap_err().to_string();
+        assert!(failure.starts_with(&format!("rank 3 has another {name} than rank 0")), "{failure}");
+    }
 }

@@ -127,10 +127,13 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let (layer_params, table) = rank_params(model, plan);
     let params = layer_params + table;
     let per_layer = layer_params / stage_layers(model, plan) as f64;
+    let one_table = model.table_params() / weight_cut(plan);
+    // Part of what is whole for a while that is not the rank's own.
+    let others = 1.0 - 1.0 / shards;
     let mut weights = params * state.weight / shared(Zero::Three);
     if plan.zero == Zero::Three && shards > 1.0 {
-        // The layer at work and the next one, fetched beside it; and a table while it is used.
-        weights += (2.0 * per_layer).max(table) * state.weight;
+        // The layer at work and the next one, gathered beside it; a table counts as one.
+        weights += others * (per_layer + per_layer.max(one_table)) * state.weight;
     }
     if plan.scheme == Scheme::ThreeD {
         // The formula of 3D keeps gathered weights from forward to backward.
@@ -144,8 +147,17 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers as f64) } else { kept };
     let mut grads = params * state.grad / shared(Zero::Two);
     if plan.zero >= Zero::Two && shards > 1.0 {
-        // A layer's gradient exists whole until it is scattered.
-        grads += per_layer * state.grad;
+        // Whole are the gradients of the layer at work and of the one before, on their way; that of a
+        // tied table from the head to the embedding.
+        let whole = match model.tied {
+            true => 2.0 * per_layer + one_table,
+            false => per_layer + per_layer.max(one_table),
+        };
+        grads += others * whole * state.grad;
+        if plan.microbatches(batch) > 1 {
+            // Sums of the microbatches before.
+            grads += params * state.grad / shards;
+        }
     }
     let mut memory =
         Memory { weights, grads, optimizer, activations: on_device + scratch.max(head), host: 0.0 };

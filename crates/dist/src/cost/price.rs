@@ -193,8 +193,8 @@ impl Run<'_> {
         traffic[Axis::Pp as usize].add(flow, ACTIVATION_BYTES, 2.0 * runs);
     }
 
-    /// Sum gradients over everything that holds copies, innermost axis first, so that each outer
-    /// axis moves only the part the inner ones left to a rank; gather sharded weights.
+    /// Sum gradients over everything that holds copies: the shards scatter the sum, then each is summed
+    /// over the other axes, once a step; gather sharded weights.
     fn reduce_gradients(
         &self,
         seconds: &mut Seconds,
@@ -206,33 +206,32 @@ impl Run<'_> {
         let params = layer_params + table;
         let microbatches = self.pipeline.microbatches() as f64;
         let mut once = 0.0;
-        let mut part = params;
         let layered = self.plan.scheme == Scheme::TwoPointFiveD;
         let depth = if layered { mesh.size(Axis::Z) } else { 1 };
-        let copies = [(Axis::Z, depth), (Axis::Cp, mesh.size(Axis::Cp)), (Axis::Dp, mesh.size(Axis::Dp))];
+        let copies = [(Axis::Dp, mesh.size(Axis::Dp)), (Axis::Cp, mesh.size(Axis::Cp)), (Axis::Z, depth)];
         let shards = mesh.size(Axis::Fsdp) as f64;
         for (axis, size) in copies {
-            // Shards are scattered before replicas are summed.
-            let part_here = if axis == Axis::Dp { part / shards } else { part };
-            let mut flow = Flow::ring(size as f64, part_here);
+            let mut flow = Flow::ring(size as f64, params / shards);
             flow.add(flow);
             once += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
             traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
-            part /= size as f64;
         }
-        let copies = (depth * mesh.size(Axis::Cp)) as f64;
         let link = self.cluster.link(mesh, Axis::Fsdp);
-        let (scatter, gather) = (Flow::ring(shards, params / copies), Flow::ring(shards, params));
+        let (scatter, gather) = (Flow::ring(shards, params), Flow::ring(shards, params));
         let scattered = link.seconds(scatter, STATE_BYTES.grad);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
         let chunks = self.pipeline.chunks() as f64;
+        // Where messages take the cores that compute, nothing hides them.
+        let hiding = if self.cluster.pace.beside { chunks } else { 0.0 };
         let (forward, backward) =
-            (chunks * times.forward, chunks * (times.backward_input + times.backward_weight));
+            (hiding * times.forward, hiding * (times.backward_input + times.backward_weight));
         let fsdp = &mut traffic[Axis::Fsdp as usize];
         let layers = stage_layers(self.model, self.plan) as f64;
         if shards > 1.0 {
             let scatters = if zero == Zero::One { 1.0 } else { microbatches };
-            let gathers = if zero == Zero::Three { 2.0 * microbatches } else { 1.0 };
+            // Forward and backward; at the turn the head and the last layer are still there.
+            let turn = (layer_params / layers + table) / params;
+            let gathers = if zero == Zero::Three { (2.0 - turn) * microbatches } else { 1.0 };
             fsdp.add(scatter, STATE_BYTES.grad, scatters);
             fsdp.add(gather, STATE_BYTES.weight, gathers);
             seconds.gradients += match zero {
@@ -240,7 +239,7 @@ impl Run<'_> {
                 Zero::Two => gathered + (microbatches - 1.0) * (scattered - backward).max(0.0),
                 Zero::Three => {
                     // The first layer's weights have nothing to hide behind.
-                    let down = gathered / layers + (gathered - forward).max(0.0);
+                    let down = (gathered / layers + (gathered - forward).max(0.0)).min(gathered);
                     let up = (gathered + scattered - backward).max(0.0);
                     microbatches * down + (microbatches - 1.0) * up + gathered
                 }
@@ -248,7 +247,7 @@ impl Run<'_> {
             once += scattered;
         }
         // Buckets go while the last microbatch's backward still runs, but for its last layer.
-        let hides = if self.cluster.pace.beside { backward * (layers - 1.0) / layers } else { 0.0 };
+        let hides = backward * (layers - 1.0) / layers;
         seconds.gradients += (once - hides).max(once / layers);
     }
 

@@ -77,6 +77,52 @@ impl Seat {
         })
     }
 
+    pub(crate) fn all_gather_within(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        let piece = data.len() / self.members.ranks.len();
+        let call = self.call(Op::AllGather, (data.dtype(), piece), None);
+        let mut pieces = self.cut(data);
+        let mine = pieces.remove(self.index);
+        self.lending(call, &[mine.as_view()], Vec::new(), || {
+            for (member, piece) in self.others().zip(pieces) {
+                let guard = self.room.loans[member].borrow();
+                let theirs = guard.shared(0).ok_or_else(|| self.withdrawn())?;
+                piece.bytes().copy_from_slice(theirs.bytes());
+            }
+            Ok(())
+        })
+    }
+
+    /// Member i sums piece i of everybody where its own lies; the others' pieces are lent to be read.
+    pub(crate) fn reduce_scatter_sum_within(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        let call = self.call(Op::ReduceScatter, (data.dtype(), data.len()), None);
+        let mut pieces = self.cut(data);
+        let mut mine = pieces.remove(self.index);
+        let lent: Vec<View<'_>> = pieces.iter().map(ViewMut::as_view).collect();
+        self.lending(call, &lent, Vec::new(), || {
+            let guards = self.borrow_all();
+            let mut mine = Some(Part::TermAndSum(mine.reborrow()));
+            let mut parts = Vec::with_capacity(guards.len());
+            for (member, guard) in guards.iter().enumerate() {
+                parts.push(match mine.take_if(|_| member == self.index) {
+                    Some(part) => part,
+                    // A member lends all pieces but its own.
+                    None => {
+                        let at = self.index - usize::from(self.index > member);
+                        Part::Term(guard.shared(at).ok_or_else(|| self.withdrawn())?)
+                    }
+                });
+            }
+            rank_sum(&mut parts);
+            Ok(())
+        })
+    }
+
+    /// The other members in order.
+    fn others(&self) -> impl Iterator<Item = usize> + use<> {
+        let own = self.index;
+        (0..self.members.ranks.len()).filter(move |member| *member != own)
+    }
+
     pub(crate) fn broadcast(&self, data: ViewMut<'_>, root: usize) -> Result<(), CommError> {
         let call = self.call(Op::Broadcast, (data.dtype(), data.len()), Some(root));
         if self.index == root {
@@ -175,8 +221,7 @@ impl Seat {
 
     /// Gives every other member a handle of `data`; no byte moves.
     pub(crate) fn post_handles(&self, data: &Array) -> Result<(), CommError> {
-        let others = (0..self.members.ranks.len()).filter(|member| *member != self.index);
-        others.into_iter().try_for_each(|to| self.post(Op::Broadcast, data.clone(), to))
+        self.others().try_for_each(|to| self.post(Op::Broadcast, data.clone(), to))
     }
 
     /// Gives one member a handle of `data`; no byte moves.

@@ -19,6 +19,11 @@ use std::time::{Duration, Instant};
 
 /// Messages that wait to be sent; whoever sends more waits.
 const QUEUED: usize = 64;
+/// Sends under way at once. One to a rank that has stopped may never end; those behind it go past.
+const UNDER_WAY: usize = 48;
+/// How long the thread may take to send the last messages of a run that failed; one to a rank that has
+/// stopped never leaves, and the end of our process makes the launcher end the job.
+const FAREWELL: Duration = Duration::from_millis(500);
 /// How long the thread sleeps when nothing came and nothing is to be sent: a core is worth more than
 /// these microseconds.
 const IDLE: Duration = Duration::from_micros(50);
@@ -60,11 +65,24 @@ impl Mpi {
     }
 
     pub(super) fn close(&self, failed: bool) {
-        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        if self.jobs.send(Job::Close(failed)).is_ok() {
-            // Its panic was printed; there is nothing left to say to MPI.
-            drop(thread.map(JoinHandle::join));
+        let Some(thread) = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take() else { return };
+        let start = Instant::now();
+        let mut job = Job::Close(failed);
+        while let Err(TrySendError::Full(back)) = self.jobs.try_send(job) {
+            if failed && start.elapsed() > FAREWELL {
+                return;
+            }
+            job = back;
+            std::thread::sleep(IDLE);
         }
+        while failed && !thread.is_finished() {
+            if start.elapsed() > FAREWELL {
+                return;
+            }
+            std::thread::sleep(IDLE);
+        }
+        // Its panic was printed; there is nothing left to say to MPI.
+        drop(thread.join());
     }
 }
 
@@ -94,32 +112,61 @@ pub(super) fn join(deadline: Duration) -> Result<Arc<Office>, CommError> {
 
 /// Sends and takes until told to close; whether the run had failed.
 fn run(world: &SimpleCommunicator, queue: &Receiver<Job>) -> bool {
-    let mut office = Weak::new();
+    let mut desk = Desk { world, queue, office: Weak::new(), closed: None };
     loop {
-        let came = office.strong_count() > 0 && take(world, &office);
-        match queue.try_recv() {
-            Ok(Job::Office(to)) => office = to,
-            Ok(Job::Send(to, message)) => send(world, (to, &message), &office),
-            Ok(Job::Close(failed)) => return failed,
-            Err(TryRecvError::Disconnected) => return true,
-            Err(TryRecvError::Empty) if !came => std::thread::sleep(IDLE),
-            Err(TryRecvError::Empty) => {}
+        if let Some(failed) = desk.closed {
+            return failed;
+        }
+        if !desk.turn(0) {
+            std::thread::sleep(IDLE);
         }
     }
 }
 
-/// Takes what comes while the message leaves: its receiver may be sending to us.
-fn send(world: &SimpleCommunicator, (to, message): (usize, &[u8]), office: &Weak<Office>) {
-    scope(|scope| {
-        let mut under_way = world.process_at_rank(to as i32).immediate_send(scope, message);
-        loop {
-            match under_way.test() {
-                Ok(_) => return,
-                Err(request) => under_way = request,
-            }
-            take(world, office);
+/// What the thread works on.
+struct Desk<'a> {
+    world: &'a SimpleCommunicator,
+    queue: &'a Receiver<Job>,
+    office: Weak<Office>,
+    /// Told to close, and whether the run had failed.
+    closed: Option<bool>,
+}
+
+impl Desk<'_> {
+    /// Takes a message and does a job, where there are any; whether there was one. `under_way` sends
+    /// have begun and not ended.
+    fn turn(&mut self, under_way: usize) -> bool {
+        let came = self.office.strong_count() > 0 && take(self.world, &self.office);
+        if under_way == UNDER_WAY {
+            return came;
         }
-    });
+        match self.queue.try_recv() {
+            Ok(Job::Office(to)) => self.office = to,
+            Ok(Job::Send(to, message)) => self.send(to, &message, under_way + 1),
+            Ok(Job::Close(failed)) => self.closed = Some(failed),
+            Err(TryRecvError::Disconnected) => self.closed = Some(true),
+            Err(TryRecvError::Empty) => return came,
+        }
+        true
+    }
+
+    /// Goes on taking and sending while the message leaves: its receiver may be sending to us, or never
+    /// take it.
+    fn send(&mut self, to: usize, message: &[u8], under_way: usize) {
+        let world = self.world;
+        scope(|scope| {
+            let mut request = world.process_at_rank(to as i32).immediate_send(scope, message);
+            loop {
+                match request.test() {
+                    Ok(_) => return,
+                    Err(again) => request = again,
+                }
+                if !self.turn(under_way) {
+                    std::thread::yield_now();
+                }
+            }
+        });
+    }
 }
 
 /// Takes one message if one has come.

@@ -62,6 +62,15 @@ struct Peer {
     answer: Mutex<Option<[LastSeen; 2]>>,
 }
 
+/// How the end of a process shows in the connection to it.
+pub(super) fn gone(error: &std::io::Error) -> String {
+    use std::io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    match error.kind() {
+        UnexpectedEof | BrokenPipe | ConnectionReset => "killed, or ended without a word".to_string(),
+        _ => error.to_string(),
+    }
+}
+
 /// A message's text. Arrays have elements of two bytes.
 fn words(error: &CommError) -> String {
     let text = error.to_string();
@@ -281,7 +290,7 @@ impl Office {
             }
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Err(self.overdue(call, start)),
             Err(error) => {
-                self.lost(to, &error.to_string());
+                self.lost(to, &gone(&error));
                 self.check()?;
                 let reason = lock(&self.peers[to].ended).clone().unwrap_or_default();
                 let last = Box::new(self.last_heard(to));
@@ -350,6 +359,12 @@ impl Office {
         }
         let seen: Vec<Seen> = (0..self.world_size()).map(|rank| self.seen(rank)).collect();
         self.fail(diagnose(&seen, self.rank, call, waited_s))
+    }
+
+    /// What ended the run, as soon as something has; nothing after `at_most`.
+    pub(super) fn failure_within(&self, at_most: Duration) -> Option<CommError> {
+        self.patiently(at_most, || self.failed.load(SeqCst));
+        self.check().err()
     }
 
     fn patiently(&self, at_most: Duration, done: impl Fn() -> bool) {

@@ -84,6 +84,12 @@ impl Process {
         self.office.end(failure)
     }
 
+    /// What ended the run, as soon as something has, also while this rank computes; nothing after
+    /// `at_most`.
+    pub fn failure_within(&self, at_most: Duration) -> Option<CommError> {
+        self.office.failure_within(at_most)
+    }
+
     /// Bytes of arrays that really crossed between processes so far: (sent, received).
     pub fn payload_bytes(&self) -> (u64, u64) {
         self.office.payload_bytes()

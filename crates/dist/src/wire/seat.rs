@@ -99,6 +99,33 @@ impl Seat {
         })
     }
 
+    pub(crate) fn all_gather_within(&self, mut data: ViewMut<'_>) -> Result<(), CommError> {
+        let (dtype, len) = (data.dtype(), data.len() / self.size());
+        self.collective(Op::AllGather, (dtype, len), None, |call| {
+            for to in self.others() {
+                self.send(call, to, 0, data.as_view().narrow(self.index * len, len).bytes())?;
+            }
+            for from in self.others() {
+                let theirs = self.take(call, from, (0, len * dtype.size_bytes()))?;
+                let target = data.reborrow().narrow(from * len, len);
+                target.bytes().copy_from_slice(theirs.view().bytes());
+            }
+            Ok(())
+        })
+    }
+
+    pub(crate) fn reduce_scatter_sum_within(&self, data: ViewMut<'_>) -> Result<(), CommError> {
+        let (dtype, len) = (data.dtype(), data.len() / self.size());
+        self.collective(Op::ReduceScatter, (dtype, data.len()), None, |call| {
+            for to in self.others() {
+                self.send(call, to, 0, data.as_view().narrow(to * len, len).bytes())?;
+            }
+            let pieces = self.take_all(call, len * dtype.size_bytes())?;
+            self.sum(&pieces, dtype, data.narrow(self.index * len, len));
+            Ok(())
+        })
+    }
+
     pub(crate) fn broadcast(&self, data: ViewMut<'_>, root: usize) -> Result<(), CommError> {
         self.collective(Op::Broadcast, (data.dtype(), data.len()), Some(root), |call| {
             if self.index == root {

@@ -2,7 +2,7 @@
 //! one run: whoever is left over from an earlier attempt finds nobody there.
 
 use super::frame::{HEADER_BYTES, Header, Kind};
-use super::office::Office;
+use super::office::{Office, gone};
 use super::post::Post;
 use crate::CommError;
 use crate::beside::Array;
@@ -87,6 +87,10 @@ pub(super) fn join(
             }
         }
     }
+    // Everybody listened before it knocked, so nobody comes any more; the last one takes the folder
+    // along, and nothing is left of a run whatever becomes of it.
+    let _ = std::fs::remove_file(path(rank));
+    let _ = std::fs::remove_dir(folder);
     open(rank, streams, deadline).map_err(|e| failed("start its readers", e))
 }
 
@@ -118,7 +122,7 @@ fn open(rank: usize, streams: Vec<Option<UnixStream>>, deadline: Duration) -> io
                 let Some(office) = office.upgrade() else { return };
                 match read {
                     Ok((header, array)) => office.deliver(from, header, array),
-                    Err(error) => return office.lost(from, &error.to_string()),
+                    Err(error) => return office.lost(from, &gone(&error)),
                 }
             }
         })?;

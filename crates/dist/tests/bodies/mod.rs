@@ -17,6 +17,11 @@ pub const BODIES: &[(&str, Body)] = &[
     ("all_to_all_moves_runs_of_any_length", all_to_all_moves_runs_of_any_length),
     ("letters_travel_around_a_ring_in_order", letters_travel_around_a_ring_in_order),
     (
+        "what_is_gathered_and_scattered_in_place_is_the_same",
+        what_is_gathered_and_scattered_in_place_is_the_same,
+    ),
+    ("jobs_beside_computation_make_several_calls", jobs_beside_computation_make_several_calls),
+    (
         "calls_beside_computation_give_the_same_as_calls_in_the_foreground",
         calls_beside_computation_give_the_same_as_calls_in_the_foreground,
     ),
@@ -97,6 +102,46 @@ fn reduce_scatter_gives_each_its_piece_of_the_sum(mesh: &Mesh, group: &Group) ->
         let mut out = vec![bf16::ZERO; len];
         group.reduce_scatter_sum(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut out))?;
         assert_eq!(out, sum_bf16(ranks, ranks * len)[own]);
+    }
+    Ok(())
+}
+
+fn what_is_gathered_and_scattered_in_place_is_the_same(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let (ranks, me) = (group.size(), mesh.rank());
+    for len in LENS {
+        let own = me * len..(me + 1) * len;
+        let mut all = vec![0f32; ranks * len];
+        all[own.clone()].copy_from_slice(&data(me, len));
+        let mut short = narrow(&all);
+        group.all_gather_within(ViewMut::of_f32(&mut all))?;
+        group.all_gather_within(ViewMut::of_bf16(&mut short))?;
+        let want: Vec<f32> = (0..ranks).flat_map(|rank| data(rank, len)).collect();
+        assert!(all == want && short == narrow(&want), "{ranks} ranks, {len}");
+        let mut wide = data(me, ranks * len);
+        let mut short = narrow(&wide);
+        group.reduce_scatter_sum_within(ViewMut::of_f32(&mut wide))?;
+        group.reduce_scatter_sum_within(ViewMut::of_bf16(&mut short))?;
+        assert_eq!(wide[own.clone()], sum(ranks, ranks * len)[own.clone()]);
+        assert_eq!(short[own.clone()], sum_bf16(ranks, ranks * len)[own]);
+    }
+    Ok(())
+}
+
+fn jobs_beside_computation_make_several_calls(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let (ranks, me, len) = (group.size(), mesh.rank(), 60);
+    let start = |shift: usize| {
+        let mut mine = data(me + shift, ranks * len);
+        dist::start_beside(&[group.clone(), group.clone()], move |groups| {
+            groups[0].reduce_scatter_sum_within(ViewMut::of_f32(&mut mine))?;
+            groups[1].all_gather_within(ViewMut::of_f32(&mut mine))?;
+            Ok(mine)
+        })
+    };
+    let jobs = [start(0)?, start(1)?, start(2)?];
+    group.barrier()?;
+    for (shift, job) in jobs.into_iter().enumerate().rev() {
+        let value = |i| (1..ranks).fold(value(shift, i), |sum, rank| sum + value(rank + shift, i));
+        assert_eq!(job.finish()?, (0..ranks * len).map(value).collect::<Vec<_>>());
     }
     Ok(())
 }

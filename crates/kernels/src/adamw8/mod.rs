@@ -15,11 +15,14 @@
 //! must not become zero: Li et al. 2023 (arXiv 2309.01507). The code is our own.
 
 mod code;
+mod convert;
 mod cpu;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
 mod tests;
+
+pub use convert::{Order, pack, unpack_bf16};
 
 use crate::adamw::{Hyper, Master};
 use device::{Device, View};

@@ -174,3 +174,38 @@ fn a_regression_ends_where_it_ends_with_f32_moments() {
         assert!((bytes / f32s - 1.0).abs() < tolerance, "beta2 {beta2}: {bytes} against {f32s}");
     }
 }
+
+#[test]
+fn what_was_unpacked_packs_to_the_same_values_and_goes_on_with_the_same_bits() {
+    let n = 5000;
+    let (mut w, mut state) = (random(n, 1), Owned::zeros(n));
+    let step = |w: &mut [f32], state: &mut Owned, step: u64| {
+        state.step(w, &rugged(n, 50 * step as u32), 128, &hyper(step));
+    };
+    for nth in 1..=40 {
+        step(&mut w, &mut state, nth);
+        let mut again = Owned::zeros(n);
+        for (order, from, to) in
+            [(Order::First, &state.m, &mut again.m), (Order::Second, &state.v, &mut again.v)]
+        {
+            let mut values = vec![half::bf16::ZERO; n];
+            unpack_bf16(order, &from.0, &from.1, 0, &mut values);
+            let mut tail = vec![half::bf16::ZERO; 200];
+            unpack_bf16(order, &from.0[300..500], &from.1[2..4], 300 - 2 * BLOCK, &mut tail);
+            assert!(tail == values[300..500], "a part that begins within a block");
+            pack(order, &values, Packed { codes: &mut to.0, exponents: &mut to.1 });
+        }
+        let floats = |state: &mut Owned| {
+            let (m, v) = state.packed();
+            let (m, v) = unpack(&m, &v);
+            (bits(&m), bits(&v))
+        };
+        assert!(floats(&mut again) == floats(&mut state), "values after step {nth}");
+        let mut other = w.clone();
+        let mut this = w.clone();
+        let mut copy = state.clone();
+        step(&mut this, &mut copy, nth + 1);
+        step(&mut other, &mut again, nth + 1);
+        assert!(bits(&this) == bits(&other) && copy == again, "the step after {nth}");
+    }
+}

@@ -32,9 +32,7 @@ impl Pager {
         (self.about, self.depth) = (about, self.place(about, needs));
         let depth = self.depth;
         if self.in_step {
-            let About { phase, op, layer } = about;
-            let needs = needs.to_vec();
-            self.script.enter(Visit { phase, op, layer, depth, needs, seconds: 0.0, other_bytes: 0 });
+            self.script.enter(Visit::new(about, depth, needs));
         }
         for (id, _) in needs {
             self.chunks[id.0 as usize].pinned = self.clock;
@@ -87,6 +85,28 @@ impl Pager {
             if !self.chunk(*id).valid[self.depth] {
                 self.obtain(regions, *id, self.depth)?;
             }
+        }
+        Ok(())
+    }
+
+    /// A visit of the known step falls out: its place in the step passes by, and nothing is brought.
+    pub(crate) fn pass_over(
+        &mut self,
+        regions: &mut Regions,
+        about: About,
+        needs: &[(ChunkId, Access)],
+    ) -> Result<(), PagerError> {
+        if !self.in_step {
+            return Ok(());
+        }
+        self.pause();
+        self.begin_what_is_due(regions)?;
+        self.clock += 1;
+        let depth = self.place(about, needs);
+        self.script.enter(Visit::new(about, depth, needs));
+        let Some((_, until)) = self.script.here() else { return Ok(()) };
+        for ((id, _), until) in needs.iter().zip(until) {
+            self.chunks[id.0 as usize].next_use = self.clock + u64::from(*until);
         }
         Ok(())
     }

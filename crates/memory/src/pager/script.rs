@@ -1,5 +1,6 @@
 //! What a training step visits, as the last step did it: the pager's knowledge of the future.
 
+use super::About;
 use crate::trace::{Access, Chunk, ChunkId, Moment, Phase, Runs, Trace, Use};
 
 /// One moment and the chunks it needs.
@@ -15,6 +16,18 @@ pub(super) struct Visit {
     pub seconds: f64,
     /// Memory of others while it ran.
     pub other_bytes: u64,
+}
+
+impl Visit {
+    pub fn new(about: About, depth: usize, needs: &[(ChunkId, Access)]) -> Visit {
+        let About { phase, op, layer } = about;
+        Visit { phase, op, layer, depth, needs: needs.to_vec(), seconds: 0.0, other_bytes: 0 }
+    }
+
+    /// Whether it makes an update, which uses gradients up.
+    fn is_update(&self) -> bool {
+        self.phase == Phase::Optimizer && self.needs.iter().any(|(_, access)| access.writes())
+    }
 }
 
 /// The visits of a step. While the present step does what the former one did, it is *followed*;
@@ -153,10 +166,15 @@ impl Script {
                 runs: if visit.depth == 0 { Runs::Fastest } else { Runs::Host },
             });
             for (id, access) in &visit.needs {
-                // A gradient begins as nothing in every step.
+                // A gradient begins as nothing in every step, and is nothing again once it was used for
+                // an update; until then, which may be in the next step, it must be kept.
                 let grad = trace.chunks[id.0 as usize].class == crate::Class::Grad;
-                let first = !std::mem::replace(&mut written[id.0 as usize], true);
-                let access = if grad && first { Access::Write } else { *access };
+                let begun = &mut written[id.0 as usize];
+                let access = match grad && access.writes() && !*begun {
+                    true => Access::Write,
+                    false => *access,
+                };
+                *begun = (*begun || access.writes()) && !visit.is_update();
                 trace.uses.push(Use { moment: k as u32, chunk: *id, access });
             }
         }
@@ -191,6 +209,31 @@ mod tests {
         script.enter(visit(&[0]));
         assert_eq!(script.ahead(1), &visit(&[1, 2]));
         assert_eq!(script.ahead(4), &visit(&[0]));
+    }
+
+    #[test]
+    fn a_gradient_is_kept_until_its_update_be_it_in_the_next_step() {
+        let about = |phase, op| About { phase, op, layer: 0 };
+        let update = [(ChunkId(0), Access::Read), (ChunkId(1), Access::ReadWrite)];
+        let step = [
+            Visit::new(about(Phase::Optimizer, "adamw"), &update),
+            Visit::new(about(Phase::Forward, "op"), &[(ChunkId(1), Access::Read)]),
+            Visit::new(about(Phase::Backward, "op"), &[(ChunkId(0), Access::ReadWrite)]),
+            Visit::new(about(Phase::Backward, "op"), &[(ChunkId(0), Access::ReadWrite)]),
+            Visit::new(about(Phase::Optimizer, "norm"), &[(ChunkId(0), Access::Read)]),
+        ];
+        let accesses = |first: usize| -> Vec<Access> {
+            let mut script = Script::default();
+            script.begin();
+            (0..5).for_each(|i| script.enter(step[(first + i) % 5].clone()));
+            script.end(2);
+            let classes = [crate::Class::Grad, crate::Class::M];
+            let trace = script.trace(2, |i| Chunk { class: classes[i], bytes: 8, recompute_s: None });
+            trace.uses.iter().filter(|used| used.chunk == ChunkId(0)).map(|used| used.access).collect()
+        };
+        let (read, add, write) = (Access::Read, Access::ReadWrite, Access::Write);
+        assert_eq!(accesses(0), [read, write, add, read]);
+        assert_eq!(accesses(1), [write, add, read, read]);
     }
 
     #[test]

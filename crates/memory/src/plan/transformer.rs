@@ -54,13 +54,14 @@ impl StateLayout {
 /// When the optimizer updates a layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Updates {
-    /// When the whole backward pass is over: the state streams by while nothing else computes.
+    /// When the whole backward pass is over: the state streams by while nothing else computes. So do
+    /// runs whose gradients ranks add up at the end.
     #[default]
     AfterBackward,
     /// As soon as the layer's gradient is whole. Clipping by the global norm is not possible.
     InBackward,
     /// Just before the layer's next forward pass: the norm is known by then, and the state streams by
-    /// beside the forward pass.
+    /// beside the forward pass. Gradients are kept until then.
     BeforeForward,
 }
 

@@ -190,6 +190,13 @@ pub const KEYS: &[Key] = &[
     key("train.beta2", Float(0.0, 0.999_999_9), "0.95", "", "Decay of AdamW's second moment."),
     key("train.eps", Float(1e-30, 1.0), "1e-8", "", "Added to the root of the second moment."),
     key(
+        "train.moments",
+        Choice(&["f32", "8bit"]),
+        "\"f32\"",
+        "",
+        "Precision of AdamW's moments: 8bit holds them in a quarter of the memory, with rounding that keeps the mean (docs/memory.md). A state goes on with either.",
+    ),
+    key(
         "train.weight_decay",
         Float(0.0, 10.0),
         "0.1",
@@ -315,7 +322,21 @@ pub const KEYS: &[Key] = &[
         Int(1, 65536),
         "1",
         "ranks",
-        "Replicas that share the state among them: each keeps its shard of it.",
+        "Replicas that share the state among them: each keeps its shard of it (mesh.zero).",
+    ),
+    key(
+        "mesh.zero",
+        Int(1, 3),
+        "3",
+        "",
+        "What the ranks of mesh.fsdp share (ZeRO): 1 masters and moments, 2 also gradients, 3 also weights. Changes memory and traffic; results only where microbatches are added up (docs/parallelism.md).",
+    ),
+    key(
+        "mesh.overlap",
+        Flag,
+        "true",
+        "",
+        "Sums of gradients and gathers of weights travel beside computation. Never changes a result.",
     ),
     key("mesh.cp", Int(1, 65536), "1", "ranks", "Context: every row of tokens is cut among so many ranks."),
     key(
@@ -326,7 +347,13 @@ pub const KEYS: &[Key] = &[
         "How attention sees the tokens of other context ranks; auto takes all-to-all where the heads divide and it moves less.",
     ),
     key("mesh.ep", Int(1, 65536), "1", "ranks", "Replicas that share the experts of a mixture among them."),
-    key("mesh.x", Int(1, 65536), "1", "ranks", "First tensor axis. Ranks are threads of this process."),
+    key(
+        "mesh.x",
+        Int(1, 65536),
+        "1",
+        "ranks",
+        "First tensor axis. Ranks are threads of the process, or processes (docs/communication.md).",
+    ),
     key("mesh.y", Int(1, 65536), "1", "ranks", "Second tensor axis."),
     key("mesh.z", Int(1, 65536), "1", "ranks", "Third tensor axis."),
     key(
@@ -335,6 +362,13 @@ pub const KEYS: &[Key] = &[
         "\"auto\"",
         "",
         "How products are spread over x, y and z (docs/parallelism.md); auto goes by the axes: 1d, summa or 3d.",
+    ),
+    key(
+        "mesh.deadline",
+        Float(0.1, 1e7),
+        "600.0",
+        "s",
+        "Longest time a rank waits for another in one call; then the run ends on all of them and says who was late.",
     ),
     key(
         "memory.dram",

@@ -2,15 +2,18 @@
 
 use super::keys::parse_bytes;
 use super::{RecipeError, Settings, context, new_model};
+use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
+use crate::shards::Sharding;
 use device::DType;
-use dist::cost::{Cluster, Link, Pace};
+use dist::cost::{Cluster, Link, Pace, Zero};
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use std::path::PathBuf;
+use std::time::Duration;
 use toml::Value;
 
 /// Everything a run is made from.
@@ -71,6 +74,10 @@ pub struct MeshRecipe {
     pub scheme: Option<Scheme>,
     /// How attention sees the tokens of other context ranks.
     pub attention: ContextAttention,
+    /// Longest time a rank waits for another in one call.
+    pub deadline: Duration,
+    /// How ranks share the state.
+    pub sharding: Sharding,
 }
 
 impl MeshRecipe {
@@ -395,6 +402,10 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
             beta2: float("train.beta2")? as f32,
             eps: float("train.eps")? as f32,
             weight_decay: float("train.weight_decay")? as f32,
+            moments: match get.text("train.moments").as_deref() {
+                Some("8bit") => Moments::Bits8,
+                _ => Moments::F32,
+            },
         },
         clip: if clip > 0.0 { clip } else { f64::INFINITY },
         dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },
@@ -419,7 +430,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp, Axis::Fsdp] {
+    for axis in [Axis::Pp] {
         if shape.size(axis) > 1 {
             return impossible(
                 format!(
@@ -459,5 +470,12 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         );
     }
     let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default() })
+    let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
+    let zero = match need(get.int("mesh.zero"), "mesh.zero")? {
+        1 => Zero::One,
+        2 => Zero::Two,
+        _ => Zero::Three,
+    };
+    let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
+    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
 }

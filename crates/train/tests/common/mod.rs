@@ -93,7 +93,7 @@ pub fn log(dir: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
     let without_clock = |line: &str| {
         let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-        for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers"] {
+        for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers", "messages"] {
             line.as_object_mut().unwrap().remove(key);
         }
         line
@@ -108,4 +108,12 @@ pub fn moved(dir: &Path) -> (u64, u64, Option<u64>) {
     let last = steps.find(|line| line["kind"] == "step").unwrap();
     let link = &last["tiers"]["links"][0];
     (link["up_bytes"].as_u64().unwrap(), link["down_bytes"].as_u64().unwrap(), link["bound_bytes"].as_u64())
+}
+
+/// By step: the bound the plan in force knows.
+pub fn bounds(dir: &Path) -> Vec<Option<u64>> {
+    let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let steps = lines.filter(|line| line["kind"] == "step");
+    steps.map(|line| line["tiers"]["links"][0]["bound_bytes"].as_u64()).collect()
 }

@@ -1,0 +1,61 @@
+//! What ranks that share the state hold at their highest, beside plain replicas.
+
+mod common;
+
+use common::Place;
+use common::runs::begin;
+use dist::{Axis, MeshShape, Options, launch};
+use train::{Begin, Start, StepPlan};
+
+/// Highest bytes of all ranks over three steps, and bytes of the whole state on one rank, by element
+/// sizes: (weights, gradients, moments).
+fn peak(begin: &Begin, mesh: &str) -> (usize, [usize; 3]) {
+    let shape: MeshShape = mesh.parse().unwrap();
+    let mut recipe = begin.recipe.clone();
+    recipe.mesh.shape = shape;
+    let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
+    let loader = data::Loader::new(samples, 1, true);
+    device::release_cached();
+    device::reset_peak();
+    let before = device::memory_use().live_bytes;
+    let states = launch(&shape, &Options::default(), |mesh| {
+        let mut learner = begin.prepared.learner(&recipe, &recipe.mesh.flow(mesh)?)?;
+        learner.initialise(1)?;
+        let at = mesh.coord(Axis::Dp) + mesh.coord(Axis::Fsdp);
+        for step in 0..3 {
+            let batch = loader.batch(4 * step, 1, at, 4);
+            learner.step(&[batch], StepPlan { lr: 1e-2, clip: 1.0 }).unwrap();
+        }
+        let len = learner.store.flat_len();
+        Ok::<_, train::TrainError>([4 * len, 4 * len, 8 * len])
+    });
+    (device::memory_use().peak_bytes - before, states.unwrap()[0])
+}
+
+/// One test: what is measured belongs to the whole process.
+#[test]
+fn the_highest_that_ranks_hold_falls_with_every_stage() {
+    let place = Place::new();
+    let sets =
+        ["train.batch=4", "model.layers=8", "model.width=128", "train.precision=f32", "model.tied=false"];
+    let with = |zero: &str| begin(&place, "run", &[&sets[..], &[zero]].concat(), Start::New);
+    let (replicas, [weights, grads, moments]) = peak(&with("mesh.zero=1"), "dp=4");
+    let ranks = 4;
+    let others = replicas - ranks * (weights + grads + moments);
+    // Whole for a while: two layers of eight and the stripes they share with others, about an eighth
+    // of the gradients or weights more.
+    let window = |whole: usize| whole / ranks + whole * 3 / 8;
+    let mut before = replicas;
+    for (zero, each) in [
+        ("mesh.zero=1", weights + grads + moments / ranks),
+        ("mesh.zero=2", weights + window(grads) + moments / ranks),
+        ("mesh.zero=3", window(weights) + window(grads) + moments / ranks),
+    ] {
+        let (held, _) = peak(&with(zero), "fsdp=4");
+        let most = ranks * (each + each / 16) + others;
+        println!("{zero}: {held} bytes held by {ranks} ranks, at most {most}; replicas {replicas}");
+        assert!(held <= most, "{zero}: {held} bytes, at most {most}");
+        assert!(held < before, "{zero}: {held} bytes, the stage before {before}");
+        before = held;
+    }
+}
