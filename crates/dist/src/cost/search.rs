@@ -361,7 +361,7 @@ fn microbatches(rows: usize) -> Vec<usize> {
 
 /// Every choice that leaves mesh, schemes and microbatch alone. GPipe is not among them: it takes
 /// 1F1B's time and more memory.
-fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: bool) -> Vec<Plan> {
+pub(super) fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: bool) -> Vec<Plan> {
     let pp = plan.mesh.size(Axis::Pp);
     let mut schedules = vec![Schedule::OneFOneB];
     if pp > 1 {

@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, context, new_model};
+use super::{RecipeError, Settings, auto, context, new_model};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
@@ -68,6 +68,8 @@ pub enum ModelRecipe {
 /// `[mesh]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeshRecipe {
+    /// Whether axes, scheme and microbatches are still to be chosen.
+    pub auto: bool,
     /// Ranks along each axis.
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
@@ -477,5 +479,5 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         _ => Zero::Three,
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
+    Ok(MeshRecipe { auto: auto::asked(get, &shape, scheme)?, shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
 }
