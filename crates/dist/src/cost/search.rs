@@ -310,11 +310,7 @@ fn why_lost(found: &Found, best: &Price, cluster: &Cluster) -> String {
     if price.step() <= best.step() {
         return "the choice".into();
     }
-    let parts = price.seconds.parts().into_iter().zip(best.seconds.parts());
-    let (name, more) = parts
-        .map(|((name, theirs), (_, ours))| (name, theirs - ours))
-        .max_by(|a, b| a.1.total_cmp(&b.1))
-        .unwrap_or(("", 0.0));
+    let (name, more) = price.seconds.most_over(&best.seconds);
     format!("{name} +{:.0} % of the step", 100.0 * more / best.step())
 }
 

@@ -47,6 +47,13 @@ impl Seconds {
         ]
     }
 
+    /// The part that is most above that of `other`, and by how many seconds.
+    pub fn most_over(&self, other: &Seconds) -> (&'static str, f64) {
+        let parts = self.parts().into_iter().zip(other.parts());
+        let more = parts.map(|((name, ours), (_, theirs))| (name, ours - theirs));
+        more.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or(("", 0.0))
+    }
+
     /// The step.
     pub fn total(&self) -> f64 {
         self.parts().iter().map(|(_, seconds)| seconds).sum()
