@@ -85,7 +85,8 @@ impl Context {
     fn columns_out(&self, shape: &AttentionShape) -> Columns {
         self.columns(shape.n * shape.h, |rank| {
             let queries = self.share(rank, shape).queries;
-            vec![queries.start * shape.h..queries.end * shape.h]
+            let columns = queries.start * shape.h..queries.end * shape.h;
+            vec![columns]
         })
     }
 
