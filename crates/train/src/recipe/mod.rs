@@ -3,6 +3,7 @@
 mod context;
 mod experts;
 pub mod keys;
+mod kinds;
 mod new_model;
 mod values;
 
