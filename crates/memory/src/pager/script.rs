@@ -216,11 +216,11 @@ mod tests {
         let about = |phase, op| About { phase, op, layer: 0 };
         let update = [(ChunkId(0), Access::Read), (ChunkId(1), Access::ReadWrite)];
         let step = [
-            Visit::new(about(Phase::Optimizer, "adamw"), &update),
-            Visit::new(about(Phase::Forward, "op"), &[(ChunkId(1), Access::Read)]),
-            Visit::new(about(Phase::Backward, "op"), &[(ChunkId(0), Access::ReadWrite)]),
-            Visit::new(about(Phase::Backward, "op"), &[(ChunkId(0), Access::ReadWrite)]),
-            Visit::new(about(Phase::Optimizer, "norm"), &[(ChunkId(0), Access::Read)]),
+            Visit::new(about(Phase::Optimizer, "adamw"), 0, &update),
+            Visit::new(about(Phase::Forward, "op"), 0, &[(ChunkId(1), Access::Read)]),
+            Visit::new(about(Phase::Backward, "op"), 0, &[(ChunkId(0), Access::ReadWrite)]),
+            Visit::new(about(Phase::Backward, "op"), 0, &[(ChunkId(0), Access::ReadWrite)]),
+            Visit::new(about(Phase::Optimizer, "norm"), 0, &[(ChunkId(0), Access::Read)]),
         ];
         let accesses = |first: usize| -> Vec<Access> {
             let mut script = Script::default();
