@@ -106,6 +106,8 @@ def mapped_model(c):
     model.make_tables(c["T"], c["D"] // c["N"])
     for at, module in enumerate(model.modules()):
         for name, like in module._parameters.items():
+            if like is None:  # Linear without a bias
+                continue
             weights = mapped(like, f"{at}.{name}.weights")
             nn.init.normal_(weights, std=0.02) if like.dim() > 1 else nn.init.ones_(weights)
             module._parameters[name] = nn.Parameter(weights)
