@@ -162,7 +162,9 @@ fn plans(
                 shape.layers, shape.heads
             ),
         };
-        bail!("mesh = \"auto\" finds no plan for {ranks} ranks: {why}; choose another number of ranks or of rows");
+        bail!(
+            "mesh = \"auto\" finds no plan for {ranks} ranks: {why}; choose another number of ranks or of rows"
+        );
     }
     Ok(plans)
 }

@@ -212,7 +212,8 @@ pub fn threads(pool: &device::Threads, run: &Run, begin: Begin, stop: &AtomicBoo
         let start = if began.load(SeqCst) { Start::Resume } else { begin.start };
         let (recipe, resolved) = (recipe.clone(), settings.resolved());
         let begin = Begin { recipe, resolved, start, ..begin.clone() };
-        let error = match attempt_threads(pool, begin, run.predicted.filter(|_| attempt == 0), (stop, &began)) {
+        let error = match attempt_threads(pool, begin, run.predicted.filter(|_| attempt == 0), (stop, &began))
+        {
             Ok(complete) => return Ok(ended(complete)),
             Err(error) => error,
         };
@@ -238,8 +239,9 @@ fn attempt_threads(
         return catch_unwind(AssertUnwindSafe(work))
             .unwrap_or_else(|panic| Err(anyhow!("rank 0 panicked: {}", words_of(panic.as_ref()))));
     }
-    let ends =
-        dist::launch(&shape, &dist::Options { deadline }, |mesh| rank(mesh, begin.clone(), predicted, (stop, &began)));
+    let ends = dist::launch(&shape, &dist::Options { deadline }, |mesh| {
+        rank(mesh, begin.clone(), predicted, (stop, &began))
+    });
     match ends {
         Ok(ends) => Ok(ends.contains(&true)),
         Err(Failure::Rank { error, .. }) => Err(error),
@@ -350,7 +352,12 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
     let work = || -> Result<bool> {
         let pool = device::Threads::share(local, locals)?;
         pool.run(|| {
-            crate::train::rank(&mesh, cook(&run.recipe, &run.settings, run.start, &seat)?, None, (stop, &told))
+            crate::train::rank(
+                &mesh,
+                cook(&run.recipe, &run.settings, run.start, &seat)?,
+                None,
+                (stop, &told),
+            )
         })
     };
     let result = catch_unwind(AssertUnwindSafe(work))

@@ -22,7 +22,7 @@ const VOCAB: usize = 4096;
 /// Layers of the probe.
 const LAYERS: usize = 1;
 /// Times a product or a pass is measured, after one that warms up.
-const RUNS: usize = 3;
+const RUNS: usize = 2;
 /// Times a collective is.
 const CALLS: usize = 12;
 /// Bytes of the whole array in collectives.
@@ -52,7 +52,8 @@ pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cl
     let line = line.map_err(|error| TrainError::Mesh { what: error.to_string() })?;
     let probe = Probe::new(config, recipe, ranks)?;
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));
-    let reached = ends.map_err(|failure| TrainError::Mesh { what: format!("measuring speeds: {failure}") })?;
+    let reached =
+        ends.map_err(|failure| TrainError::Mesh { what: format!("measuring speeds: {failure}") })?;
     Ok(probe.cluster(&reached))
 }
 
@@ -93,7 +94,8 @@ impl<'a> Probe<'a> {
     /// The products of a layer forward and for both gradients, whole and cut among the ranks.
     fn products(&self, group: &Group) -> Result<Vec<Sample>, Fault> {
         let m = self.tokens();
-        let pairs = [Pair::Attention, Pair::Mlp].into_iter().flat_map(|pair| self.shape.products(pair, m as f64));
+        let pairs =
+            [Pair::Attention, Pair::Mlp].into_iter().flat_map(|pair| self.shape.products(pair, m as f64));
         let mut samples = Vec::new();
         for (_, product) in pairs {
             let (k, n) = (product.k as usize, product.n as usize);
@@ -300,7 +302,8 @@ fn messages(group: &Group) -> Result<Vec<Sample>, Fault> {
         let (mut whole, mut part) = (vec![1f32; piece * n], vec![1f32; piece]);
         let bytes = (piece * (n - 1) * DType::F32.size_bytes()) as f64;
         let hops = (n - 1) as f64;
-        let mut add = |times: f64, hops: f64, seconds: f64| samples.push((times * hops, times * bytes, seconds));
+        let mut add =
+            |times: f64, hops: f64, seconds: f64| samples.push((times * hops, times * bytes, seconds));
         let seconds = calls(group, || group.all_reduce_sum(ViewMut::of_f32(&mut whole)))?;
         add(2.0, hops, seconds);
         let seconds = calls(group, || group.all_gather(View::of_f32(&part), ViewMut::of_f32(&mut whole)))?;

@@ -81,7 +81,8 @@ mod tests {
         let prices = every(&model, batch, &cluster(), 4);
         assert!(prices.is_sorted_by(|a, b| a.step() <= b.step()));
         assert_eq!(prices, every(&model, batch, &cluster(), 4), "the same question, the same answer");
-        for scheme in Scheme::ALL.into_iter().filter(|s| !matches!(s, Scheme::TwoPointFiveD | Scheme::ThreeD)) {
+        for scheme in Scheme::ALL.into_iter().filter(|s| !matches!(s, Scheme::TwoPointFiveD | Scheme::ThreeD))
+        {
             assert!(prices.iter().any(|price| price.plan.scheme == scheme), "{scheme}");
         }
         for price in &prices {

@@ -197,7 +197,8 @@ fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, clust
         let link = cluster.link(&plan.mesh, Axis::Cp);
         // The ring runs beside attention, the exchange before and behind it.
         let shown = |flow: Flow, beside: f64| {
-            (link.seconds(flow, ACTIVATION_BYTES) - if hides && cluster.pace.beside { beside } else { 0.0 }).max(0.0)
+            (link.seconds(flow, ACTIVATION_BYTES) - if hides && cluster.pace.beside { beside } else { 0.0 })
+                .max(0.0)
         };
         layer.forward.context += shown(forward, seconds);
         layer.input.context += shown(backward, 2.0 * seconds);
@@ -254,6 +255,7 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
     let (mut phases, flows) =
         priced.min_by(|a, b| seconds(&a.0).total_cmp(&seconds(&b.0))).unwrap_or_default();
     // Loss and gradient of a logit are computed together, on the way up.
-    phases.forward.compute += m * model.vocab as f64 / plan.mesh.grid().size() as f64 / cluster.pace.logits_per_s;
+    phases.forward.compute +=
+        m * model.vocab as f64 / plan.mesh.grid().size() as f64 / cluster.pace.logits_per_s;
     (phases, flows)
 }

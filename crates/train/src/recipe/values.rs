@@ -479,5 +479,12 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         _ => Zero::Three,
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
-    Ok(MeshRecipe { auto: auto::asked(get, &shape, scheme)?, shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
+    Ok(MeshRecipe {
+        auto: auto::asked(get, &shape, scheme)?,
+        shape,
+        scheme,
+        attention: attention.unwrap_or_default(),
+        deadline,
+        sharding,
+    })
 }
