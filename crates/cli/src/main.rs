@@ -3,6 +3,7 @@
 
 mod auto;
 mod bench_step;
+mod budget;
 mod chat;
 mod doctor;
 mod eval;
@@ -12,6 +13,7 @@ mod outcome;
 mod plan;
 mod plan_memory;
 mod show;
+mod stages;
 mod tokenizer;
 mod traffic;
 mod train;
@@ -45,6 +47,8 @@ enum Command {
     Train(train::Args),
     /// Talk to a model, or let it continue one prompt
     Chat(chat::Args),
+    /// Give a run other budgets of memory while it goes on
+    Budget(budget::Args),
     /// Measure the perplexity of a model on a file
     Eval(eval::Args),
     /// Train a tokenizer, or see what one does with a text
@@ -64,6 +68,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(args),
         Command::Chat(args) => chat::run(args),
+        Command::Budget(args) => budget::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Tokenizer(args) => tokenizer::run(args),
         Command::Plan(args) => plan::run(args),

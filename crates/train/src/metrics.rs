@@ -4,10 +4,11 @@
 //! killed reads as if it had not been, timings aside.
 
 use crate::balance::Balance;
+use crate::budget::BudgetChange;
 use crate::tensorboard::EventWriter;
 use dist::Counts;
 use memory::pager::{LinkCount, TierCount, TierReport};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -96,7 +97,8 @@ pub struct Messages {
 }
 
 impl Messages {
-    /// What was exchanged over each set of axes between two counts of one rank.
+    /// What was exchanged over each set of axes between two counts of one rank; nothing of axes that
+    /// were silent.
     pub(crate) fn between(before: &[Counts], after: &[Counts]) -> Vec<Messages> {
         let since = |after: &Counts| {
             let before = before.iter().find(|before| before.axes == after.axes);
@@ -110,7 +112,8 @@ impl Messages {
                 beside_s: less_s(&|counts| counts.beside_s),
             }
         };
-        after.iter().map(since).collect()
+        let silent = |m: &Messages| m.sent_bytes + m.received_bytes == 0 && m.exposed_s + m.beside_s == 0.0;
+        after.iter().map(since).filter(|messages| !silent(messages)).collect()
     }
 }
 
@@ -176,6 +179,17 @@ impl Metrics {
             "targets": targets,
         });
         self.put(step, &line, &[("valid/loss", loss), ("valid/perplexity", perplexity)])
+    }
+
+    /// Write down that other budgets were asked for after `step`.
+    pub fn budget(&mut self, step: u64, change: &BudgetChange) -> Result<(), MetricsError> {
+        let BudgetChange { budgets, refused } = change;
+        let tiers = budgets.tiers().into_iter().map(|tier| (tier.to_string(), json!(budgets.of(tier))));
+        let mut line = json!({"kind": "budget", "step": step, "bytes": tiers.collect::<Map<_, _>>()});
+        if let Some(why) = refused {
+            line["refused"] = json!(why);
+        }
+        self.put(step, &line, &[])
     }
 
     fn put(&mut self, step: u64, line: &Value, points: &[(&str, f64)]) -> Result<(), MetricsError> {

@@ -75,7 +75,9 @@ impl Prepared {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
         let one = Estimate::new(&self.config, &self.params, &recipe.train, snapshot);
-        one.over(&recipe.mesh, &recipe.train)
+        let all = one.over(&recipe.mesh, &recipe.train);
+        // A recipe whose schedule does not fit its stages is none.
+        all.on_stages(&self.config, recipe).unwrap_or(all)
     }
 
     /// What the state may spread over; none: all of it stays in memory.

@@ -64,7 +64,7 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         rows.push(Row { plan, measured_s });
     }
     println!("{}\n{}", table(&rows), verdict(&rows));
-    let path = report::keep(root, json!({ "bench": "mesh", "machine": facts, "rows": rows }))?;
+    let path = report::save(root, json!({ "bench": "mesh", "machine": facts, "rows": rows }))?;
     println!("wrote {}", path.display());
     Ok(())
 }

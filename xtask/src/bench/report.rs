@@ -135,13 +135,13 @@ pub fn write(
         "configs": configs.collect::<Vec<_>>(),
         "failures": failed.collect::<Vec<_>>(),
     });
-    keep(root, document)
+    save(root, document)
 }
 
-/// Writes a document with its time into bench/results and returns its path.
-pub fn keep(root: &Path, mut document: Value) -> Result<PathBuf> {
+/// Writes bench/results/<date-time>.json, dated, and returns its path.
+pub fn save(root: &Path, mut document: Value) -> Result<PathBuf> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    document["at"] = date_time(now).into();
+    document["at"] = json!(date_time(now));
     let folder = root.join("bench/results");
     let path = folder.join(format!("{}.json", date_time(now).replace(':', "-")));
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;

@@ -4,7 +4,9 @@ mod auto;
 mod context;
 mod experts;
 pub mod keys;
+mod kind;
 mod new_model;
+mod stages;
 mod values;
 
 pub use values::{
