@@ -35,6 +35,8 @@ enum Chore {
 enum Bench {
     /// One training step, ours against PyTorch, candle and burn.
     Train(bench::Args),
+    /// Steps on meshes of ranks of this machine, predicted and then measured.
+    Mesh(bench::mesh::Args),
     /// Collectives of ranks on one machine, ours against OpenMPI, MPICH and gloo.
     Comm(bench::comm::Args),
     /// Training over tiers, by plan and rule, and PyTorch under the same limit.
@@ -45,6 +47,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().chore {
         Chore::Tidy(args) => tidy::run(&root(), &args),
         Chore::Bench { bench: Bench::Train(args) } => bench::run(&root(), &args).map(|()| true),
+        Chore::Bench { bench: Bench::Mesh(args) } => bench::mesh::run(&root(), &args).map(|()| true),
         Chore::Bench { bench: Bench::Comm(args) } => bench::comm::run(&root(), &args).map(|()| true),
         Chore::Bench { bench: Bench::Memory(args) } => bench::memory::run(&root(), &args).map(|()| true),
     };

@@ -22,7 +22,7 @@ const VOCAB: usize = 4096;
 /// Layers of the probe.
 const LAYERS: usize = 1;
 /// Times a product or a pass is measured, after one that warms up.
-const RUNS: usize = 3;
+const RUNS: usize = 2;
 /// Times a collective is.
 const CALLS: usize = 12;
 /// Bytes of the whole array in collectives.

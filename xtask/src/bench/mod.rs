@@ -12,6 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 pub mod comm;
 mod machine;
 pub mod memory;
+pub mod mesh;
 mod peers;
 mod report;
 mod runs;

@@ -94,7 +94,8 @@ mod tests {
     /// Where the cores that compute carry the messages, nothing hides them.
     #[test]
     fn messages_that_take_cores_show() {
-        let (model, batch) = small();
+        // One key head: a ring goes around the context ranks.
+        let (model, batch) = (ModelShape { kv_heads: 1, ..small().0 }, small().1);
         let mut cores = cluster();
         cores.pace.beside = false;
         let shown = |cluster: &Cluster| {

@@ -1,6 +1,5 @@
 //! `mesh = "auto"`: what it leaves open, and a choice written back as keys.
 
-use super::keys;
 use super::values::{Get, impossible};
 use super::{Recipe, RecipeError, Settings};
 use dist::cost::Price;
@@ -34,9 +33,7 @@ impl Settings {
         let scheme = if mesh.grid().size() == 1 { "auto" } else { plan.scheme.name() };
         sets.push(format!("mesh.scheme={scheme}"));
         sets.push(format!("mesh.zero={}", plan.zero as usize + 1));
-        if keys::find("mesh.schedule").is_some() {
-            sets.extend(schedule(plan.schedule, mesh.size(Axis::Pp)));
-        }
+        sets.extend(schedule(plan.schedule, mesh.size(Axis::Pp)));
         sets.push(format!("train.batch={}", plan.microbatch_rows * mesh.replicas()));
         sets.push(format!("train.accumulate={}", price.microbatches));
         if !self.says_recompute() {

@@ -244,6 +244,18 @@ mod tests {
     }
 
     #[test]
+    fn mesh_auto_is_short_for_its_axes() {
+        let base = "mesh = \"auto\"\n[run]\ndir = \"r\"\n[data]\npath = \"d\"\n";
+        let mut settings = Settings::parse(base, "r.toml").unwrap();
+        assert!(settings.recipe().unwrap().mesh.auto);
+        settings.set("mesh.axes=given").unwrap();
+        assert!(!settings.recipe().unwrap().mesh.auto);
+        settings.set("mesh=auto").unwrap();
+        assert!(settings.recipe().unwrap().mesh.auto);
+        assert!(refused("mesh = 3").contains("one of \"given\", \"auto\""));
+    }
+
+    #[test]
     fn the_resolved_recipe_means_the_same() {
         let mut settings = Settings::parse("[train]\nsteps = 7\n[model]\nwidth = 96", "r.toml").unwrap();
         settings.set("run.dir=runs/a").unwrap();
@@ -263,6 +275,8 @@ mod tests {
             ("[train]\nlr = 1e-4\nmin_lr = 1e-3", "train.min_lr"),
             ("[train]\nschedule = \"cosine\"\ndecay = 5", "train.decay"),
             ("[memory]\ndir = \"x\"", "memory.dram"),
+            ("[mesh]\naxes = \"auto\"\nx = 2", "leave one of them away"),
+            ("[mesh]\naxes = \"auto\"\nscheme = \"summa\"", "mesh.scheme = \"summa\""),
             ("[model]\nexperts = 4", "mixtral, qwen2_moe and qwen3_moe"),
             ("[model]\nfamily = \"mixtral\"\nexperts = 4\nexperts_per_token = 5", "at most all experts"),
             ("[model]\nfamily = \"mixtral\"\nshared_ffn = 64", "qwen2_moe"),

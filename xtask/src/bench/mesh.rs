@@ -1,0 +1,164 @@
+//! `cargo xtask bench mesh`: what the cost model predicts of steps on meshes of this machine, then the
+//! same steps measured.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+use comfy_table::{CellAlignment, Table, presets};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::peers::{self, capture};
+use super::runs::median;
+use super::{machine, report};
+
+/// Options of `bench mesh`.
+#[derive(clap::Args)]
+pub struct Args {
+    /// Numbers of ranks.
+    #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4])]
+    ranks: Vec<usize>,
+    /// Meshes of each number of ranks, spread over all from the best to the worst.
+    #[arg(long, default_value_t = 7)]
+    meshes: usize,
+    /// Steps of one run that count.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+}
+
+/// Steps before those that count.
+const WARM_UP: usize = 2;
+
+/// One plan as `trilith plan --here --json` prints it.
+#[derive(Clone, Deserialize, Serialize)]
+struct Plan {
+    mesh: String,
+    ranks: usize,
+    sets: Vec<String>,
+    step_s: f64,
+    parts_s: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A plan and the median of its steps.
+#[derive(Serialize)]
+struct Row {
+    plan: Plan,
+    measured_s: f64,
+}
+
+/// Predicts every mesh, then measures each; prints the table and keeps it.
+pub fn run(root: &Path, args: &Args) -> Result<()> {
+    ensure!(args.steps >= 1 && args.meshes >= 1, "--steps and --meshes are at least 1");
+    let trilith = peers::cargo_build(root, &["--package", "trilith"], "trilith")?;
+    let facts = machine::facts(root, None);
+    let mut plans = Vec::new();
+    for ranks in &args.ranks {
+        let all = predict(root, &trilith, *ranks)?;
+        plans.extend(spread(all, args.meshes));
+    }
+    let mut rows = Vec::new();
+    for plan in plans {
+        let measured_s = measure(root, &trilith, &plan, args.steps)
+            .with_context(|| format!("measuring {} on {} ranks", plan.mesh, plan.ranks))?;
+        rows.push(Row { plan, measured_s });
+    }
+    println!("{}\n{}", table(&rows), verdict(&rows));
+    let path = report::save(root, json!({ "bench": "mesh", "machine": facts, "rows": rows }))?;
+    println!("wrote {}", path.display());
+    Ok(())
+}
+
+fn recipe(root: &Path) -> PathBuf {
+    root.join("bench/mesh/recipe.toml")
+}
+
+fn predict(root: &Path, trilith: &Path, ranks: usize) -> Result<Vec<Plan>> {
+    let mut command = Command::new(trilith);
+    command.current_dir(root).arg("plan").arg(recipe(root));
+    let printed = capture(command.args(["--here", "--json", "--ranks", &ranks.to_string()]))?;
+    printed
+        .lines()
+        .map(|line| serde_json::from_str(line).with_context(|| format!("not a plan: {line}")))
+        .collect()
+}
+
+/// At most `count` of `plans`, the first and the last among them.
+fn spread(plans: Vec<Plan>, count: usize) -> Vec<Plan> {
+    let all = plans.len();
+    let taken = count.min(all);
+    (0..taken).map(|i| plans[i * (all - 1) / (taken - 1).max(1)].clone()).collect()
+}
+
+fn measure(root: &Path, trilith: &Path, plan: &Plan, steps: usize) -> Result<f64> {
+    let dir = root.join("target/bench-mesh/run");
+    let mut command = Command::new(trilith);
+    command.current_dir(root).arg("train").arg(recipe(root)).arg("--overwrite");
+    for set in &plan.sets {
+        command.args(["--set", set]);
+    }
+    command.args(["--set", &format!("train.steps={}", steps + WARM_UP)]);
+    command.args(["--set", &format!("run.dir={}", dir.display())]);
+    capture(&mut command)?;
+    let path = dir.join("metrics.jsonl");
+    let log = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
+    let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let seconds = lines.filter(|line| line["kind"] == "step").filter_map(|line| line["seconds"].as_f64());
+    median(seconds.skip(WARM_UP)).context("the run logged no steps")
+}
+
+fn table(rows: &[Row]) -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::ASCII_MARKDOWN);
+    table.set_header(["ranks", "mesh", "predicted", "measured", "predicted / measured"]);
+    for Row { plan, measured_s } in rows {
+        let ms = |seconds: f64| format!("{:.0} ms", seconds * 1e3);
+        let ratio = format!("{:.2}", plan.step_s / measured_s);
+        table.add_row([plan.ranks.to_string(), plan.mesh.clone(), ms(plan.step_s), ms(*measured_s), ratio]);
+    }
+    table.column_iter_mut().skip(2).for_each(|column| column.set_cell_alignment(CellAlignment::Right));
+    table
+}
+
+/// How many are within a quarter, and how many pairs that differ are ordered rightly.
+fn verdict(rows: &[Row]) -> String {
+    let near = rows.iter().filter(|row| (row.plan.step_s / row.measured_s - 1.0).abs() <= 0.25).count();
+    let pairs = || rows.iter().enumerate().flat_map(|(i, a)| rows[..i].iter().map(move |b| (a, b)));
+    let differ = |a: &Row, b: &Row| (a.measured_s / b.measured_s).max(b.measured_s / a.measured_s) > 1.15;
+    let right = |a: &Row, b: &Row| (a.measured_s < b.measured_s) == (a.plan.step_s < b.plan.step_s);
+    let apart = pairs().filter(|(a, b)| differ(a, b)).count();
+    let ordered = pairs().filter(|(a, b)| differ(a, b) && right(a, b)).count();
+    format!(
+        "{near} of {} within 25 %; of {apart} pairs whose measured steps differ by more than 15 %, {ordered} are \
+         ordered rightly",
+        rows.len()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(step_s: f64, measured_s: f64) -> Row {
+        let plan =
+            Plan { mesh: "x = 2".into(), ranks: 2, sets: Vec::new(), step_s, parts_s: Default::default() };
+        Row { plan, measured_s }
+    }
+
+    #[test]
+    fn the_verdict_counts_what_is_near_and_what_is_in_order() {
+        // 2 and 3 are close in truth; 1 and 2 are told apart wrongly.
+        let rows = [row(2.0, 1.0), row(1.9, 2.0), row(2.2, 2.1)];
+        let said = verdict(&rows);
+        assert!(said.starts_with("2 of 3 within 25 %; of 2 pairs") && said.contains("15 %, 1 are"), "{said}");
+    }
+
+    #[test]
+    fn plans_are_taken_from_end_to_end() {
+        let plans: Vec<Plan> = (0..10).map(|i| row(f64::from(i), 1.0).plan).collect();
+        let steps = |count| spread(plans.clone(), count).iter().map(|plan| plan.step_s).collect::<Vec<_>>();
+        assert_eq!(steps(4), [0.0, 3.0, 6.0, 9.0]);
+        assert_eq!(steps(1), [0.0]);
+        assert_eq!(steps(20).len(), 10);
+    }
+}
