@@ -166,7 +166,8 @@ impl Arrays {
         let mut arrays = Arrays::new(device, len);
         let mut sizes = Vec::new();
         let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
-        let filed = setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.len(setup.chunk_elements)));
+        let filed =
+            setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.len(setup.chunk_elements)));
         for (class, dtype, len) in state.chain(filed) {
             let size = dtype.size_bytes();
             let memories = setup.budgets.tiers().into_iter().filter(|tier| *tier != Tier::Nvme);

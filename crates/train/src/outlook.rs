@@ -39,7 +39,12 @@ pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Tran
     Ok(transformer(config, count, &recipe.train, speeds))
 }
 
-fn transformer(config: &Config, params: u64, recipe: &TrainRecipe, speeds: &Speeds) -> Transformer {
+pub(crate) fn transformer(
+    config: &Config,
+    params: u64,
+    recipe: &TrainRecipe,
+    speeds: &Speeds,
+) -> Transformer {
     let layers = config.layers() as u64;
     let matrix = (config.vocab() * config.width()) as u64;
     let head_params = if config.tied() { 0 } else { matrix };

@@ -21,6 +21,18 @@ const PAGE_BYTES: usize = 4096;
 /// Part of what the system has free that `memory.dram = "auto"` takes.
 const AUTO_PART: f64 = 0.9;
 
+/// What a run may use, before it is known whether it needs all of it.
+pub(crate) fn budgets(recipe: &Recipe) -> Budgets {
+    let available = device::available_bytes().map_or(i64::MAX as u64, |free| free as u64);
+    let Some(memory) = &recipe.memory else {
+        return Budgets { dram: Some(available), ..Budgets::default() };
+    };
+    let automatic = (available as f64 * AUTO_PART) as u64;
+    let dram = memory.dram_bytes.unwrap_or(automatic.saturating_sub(memory.device_bytes.unwrap_or(0)));
+    let nvme = memory.nvme_bytes.unwrap_or(i64::MAX as u64);
+    Budgets { hbm: memory.device_bytes, dram: Some(dram), nvme: Some(nvme) }
+}
+
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
 /// `held` parameters are those of all ranks together.
 pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
@@ -99,11 +111,7 @@ pub(crate) fn check(
     let chunk_bytes = estimate.state_bytes + filed;
     if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {
-            what: format!(
-                "memory.nvme = {}, the state takes {}",
-                bytes(nvme_bytes),
-                bytes(chunk_bytes)
-            ),
+            what: format!("memory.nvme = {}, the state takes {}", bytes(nvme_bytes), bytes(chunk_bytes)),
             remedy: "raise memory.nvme to that".into(),
         });
     }

@@ -6,6 +6,7 @@
 mod common;
 
 use common::{Place, bounds, moved};
+use memory::Class;
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -129,6 +130,63 @@ fn three_tiers_give_the_bits_of_a_run_without_limits() {
             assert!(up > 0 && down > 0, "{what} moved nothing");
             assert_same(&place, &whole, "tiers", &what);
         }
+    }
+}
+
+/// Rows so long that what layers keep is more than the budget, though they keep their inputs alone.
+const LONG: [&str; 8] = [
+    "model.layers=16",
+    "model.width=64",
+    "model.ffn=64",
+    "tokenizer.vocab=300",
+    "train.batch=2",
+    "train.context=1024",
+    "train.steps=4",
+    "eval.every=0",
+];
+
+#[test]
+fn inputs_of_layers_that_run_again_leave_and_come_back() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let variants: &[(&[&str], &str, f64)] = &[
+        (&["train.recompute=always"], "dynamic", 0.0),
+        (&["train.recompute=always", "train.clip=0", "train.accumulate=2"], "dynamic", 0.0),
+        (&["train.recompute=always"], "lru", 0.0),
+        // Behind a device, with a drive and without.
+        (&["train.recompute=always", "train.accumulate=2"], "dynamic", 0.5),
+        (&["train.recompute=always", "train.clip=0"], "dynamic", 2.0),
+        (&["model.family=gpt2", "model.kv_heads=0", "train.recompute_layers=15"], "belady", 0.5),
+    ];
+    for (variant, policy, host) in variants {
+        let (sets, policy) = ([&LONG[..], variant].concat(), format!("memory.policy={policy}"));
+        place.run("whole", &sets, Start::Overwrite, None).unwrap();
+        let recipe = place.settings("probe", &sets).recipe().unwrap();
+        let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
+        // Room for the widest op beside what is no chunk.
+        let others = (estimate.activation_bytes - estimate.filed_bytes) as f64 * 1.25;
+        let bytes = ((others + 300_000.0) * 34.0 / 32.0) as u64;
+        assert!(bytes < estimate.activation_bytes, "{bytes} of {estimate:?}");
+        let dram = (estimate.state_bytes as f64 * host) as u64;
+        let budgets = match dram {
+            0 => vec![format!("memory.dram={bytes}B")],
+            dram => vec![format!("memory.simulate_device={bytes}B"), format!("memory.dram={dram}B")],
+        };
+        let mut sets = [&sets[..], &[policy.as_str()]].concat();
+        sets.extend(budgets.iter().map(String::as_str));
+        device::release_cached();
+        device::reset_peak();
+        let moved = device::Threads::new(2).unwrap().run(|| {
+            let mut trainer = place.trainer("tiers", &sets, Start::Overwrite).unwrap();
+            trainer.prepared.check_memory(trainer.recipe()).unwrap();
+            while trainer.advance().unwrap().is_some() {}
+            trainer.learner_mut().store.arrays().moved_bytes(Class::Activation)
+        });
+        println!("{sets:?}: {moved} bytes of activations moved, {} kept", estimate.filed_bytes);
+        assert!(moved > estimate.filed_bytes, "{sets:?}: {moved} bytes of activations moved");
+        let held = device::memory_use().peak_held_bytes as u64;
+        assert!(held <= bytes + dram, "{sets:?}: {held} of {bytes} + {dram} bytes");
+        assert_same(&place, "whole", "tiers", &format!("{sets:?}"));
     }
 }
 
