@@ -11,6 +11,7 @@ mod outcome;
 mod plan;
 mod plan_memory;
 mod show;
+mod stages;
 mod tokenizer;
 mod traffic;
 mod train;

@@ -3,6 +3,7 @@
 use crate::launch::{self, Run, Seat, Way};
 use crate::outcome::Outcome;
 use crate::show;
+use crate::stages;
 use crate::traffic::Traffic;
 use ::train::{Begin, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start};
 use ::train::{StepMetrics, TrainError, Trainer};
@@ -387,7 +388,9 @@ fn mesh_line(mesh: &::train::recipe::MeshRecipe, seat: &Seat) -> String {
         return "one rank".into();
     }
     let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
-    format!("{}: {ranks} ranks as {}, products {scheme}", mesh.shape, seat.carrier)
+    let staged = mesh.shape.size(dist::Axis::Pp) > 1;
+    let stages = if staged { format!(", stages {}", mesh.schedule) } else { String::new() };
+    format!("{}: {ranks} ranks as {}, products {scheme}{stages}", mesh.shape, seat.carrier)
 }
 
 fn memory(recipe: &Recipe, prepared: &Prepared) -> String {
@@ -442,5 +445,6 @@ fn plan(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String 
         Ok(()) => "It fits.".to_string(),
         Err(error) => format!("It does not fit: {error}"),
     };
-    format!("{table}\n\n{}{facts}\n{verdict}\n", headline(recipe, prepared, seat, peak))
+    let stages = stages::timeline(recipe);
+    format!("{table}\n\n{}{stages}{facts}\n{verdict}\n", headline(recipe, prepared, seat, peak))
 }

@@ -49,6 +49,16 @@ fn a_dry_run_says_what_would_happen_and_writes_nothing() {
 }
 
 #[test]
+fn a_dry_run_of_a_pipeline_draws_its_timeline() {
+    let place = Place::new();
+    let stages = ["--set", "mesh.pp=2", "--set", "train.accumulate=2"];
+    let plan = place.succeeds(&[&["train", "tiny.toml", "--dry-run"][..], &stages].concat());
+    for part in ["1f1b on 2 stages, 2 microbatches: bubble 33.3 %", "stage 0  F0  F1  .   .   B0"] {
+        assert!(plan.contains(part), "{part}: {plan}");
+    }
+}
+
+#[test]
 fn a_plan_needs_no_machine_that_could_hold_the_model() {
     let place = Place::new();
     let gpt3 = format!("{REPOSITORY}/recipes/gpt3-175b.toml");

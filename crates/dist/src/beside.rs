@@ -8,8 +8,10 @@
 use crate::Group;
 use crate::call::Op;
 use crate::error::CommError;
+use crate::group::Carrier;
 use crate::threads::Seat;
 use crate::traffic::{Peers, Tally, Traffic};
+use crate::wire;
 use device::{Buffer, DType, Device};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
@@ -90,6 +92,39 @@ enum State {
         /// The sender and the number of its letter.
         from: (usize, u64),
     },
+    /// A letter between threads.
+    Letter {
+        seat: Seat,
+        dtype: DType,
+        len: usize,
+        from: (usize, u64),
+    },
+    /// A message between processes.
+    Message {
+        seat: wire::Seat,
+        dtype: DType,
+        len: usize,
+        from: (usize, u64),
+    },
+}
+
+/// A message on its way to a member. Dropping it gives up knowing of its end, not the message.
+#[must_use = "a message under way ends with finish()"]
+pub struct Sending {
+    /// None: it is where it is to be.
+    under_way: Option<Receiver<Result<(), CommError>>>,
+    tally: Arc<Tally>,
+}
+
+impl Sending {
+    /// Waits until the message has left.
+    pub fn finish(self) -> Result<(), CommError> {
+        let Some(result) = self.under_way else { return Ok(()) };
+        let start = Instant::now();
+        let done = result.recv().map_err(|_| gone())?;
+        self.tally.expose(start.elapsed());
+        done
+    }
 }
 
 impl Pending {
@@ -100,6 +135,8 @@ impl Pending {
             State::Ready(array) => return Ok(array),
             State::Lane(result) => result.recv().map_err(|_| gone())?,
             State::Handle { op, seat, dtype, len, from } => seat.take_handle(op, (dtype, len), from),
+            State::Letter { seat, dtype, len, from } => seat.take_letter((dtype, len), from),
+            State::Message { seat, dtype, len, from } => seat.take_asked((dtype, len), from),
         };
         self.tally.expose(start.elapsed());
         done
@@ -262,6 +299,51 @@ impl Group {
             group.receive(out.view_mut(), from)?;
             Ok(out)
         })
+    }
+
+    /// [`Group::send`] beside computation. The array may be shared; nobody may write it any more:
+    /// between threads the receiver gets a handle of it, and no byte moves.
+    pub fn start_send(&self, data: Array, to: usize) -> Result<Sending, CommError> {
+        self.expect_other(Op::Send, to)?;
+        let tally = self.tally().clone();
+        let sent = data.view().bytes().len() as u64;
+        let traffic = Traffic { sent, received: 0, peers: Peers::One(to) };
+        let under_way = match self.carrier_beside() {
+            Carrier::Null => None,
+            Carrier::Threads(seat) => {
+                seat.post_letter(data, to)?;
+                None
+            }
+            // It waits for nobody's call: whoever it goes to takes messages in at any time.
+            Carrier::Processes(seat) => {
+                let ((sender, receiver), seat) = (sync_channel(1), seat.clone());
+                self.lane().run(Box::new(move || drop(sender.send(seat.send_to(data.view(), to)))))?;
+                Some(receiver)
+            }
+        };
+        tally.add(traffic, self.size(), self.index());
+        Ok(Sending { under_way, tally })
+    }
+
+    /// [`Group::receive`] of `len` elements beside computation: takes the next message of `from` that
+    /// nobody asked for yet. It needs no thread, so that a message that comes late holds nothing up.
+    /// What comes may be shared with the sender: read it only.
+    pub fn start_receive(&self, (dtype, len): (DType, usize), from: usize) -> Result<Pending, CommError> {
+        self.expect_other(Op::Receive, from)?;
+        let received = (len * dtype.size_bytes()) as u64;
+        let traffic = Traffic { sent: 0, received, peers: Peers::One(from) };
+        self.tally().add(traffic, self.size(), self.index());
+        Ok(self.pending(match self.carrier_beside() {
+            Carrier::Null => State::Ready(Array::new(dtype, len)?),
+            Carrier::Threads(seat) => {
+                let (seat, from) = (seat.clone(), (from, seat.ask(from)));
+                State::Letter { seat, dtype, len, from }
+            }
+            Carrier::Processes(seat) => {
+                let (seat, from) = (seat.clone(), (from, seat.ask(from)));
+                State::Message { seat, dtype, len, from }
+            }
+        }))
     }
 
     fn start(

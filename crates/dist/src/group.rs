@@ -27,7 +27,7 @@ pub struct Group {
 }
 
 #[derive(Clone)]
-enum Carrier {
+pub(crate) enum Carrier {
     /// Moves nothing; also what a group of one needs.
     Null,
     Threads(threads::Seat),
@@ -253,6 +253,10 @@ impl Group {
         !matches!(self.carrier, Carrier::Null)
     }
 
+    pub(crate) fn carrier_beside(&self) -> &Carrier {
+        &self.carrier_beside
+    }
+
     /// Our seat for calls beside computation, where members can hand each other buffers.
     pub(crate) fn sharing_seat(&self) -> Option<&threads::Seat> {
         match &self.carrier_beside {
@@ -323,7 +327,7 @@ impl Group {
         Err(self.refuse(op, format!("member {member} does not exist; members count from 0")))
     }
 
-    fn expect_other(&self, op: Op, member: usize) -> Result<(), CommError> {
+    pub(crate) fn expect_other(&self, op: Op, member: usize) -> Result<(), CommError> {
         self.expect_member(op, member)?;
         if member != self.index {
             return Ok(());

@@ -33,7 +33,7 @@ mod threads;
 mod traffic;
 mod wire;
 
-pub use beside::{Array, Pending, Underway, start_beside};
+pub use beside::{Array, Pending, Sending, Underway, start_beside};
 pub use call::{Call, Members, Op};
 pub use communicator::{Communicator, NullRank};
 pub use context::{Context, ContextAttention, HeadShare, Moved, ZigZag, gather_context};

@@ -5,6 +5,7 @@
 //! inner width (heads, ffn), a *closing* one leads back. Between two products everything is local,
 //! because the inner width is cut where heads and neurons begin.
 
+use crate::pipeline::Schedule;
 use crate::{
     Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side,
 };
@@ -95,14 +96,18 @@ pub struct Flow {
     pub keep: Keep,
     /// How attention sees the tokens of other context ranks.
     pub attention: ContextAttention,
+    /// In which order stages work, where the mesh has several; it also says how many slices of the
+    /// layers a stage has.
+    pub schedule: Schedule,
 }
 
 impl Flow {
     /// Of one rank.
     pub fn solo() -> Flow {
         let (mesh, scheme, keep) = (Mesh::solo(), Scheme::OneD, Keep::default());
-        let attention = ContextAttention::default();
-        Flow { mesh, scheme, outer: Layout::REPLICATED, inner: Layout::REPLICATED, keep, attention }
+        let (attention, schedule) = (ContextAttention::default(), Schedule::OneFOneB);
+        let (outer, inner) = (Layout::REPLICATED, Layout::REPLICATED);
+        Flow { mesh, scheme, outer, inner, keep, attention, schedule }
     }
 
     /// Refuses axes that the scheme would leave idle.
@@ -124,7 +129,13 @@ impl Flow {
             Scheme::WeightStationary => (lay(&[], &[X, Y]), lay(&[], &[Y, X])),
         };
         let (keep, attention) = (Keep::default(), ContextAttention::default());
-        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep, attention })
+        let schedule = Schedule::OneFOneB;
+        Ok(Flow { mesh: mesh.clone(), scheme, outer, inner, keep, attention, schedule })
+    }
+
+    /// The same with its stages working in the order of `schedule`.
+    pub fn scheduled(self, schedule: Schedule) -> Flow {
+        Flow { schedule, ..self }
     }
 
     /// From the residual stream to the inner width: w [outputs, inputs].

@@ -73,8 +73,20 @@ fn best_of(a: View<'_>, b: View<'_>, out: DType, (m, k, n): (usize, usize, usize
         };
         let started = Instant::now();
         let (a, b) = (Mat::new(a, k), Mat::new(b, k).t());
-        gemm(m, k, n, a, b, MatMut { data, ld: n }, false, Epilogue::default());
+        gemm(m, n, k, a, b, MatMut { data, ld: n }, false, Epilogue::default());
         seconds = seconds.min(started.elapsed().as_secs_f64());
     }
     2.0 * (m * k * n) as f64 / seconds / 1e9
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn products_of_any_shape_are_measured() {
+        for dtype in [DType::F32, DType::Bf16] {
+            assert!(gflops_of(dtype, 96, 64, 160) > 0.0);
+        }
+    }
 }

@@ -70,6 +70,28 @@ pub enum ConfigError {
         /// The mesh asked for.
         mesh: dist::MeshShape,
     },
+    /// A mixture of experts cut into stages.
+    #[error(
+        "`{family}` on {stages} stages: layers with experts run without a pipeline only; set mesh.pp = 1"
+    )]
+    ExpertsInStages {
+        /// Its `model_type`.
+        family: &'static str,
+        /// Ranks of the pipeline.
+        stages: usize,
+    },
+    /// More slices than layers.
+    #[error(
+        "a model of {layers} layers cannot be cut into {stages} stages of {chunks} slices (mesh.pp and mesh.virtual): every slice has a layer; lower one of the two"
+    )]
+    Stages {
+        /// Layers of the model.
+        layers: usize,
+        /// Ranks of the pipeline.
+        stages: usize,
+        /// Slices of each.
+        chunks: usize,
+    },
     /// A mesh the scheme has no use for.
     #[error(transparent)]
     Flow(#[from] dist::FlowError),
@@ -220,26 +242,37 @@ impl Config {
         }
     }
 
+    /// FLOPs a token of each layer, and of the head: what slices of a pipeline are balanced by.
+    pub(crate) fn layer_flops(&self, context: usize) -> (Vec<f64>, f64) {
+        let per_token = |flops: crate::Flops| flops.per_token(context);
+        let head = crate::Flops { matmul_params: self.vocab() * self.width(), attention_columns: 0 };
+        ((0..self.layers()).map(|layer| per_token(self.layer(layer))).collect(), per_token(head))
+    }
+
+    /// What one layer counts for.
+    fn layer(&self, layer: usize) -> crate::Flops {
+        let ((n, k, h), d) = (self.heads(), self.width());
+        let mlp = match self {
+            // Of experts only those a token goes to.
+            Config::Llama(config) => match config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
+                Some(moe) => moe.active_params(d),
+                None => 3 * d * config.ffn,
+            },
+            Config::Gpt2(config) => 2 * d * config.ffn,
+        };
+        crate::Flops { matmul_params: d * (n + 2 * k) * h + n * h * d + mlp, attention_columns: n * h }
+    }
+
     /// What utilisation counts.
     pub fn flops(&self) -> crate::Flops {
-        let (n, k, h) = self.heads();
-        let (layers, d) = (self.layers(), self.width());
-        // Of experts only those a token goes to.
-        let dense = |config: &LlamaConfig| 3 * d * config.ffn;
-        let mlps: usize = match self {
-            Config::Llama(config) => (0..layers)
-                .map(|layer| match config.moe.as_ref().filter(|moe| moe.applies_to(layer)) {
-                    Some(moe) => moe.active_params(d),
-                    None => dense(config),
-                })
-                .sum(),
-            Config::Gpt2(config) => layers * 2 * d * config.ffn,
-        };
-        let attention = d * (n + 2 * k) * h + n * h * d;
-        crate::Flops {
-            matmul_params: layers * attention + mlps + self.vocab() * d,
-            attention_columns: layers * n * h,
-        }
+        let head = crate::Flops { matmul_params: self.vocab() * self.width(), attention_columns: 0 };
+        (0..self.layers()).fold(head, |sum, layer| {
+            let layer = self.layer(layer);
+            crate::Flops {
+                matmul_params: sum.matmul_params + layer.matmul_params,
+                attention_columns: sum.attention_columns + layer.attention_columns,
+            }
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::ConfigError;
 use crate::names::{Builder, Place};
-use dist::{Context, Cut, Dim, Flow, Product, Weighted, Width, ZigZag};
+use dist::{Context, Cut, Dim, Flow, Held, Product, Weighted, Width, ZigZag};
 use std::sync::Arc;
 use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Tape, Var};
 
@@ -80,6 +80,12 @@ pub(crate) fn rows_of(flow: &Flow, b: usize) -> usize {
     let (outer, inner) = (flow.outer.rows.pieces(&flow.mesh), flow.inner.rows.pieces(&flow.mesh));
     let common = (outer..).step_by(outer).find(|n| n.is_multiple_of(inner)).unwrap_or(outer);
     b.next_multiple_of(common)
+}
+
+/// This rank's piece [M, D] of the residual stream of `tokens`, padding included.
+pub(crate) fn stream_shape(flow: &Flow, tokens: &Tokens, width: usize) -> [usize; 2] {
+    let rows = tokens.padded(flow).local(flow, flow.outer.rows).ids.len();
+    [rows, Held::plainly(Dim::plain(width), flow.outer.cols).local_len(&flow.mesh)]
 }
 
 /// How many rows of the residual stream this rank has of the first `real` of `padded` tokens; those

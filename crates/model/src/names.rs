@@ -1,6 +1,7 @@
 //! Where each parameter lies in a Hugging Face folder. Ours are fused (q|k|v, gate|up) so that one
 //! GEMM serves them; files keep the separate tensors every other tool expects.
 
+use crate::Stage;
 use crate::layers::LinearSpec;
 use dist::{Axis, Cut, Dim, Experts, Flow, Held, Table, Weighted, crossing};
 use tensor::{Init, ParamList, ParamRef, ParamSpec, Piece};
@@ -96,6 +97,9 @@ pub struct Spread {
     pub cut: Vec<Axis>,
     /// Axes along which the gradients of ranks are summands of the whole one, after the way back.
     pub sums: Vec<Axis>,
+    /// Whether the first and the last stage of a pipeline both have it, as a tied embedding: their
+    /// gradients are summands too.
+    pub both_ends: bool,
 }
 
 /// Collects parameters and their names in files while a model is built.
@@ -104,12 +108,22 @@ pub struct Builder {
     pub(crate) params: ParamList,
     pub(crate) stored: Vec<StoredWeight>,
     pub(crate) spreads: Vec<Spread>,
+    /// The layers that are built.
+    pub(crate) stage: Stage,
 }
 
 impl Builder {
-    pub(crate) fn new(flow: &Flow) -> Builder {
+    pub(crate) fn new(flow: &Flow, stage: Stage) -> Builder {
         let (params, stored, spreads) = Default::default();
-        Builder { flow: flow.clone(), params, stored, spreads }
+        Builder { flow: flow.clone(), params, stored, spreads, stage }
+    }
+
+    /// The parameter added last is on the first and on the last stage.
+    pub(crate) fn on_both_ends(&mut self) {
+        if let Some(spread) = self.spreads.last_mut().filter(|_| self.flow.mesh.size(Axis::Pp) > 1) {
+            spread.cut.retain(|axis| *axis != Axis::Pp);
+            spread.both_ends = true;
+        }
     }
 
     /// Add a parameter of which ranks hold `rows` and `cols`; a vector has no columns.
@@ -119,8 +133,10 @@ impl Builder {
         let piece = crossing(&mesh, rows, cols.unwrap_or(&one));
         let shape = std::iter::once(rows).chain(cols).map(|held| held.stored_len(&mesh)).collect();
         let cuts = [Some(rows.cut), Some(rows.stored), cols.map(|cols| cols.cut)];
-        let cut = cuts.into_iter().flatten().flat_map(|cut| cut.axes()).collect();
-        self.add_piece(spec, (piece, shape), Spread { cut, sums })
+        // Stages have different parameters.
+        let stages = Some(Axis::Pp).filter(|axis| mesh.size(*axis) > 1);
+        let cut = stages.into_iter().chain(cuts.into_iter().flatten().flat_map(|cut| cut.axes())).collect();
+        self.add_piece(spec, (piece, shape), Spread { cut, sums, both_ends: false })
     }
 
     /// Add a parameter of which this rank holds `piece` as a matrix of `shape`.
@@ -190,7 +206,8 @@ impl Builder {
         experts: &Experts,
         held: (Piece, Vec<usize>),
     ) -> ParamRef {
-        let spread = Spread { cut: experts.cut().collect(), sums: experts.sums().collect() };
+        let (cut, sums) = (experts.cut().collect(), experts.sums().collect());
+        let spread = Spread { cut, sums, both_ends: false };
         let param = self.add_piece(whole(spec), held, spread);
         self.parts(spec, "weight", param, spec.inputs.len());
         param

@@ -12,6 +12,7 @@ mod init;
 mod ops;
 mod params;
 mod piece;
+mod stretch;
 mod tape;
 mod value;
 
@@ -24,5 +25,6 @@ pub use kernels::rope::{RopeScaling, RopeTable};
 pub use ops::{AttentionShape, KvCache, Load, Norm, Order, Pool, Router, Targets, loss_slice_tokens};
 pub use params::{BLOCK, ParamList, ParamRef, ParamSpec, ParamStore};
 pub use piece::{Piece, Run};
+pub use stretch::{Later, Recorded};
 pub use tape::{Moment, Phase, Tape, Var, Watch};
 pub use value::Tensor;

@@ -6,6 +6,7 @@
 
 use crate::Fault;
 use crate::ops::{Load, Op};
+use crate::stretch::Later;
 use crate::{ParamRef, ParamStore, Tensor};
 use std::rc::Rc;
 
@@ -76,6 +77,8 @@ pub struct Tape<'a> {
     pub(crate) slots_taken: usize,
     watch: Option<Watch<'a>>,
     share: f32,
+    /// Where gradients of weights go that are to wait; none: they are formed at once.
+    pub(crate) later: Option<Later>,
     /// Load-balancing losses of the forward pass, each times its factor and the tape's share.
     pub balance_loss: f64,
     /// What fell on the experts of each layer that has some, in the order of the forward pass.
@@ -139,6 +142,7 @@ impl<'a> Tape<'a> {
             slots_taken: 0,
             watch,
             share,
+            later: None,
             balance_loss: 0.0,
             loads: Vec::new(),
         }
@@ -255,14 +259,24 @@ impl<'a> Tape<'a> {
     /// Walk back from a scalar loss whose op already seeded its input's gradient; gradients of
     /// parameters accumulate in the store. Consumes the recorded nodes.
     pub fn backward(&mut self) -> Result<(), Fault> {
-        let nodes = std::mem::take(&mut self.nodes);
-        self.phase = Phase::Backward;
-        let done = self.walk_back(nodes, &mut Grads::default());
-        self.phase = Phase::Forward;
+        let recorded = self.set_aside(None, None);
+        self.walk_back(recorded, None).map(drop)
+    }
+
+    /// Hand over the nodes recorded so far; ids count from 0 again.
+    pub(crate) fn begin_anew(&mut self) -> Vec<Node> {
+        self.next_id = 0;
+        std::mem::take(&mut self.nodes)
+    }
+
+    pub(crate) fn in_phase<R>(&mut self, phase: Phase, body: impl FnOnce(&mut Self) -> R) -> R {
+        let before = std::mem::replace(&mut self.phase, phase);
+        let done = body(self);
+        self.phase = before;
         done
     }
 
-    fn walk_back(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), Fault> {
+    pub(crate) fn walk_nodes(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), Fault> {
         while let Some(node) = nodes.pop() {
             self.layer = node.layer;
             // The loss seeds itself; any other value nobody used has no gradient to pass on.
@@ -289,7 +303,7 @@ impl<'a> Tape<'a> {
         let inner = std::mem::replace(&mut self.nodes, outer);
         let mut grads = Grads::default();
         grads.add(output?.id, grad)?;
-        self.walk_back(inner, &mut grads)?;
+        self.walk_nodes(inner, &mut grads)?;
         Ok(grads.take(input.id))
     }
 }

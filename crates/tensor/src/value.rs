@@ -50,6 +50,11 @@ impl Tensor {
         Tensor { buffer, dtype, start: 0, shape: shape.to_vec() }
     }
 
+    /// The buffer whose first elements these are, to hand it elsewhere; a copy where they lie further in.
+    pub fn into_buffer(self) -> Result<Buffer, OutOfMemory> {
+        if self.start == 0 { Ok(self.buffer) } else { self.duplicate().map(|copy| copy.buffer) }
+    }
+
     /// Sizes of the dimensions.
     pub fn shape(&self) -> &[usize] {
         &self.shape

@@ -2,10 +2,11 @@
 
 use crate::moments::Moments;
 use crate::optimizer::AdamW;
-use crate::recipe::{MeshRecipe, TrainRecipe};
+use crate::recipe::{MeshRecipe, Recipe, TrainRecipe};
 use device::DType;
 use dist::Axis;
 use dist::cost::Zero;
+use dist::pipeline::{Pipeline, PipelineError};
 use model::{Config, Recompute};
 use tensor::ParamList;
 
@@ -76,6 +77,24 @@ impl Estimate {
         let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
         let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
         Estimate { state_bytes: (self.params * copies * each) as u64, ..self }
+    }
+
+    /// The same for all stages of a pipeline, which are threads of one process: each holds the microbatches
+    /// that its schedule promises, and a tied embedding is on both ends.
+    pub(crate) fn on_stages(self, config: &Config, recipe: &Recipe) -> Result<Estimate, PipelineError> {
+        let stages = recipe.mesh.shape.size(Axis::Pp);
+        if stages == 1 {
+            return Ok(self);
+        }
+        let pipeline = Pipeline::new(stages, recipe.train.accumulate, recipe.mesh.schedule)?;
+        let held: usize = (0..stages).map(|stage| pipeline.peak_live(stage)).sum();
+        let slices = stages * pipeline.chunks();
+        let table = if config.tied() { config.vocab() * config.width() } else { 0 };
+        Ok(Estimate {
+            activation_bytes: (self.activation_bytes * held as u64).div_ceil(slices as u64),
+            state_bytes: self.state_bytes + self.state_bytes / self.params.max(1) as u64 * table as u64,
+            ..self
+        })
     }
 
     /// All of it.

@@ -8,10 +8,12 @@ use crate::shards::{self, Sharding, Shards};
 use crate::step::Pass;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
+use dist::pipeline::Schedule;
 use dist::{Axis, Flow, Mesh};
 use memory::pager::{PagerError, Setup};
 use memory::plan::Budgets;
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
+use std::collections::HashMap;
 use std::time::Instant;
 use tensor::{Fault, Load, Moment, ParamList, ParamStore, Tape, Targets, Var};
 
@@ -38,6 +40,11 @@ pub struct Learner {
     pub(crate) pending: Pending,
     /// Our part in sharing the state; none on a mesh of one.
     pub(crate) shards: Option<Shards>,
+    /// In which order the stages of a pipeline work.
+    pub(crate) schedule: Schedule,
+    /// Of each parameter, its place among those of the whole model; and how many those are.
+    pub(crate) places: (Vec<usize>, usize),
+    pub(crate) peak_live: usize,
 }
 
 /// How a learner is to work.
@@ -98,6 +105,11 @@ impl Learner {
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;
+        let schedule = flow.schedule;
+        let places = match mesh.size(Axis::Pp) {
+            1 => ((0..params.specs().len()).collect(), params.specs().len()),
+            _ => places(&params, &Model::build_on(config, context, &Flow::solo())?.params),
+        };
         let striped = store.arrays().stripes().is_some();
         let shards = striped.then(|| Shards::new(&mesh, sharding, &store, &spreads));
         Ok(Learner {
@@ -113,6 +125,9 @@ impl Learner {
             pass,
             pending,
             shards,
+            schedule,
+            places,
+            peak_live: 0,
         })
     }
 
@@ -228,9 +243,17 @@ impl Learner {
         Ok(rows)
     }
 
-    /// Sum of the losses of a batch without learning from it.
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64, Fault> {
+    /// Sum of the losses of each of some batches without learning from them. All stages of a pipeline are
+    /// asked for the same number of batches.
+    pub fn evaluate(&mut self, batches: &[&Batch]) -> Result<Vec<f64>, Fault> {
         self.finish_updates()?;
+        if self.is_staged() {
+            return self.evaluate_staged(batches);
+        }
+        batches.iter().map(|batch| self.evaluate_one(batch)).collect()
+    }
+
+    fn evaluate_one(&mut self, batch: &Batch) -> Result<f64, Fault> {
         let Learner { model, store, shards, .. } = self;
         let Some(shards) = shards else { return loss_of(model, store, batch) };
         shards.begin_pass(shards::Pass::Running, store)?;
@@ -239,6 +262,14 @@ impl Learner {
         shards.end_pass(store)?;
         Ok(loss)
     }
+}
+
+/// Where each parameter of a stage stands in the whole model, and how many that has.
+fn places(params: &ParamList, whole: &ParamList) -> (Vec<usize>, usize) {
+    let names: HashMap<&str, usize> =
+        whole.specs().iter().enumerate().map(|(i, spec)| (spec.name.as_str(), i)).collect();
+    let places = params.specs().iter().map(|spec| names[spec.name.as_str()]).collect();
+    (places, whole.specs().len())
 }
 
 pub(crate) fn tokens_of(batch: &Batch) -> Tokens {

@@ -25,6 +25,7 @@ mod rerun;
 mod run_folder;
 mod schedule;
 mod shards;
+mod stages;
 mod step;
 mod tensorboard;
 mod tiers;

@@ -86,7 +86,10 @@ impl Prepared {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
         let train = TrainRecipe { recompute: self.recompute(recipe), ..recipe.train.clone() };
-        Estimate::new(&self.config, &self.params, &train, snapshot).over(&recipe.mesh, &train)
+        let one = Estimate::new(&self.config, &self.params, &train, snapshot);
+        let all = one.over(&recipe.mesh, &train);
+        // A recipe whose schedule does not fit its stages is none.
+        all.on_stages(&self.config, recipe).unwrap_or(all)
     }
 
     /// What the state may spread over; none: all of it stays in memory.

@@ -7,9 +7,10 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
-use crate::ranks;
 use crate::shards::{self, Shards};
+use crate::{ranks, stages};
 use data::Batch;
+use dist::Axis;
 use memory::pager::About;
 use memory::trace::{Access, Phase};
 use memory::{Class, Need};
@@ -122,23 +123,56 @@ impl Learner {
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
         let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)?.max(1.0);
         self.optimizer.steps += 1;
-        let mut loss = 0.0;
-        for (i, batch) in batches.iter().enumerate() {
-            let pass = if i + 1 < batches.len() { shards::Pass::Learning } else { shards::Pass::Last };
-            let (shards, store) = self.shared();
-            shards.begin_pass(pass, store)?;
-            loss += self.accumulate(batch, 1.0 / learned as f32)?;
-            let (shards, store) = self.shared();
-            shards.end_pass(store)?;
-        }
-        let Learner { shards, store, optimizer, spreads, .. } = self;
+        let loss = match self.is_staged() {
+            true => self.pass_through_stages(batches, 1.0 / learned as f32)?,
+            false => self.pass_by_pass(batches, 1.0 / learned as f32)?,
+        };
+        let done = done(loss / learned, self.squared_norm_over_ranks()?);
+        let Learner { shards, store, optimizer, .. } = self;
         let shards = shards.as_mut().expect("ranks share the state");
-        let done = done(loss / learned, shards.squared_norm(store, spreads)?);
         match done.applied {
             true => shards.update(store, optimizer, (plan.lr, clipped(done.grad_norm, plan.clip)))?,
             false => optimizer.steps -= 1,
         }
         Ok(done)
+    }
+
+    /// Microbatches one after the other; the sum of their losses.
+    fn pass_by_pass(&mut self, batches: &[Batch], scale: f32) -> Result<f64, Fault> {
+        let mut loss = 0.0;
+        for (i, batch) in batches.iter().enumerate() {
+            let pass = if i + 1 < batches.len() { shards::Pass::Learning } else { shards::Pass::Last };
+            let (shards, store) = self.shared();
+            shards.begin_pass(pass, store)?;
+            loss += self.accumulate(batch, scale)?;
+            let (shards, store) = self.shared();
+            shards.end_pass(store)?;
+        }
+        Ok(loss)
+    }
+
+    /// A pipeline takes all microbatches at once. What both its ends have is added up before replicas
+    /// are: here gradients are still whole.
+    fn pass_through_stages(&mut self, batches: &[Batch], scale: f32) -> Result<f64, Fault> {
+        let (shards, store) = self.shared();
+        shards.begin_pass(shards::Pass::Last, store)?;
+        let loss = self.accumulate_staged(batches, scale)?;
+        self.store.settle_grads()?;
+        stages::sum_ends(&self.mesh, &mut self.store, &self.spreads)?;
+        let (shards, store) = self.shared();
+        shards.end_pass(store)?;
+        Ok(loss)
+    }
+
+    /// Squared norm of the whole gradient of all ranks. Stages that share no state add the squares of
+    /// parameters in the order of the whole model, so that a pipeline changes no bit; granules of shared
+    /// state are added in their own order, so that sharing changes none.
+    fn squared_norm_over_ranks(&mut self) -> Result<f64, Fault> {
+        let shards = self.shards.as_ref().expect("ranks share the state");
+        match self.is_staged() && self.mesh.size(Axis::Fsdp) == 1 {
+            true => self.squared_norm_of_stages(),
+            false => shards.squared_norm(&self.store, &self.spreads),
+        }
     }
 
     fn shared(&mut self) -> (&mut Shards, &mut ParamStore) {

@@ -305,9 +305,11 @@ impl Trainer {
         if let Some(valid) = &self.valid {
             // Replicas take turns; their sums are added in the order of the batches.
             let batches: Vec<Batch> = valid.sequential(self.recipe.train.batch).take(most).collect();
-            for round in batches.chunks(replicas) {
-                // Who shares experts takes part in every turn; a turn too many counts nothing.
-                let ours = self.learner.evaluate(round.get(replica).unwrap_or(&round[0]))?;
+            let rounds: Vec<&[Batch]> = batches.chunks(replicas).collect();
+            // Who shares experts takes part in every turn; a turn too many counts nothing.
+            let ours: Vec<&Batch> =
+                rounds.iter().map(|round| round.get(replica).unwrap_or(&round[0])).collect();
+            for (round, ours) in rounds.into_iter().zip(self.learner.evaluate(&ours)?) {
                 for sum in ranks::gather_replicas(&mesh, ours)?.into_iter().take(round.len()) {
                     loss += sum;
                 }

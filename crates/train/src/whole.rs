@@ -11,6 +11,7 @@ use device::{Buffer, DType, Device};
 use dist::{Axis, Communicator, Flow, Mesh};
 use memory::{Class, Stripes};
 use model::{Built, Config, Model, Spread, StoredWeight};
+use std::collections::HashMap;
 use tensor::{Fault, ParamList, ParamStore};
 
 /// What is needed to put a run together: the model's shape, and how one rank would hold it.
@@ -18,7 +19,8 @@ pub(crate) struct Whole {
     config: Config,
     context: usize,
     params: ParamList,
-    starts: Vec<usize>,
+    /// Where each parameter begins in its arrays. Ranks find theirs by name: stages have others.
+    starts: HashMap<String, usize>,
     len: usize,
 }
 
@@ -61,6 +63,7 @@ impl Whole {
     pub fn new(config: &Config, context: usize) -> Result<Whole, TrainError> {
         let params = Model::build_on(config, context, &Flow::solo())?.params;
         let (starts, len) = params.layout();
+        let starts = params.specs().iter().map(|spec| spec.name.clone()).zip(starts).collect();
         Ok(Whole { config: config.clone(), context, params, starts, len })
     }
 
@@ -132,6 +135,7 @@ impl Whole {
         let mesh = Mesh::new(shape, Communicator::null(rank, shape.world_size()))
             .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
         let there = Flow::new(&mesh, flow.scheme).map_err(model::ConfigError::from)?;
+        let there = there.scheduled(flow.schedule);
         let built = Model::build_on(&self.config, self.context, &there)?;
         let (_, len) = built.params.layout();
         let stripes = Stripes::new(len, mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
@@ -159,8 +163,9 @@ impl Whole {
     /// By parameter: (element of a rank's arrays, element of the whole arrays, how many).
     fn stretches(&self, params: &ParamList) -> impl Iterator<Item = Vec<(usize, usize, usize)>> {
         let (starts, _) = params.layout();
-        params.refs().zip(starts).zip(&self.starts).map(|((param, start), whole)| {
+        params.refs().zip(starts).map(|(param, start)| {
             let spec = &params.specs()[param.index()];
+            let whole = self.starts[&spec.name];
             let mut found = Vec::new();
             let mut add = |at, from, len| found.push((start + at, whole + from, len));
             match params.piece(param) {

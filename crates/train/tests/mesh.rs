@@ -2,9 +2,10 @@
 
 mod common;
 
-use common::runs::{F32, begin, losses, run, state};
+use common::meshes::{states_are_gone_on_with, steps_are_those_of_one_rank};
+use common::runs::{F32, begin, losses, run};
 use common::{Place, log};
-use dist::{Axis, Flow, Options, launch};
+use dist::{Axis, Options, launch};
 use train::{Begin, Start, Trainer};
 
 /// Every scheme, with replicas and without, and sizes that do not divide: 4 heads, 2 kv heads,
@@ -38,68 +39,17 @@ const CONTEXTS: [&[&str]; 8] = [
     &["mesh.cp=2", "mesh.x=2", "train.recompute=always"],
 ];
 
-/// Relative to the largest of a tensor, a gradient of this model may be off by one rounding of each
-/// product on its longest path, 4 products and 8 on the way back a layer, 2 layers, and the head's 3,
-/// each by at most (length of its sum + ranks) units: the longest sum is over the 300 words. Around a
-/// ring attention's sums, over at most 24 keys, are joined with 4 roundings a rank: far fewer.
-const GRADIENT: f32 = (2.0 * 12.0 + 3.0) * (300.0 + 12.0) / (1u64 << 24) as f32;
-
 #[test]
 fn a_step_on_any_mesh_is_the_step_of_one_rank() {
     let meshes: Vec<&[&str]> = MESHES.into_iter().chain(CONTEXTS).collect();
-    compare_with_one_rank(&["train.steps=2", "train.clip=0"], &meshes);
+    steps_are_those_of_one_rank(&F32, &meshes);
 }
 
 /// Sharing gradients, ranks add up microbatch by microbatch what others add up at the end.
 #[test]
 fn a_step_of_several_microbatches_on_shards_is_the_step_of_one_rank() {
-    compare_with_one_rank(&["train.steps=2", "train.clip=0", "train.accumulate=2"], &MESHES[10..]);
-}
-
-fn compare_with_one_rank(more: &[&str], meshes: &[&[&str]]) {
-    let place = Place::new();
-    let base: Vec<&str> = F32.iter().chain(more).copied().collect();
-    run(&place, "solo", &base, Start::New, false);
-    let solo = place.path("solo");
-    let (_, one) = state(&solo, 1);
-    let begin = begin(&place, "solo", &base, Start::Resume);
-    let flow = Flow::solo();
-    let built = model::Model::build_on(&begin.prepared.config, begin.recipe.train.context, &flow).unwrap();
-    let (starts, _) = built.params.layout();
-    let lr = begin.recipe.train.schedule.at(1) as f32;
-    let wanted = losses(&solo);
-    for (i, mesh) in meshes.iter().enumerate() {
-        let dir = format!("mesh-{i}");
-        let sets: Vec<&str> = base.iter().chain(*mesh).copied().collect();
-        run(&place, &dir, &sets, Start::New, false);
-        let (_, got) = state(&place.path(&dir), 1);
-        let mut apart = 0f64;
-        for (spec, start) in built.params.specs().iter().zip(&starts) {
-            let at = *start..*start + spec.len();
-            // weights, m, v: after one step m is a tenth of the gradient.
-            let (w, m) = (&one[0][at.clone()], &one[1][at.clone()]);
-            let top = m.iter().fold(0f32, |top, x| top.max(x.abs()));
-            for (j, (w, m)) in w.iter().zip(m).enumerate() {
-                let (w2, m2) = (got[0][start + j], got[1][start + j]);
-                let bound = GRADIENT * top;
-                let name = &spec.name;
-                assert!((m - m2).abs() <= bound, "{mesh:?} {name}[{j}]: gradient {m} and {m2} +- {bound}");
-                // AdamW's first step is lr g / (|g| + eps): it turns an error d of g into at most
-                // lr min(2, 2 d / |g|), and a rounding of the weight.
-                let step = lr * (2.0 * bound / m.abs().max(1e-20)).min(2.0) + 1e-6 * w.abs();
-                assert!((w - w2).abs() <= step, "{mesh:?} {name}[{j}]: weight {w} and {w2} +- {step}");
-                apart += f64::from(w - w2).powi(2);
-            }
-        }
-        let found = losses(&place.path(&dir));
-        let norm = log(&solo)[1]["grad_norm"].as_f64().unwrap();
-        let first = wanted[0] * f64::from(GRADIENT);
-        assert!((found[0] - wanted[0]).abs() <= first, "{mesh:?}: loss {} and {}", found[0], wanted[0]);
-        // Along the way from one set of weights to the other the loss changes by |gradient| |way| to
-        // first order; half as much again for the rest.
-        let second = 1.5 * norm * apart.sqrt() + first;
-        assert!((found[1] - wanted[1]).abs() <= second, "{mesh:?}: loss {} and {}", found[1], wanted[1]);
-    }
+    let base: Vec<&str> = F32.iter().chain(&["train.accumulate=2"]).copied().collect();
+    steps_are_those_of_one_rank(&base, &MESHES[10..]);
 }
 
 #[test]
@@ -190,48 +140,14 @@ fn copies_stay_equal_after_steps() {
     }
 }
 
-/// 20 pairs, from and to one rank among them: the state put together is the state saved, byte for
-/// byte, and the run goes on with the next samples.
+/// 20 pairs, from and to one rank among them.
 #[test]
 fn a_state_of_one_mesh_is_gone_on_with_on_another() {
-    let place = Place::new();
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
     let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
     let chain = chain.chain([MESHES[10], MESHES[11], MESHES[1], MESHES[12], MESHES[13], CONTEXTS[5], solo]);
-    let meshes: Vec<&[&str]> = chain.collect();
-    let with = |mesh: &[&'static str], steps: &'static str| -> Vec<&'static str> {
-        let base = [
-            "train.batch=4",
-            "checkpoint.keep_last=2",
-            "eval.every=0",
-            "train.schedule=constant",
-            "train.warmup=1",
-        ];
-        base.into_iter().chain([steps]).chain(mesh.iter().copied()).collect()
-    };
-    let steps: Vec<&'static str> = (1..=meshes.len())
-        .map(|n| -> &'static str { Box::leak(format!("train.steps={n}").into_boxed_str()) })
-        .collect();
-    let dir = place.path("run");
-    for (i, mesh) in meshes.iter().enumerate() {
-        let mesh: Vec<&'static str> = mesh.to_vec();
-        if i > 0 {
-            // Taken over and saved again without a step: every byte comes back.
-            let before = state(&dir, i as u64).0;
-            std::fs::remove_dir_all(dir.join(format!("state/step-{:08}", i + 1))).ok();
-            run(&place, "run", &with(&mesh, steps[i]), Start::Resume, true);
-            assert_eq!(state(&dir, i as u64).0, before, "{:?} taken over by {mesh:?}", meshes[i - 1]);
-        }
-        run(&place, "run", &with(&mesh, steps[i]), Start::Resume, false);
-    }
-    // The same steps on one rank see the same samples: the losses follow each other closely, while
-    // those of other samples differ by tenths.
-    let last = steps[steps.len() - 1];
-    run(&place, "solo", &with(&[], last), Start::New, false);
-    for (step, (a, b)) in losses(&dir).iter().zip(losses(&place.path("solo"))).enumerate() {
-        assert!((a - b).abs() < 0.02, "step {}: loss {a} across meshes, {b} on one", step + 1);
-    }
+    states_are_gone_on_with(&["train.batch=4"], &chain.collect::<Vec<_>>());
 }
 
 #[test]

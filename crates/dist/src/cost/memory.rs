@@ -62,16 +62,16 @@ pub(super) fn weight_cut(plan: &Plan) -> f64 {
 }
 
 /// Layers of the fullest stage.
-pub(super) fn stage_layers(model: &ModelShape, plan: &Plan) -> usize {
+pub(super) fn stage_layers(model: &ModelShape, batch: Batch, plan: &Plan) -> usize {
     let chunks = plan.schedule.chunks();
-    model.layers.div_ceil(plan.mesh.size(Axis::Pp) * chunks) * chunks
+    model.slice_layers(batch.context, plan.mesh.size(Axis::Pp) * chunks).0 * chunks
 }
 
 /// Matrix parameters of the fullest rank: (those of layers, those of tables).
-pub(super) fn rank_params(model: &ModelShape, plan: &Plan) -> (f64, f64) {
+pub(super) fn rank_params(model: &ModelShape, batch: Batch, plan: &Plan) -> (f64, f64) {
     // The first stage has the embedding, the last the head; alone, they share a tied one.
     let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
-    let layers = stage_layers(model, plan) as f64 * model.layer_params();
+    let layers = stage_layers(model, batch, plan) as f64 * model.layer_params();
     (layers / weight_cut(plan), tables * model.table_params() / weight_cut(plan))
 }
 
@@ -124,9 +124,9 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let (mesh, m) = (&plan.mesh, tokens(batch, plan));
     let shards = mesh.size(Axis::Fsdp) as f64;
     let shared = |stage: Zero| if plan.zero >= stage { shards } else { 1.0 };
-    let (layer_params, table) = rank_params(model, plan);
+    let (layer_params, table) = rank_params(model, batch, plan);
     let params = layer_params + table;
-    let per_layer = layer_params / stage_layers(model, plan) as f64;
+    let per_layer = layer_params / stage_layers(model, batch, plan) as f64;
     let one_table = model.table_params() / weight_cut(plan);
     // Part of what is whole for a while that is not the rank's own.
     let others = 1.0 - 1.0 / shards;
@@ -140,7 +140,7 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
         weights += layer_params * (mesh.grid().x as f64 - 1.0) * state.weight;
     }
     let optimizer = params * state.optimizer / shared(Zero::One);
-    let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, plan));
+    let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, batch, plan));
     let scratch = kept_elements(model, plan, m) * ACTIVATION_BYTES + context_scratch(model, plan, m);
     let head = 2.0 * LOSS_SLICE.min(m) * model.vocab as f64 * 4.0 / mesh.grid().size() as f64;
     // Offloaded activations: one layer leaves while the next is computed.
@@ -179,7 +179,7 @@ fn activation_bytes(model: &ModelShape, batch: Batch, plan: &Plan) -> f64 {
         false => kept_elements(model, plan, m),
     };
     let live = plan.pipeline(batch).map_or(0, |pipeline| pipeline.peak_live(0));
-    let chunk_layers = stage_layers(model, plan) / plan.schedule.chunks();
+    let chunk_layers = stage_layers(model, batch, plan) / plan.schedule.chunks();
     live as f64 * chunk_layers as f64 * each * ACTIVATION_BYTES
 }
 

@@ -1,6 +1,7 @@
 //! The numbers of a model and of a step that cost depends on.
 
 use super::volume::{Half, Product};
+use crate::pipeline::balance_alike;
 
 /// Sizes of a decoder, all layers alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -89,6 +90,15 @@ impl ModelShape {
     pub fn params(&self) -> f64 {
         let tables = if self.tied { 1.0 } else { 2.0 };
         self.layers as f64 * self.layer_params() + tables * self.table_params()
+    }
+
+    /// (layers of the longest slice, layers of the last) when the layers are cut into `slices` as training
+    /// cuts them: by FLOPs, the head's among the last slice's. Rows have `t` tokens.
+    pub fn slice_layers(&self, t: usize, slices: usize) -> (usize, usize) {
+        let layer = 2.0 * self.layer_params() + self.attention_flops(1.0, t);
+        let head = 2.0 * self.table_params() / layer;
+        // Fewer layers than slices are no plan: `Plan::check` says so.
+        balance_alike(self.layers, head, slices).unwrap_or((1, 1))
     }
 
     /// FLOPs of attention for `m` tokens in rows of `t`, forward: scores and values, causal.

@@ -103,9 +103,9 @@ impl Run<'_> {
     /// Phases of one chunk of the slowest stage for one microbatch.
     fn chunk(&self, cost: &LayerCost) -> Phases {
         let (slices, v) = (self.pipeline.stages() * self.pipeline.chunks(), self.pipeline.chunks() as f64);
-        let layers = self.model.layers.div_ceil(slices);
-        // The last slice has the head, and fewer layers where they do not divide.
-        let spare = (layers * slices - self.model.layers).min(layers) as f64;
+        // The last slice has the head, and fewer layers for it.
+        let (layers, last) = self.model.slice_layers(self.batch.context, slices);
+        let spare = (layers - last) as f64;
         let phase = |layer: Phase, head: Phase| {
             let mut sum = Phase::default();
             sum.add(layer, layers as f64);
@@ -150,7 +150,7 @@ impl Run<'_> {
     fn tensor_traffic(&self, cost: &LayerCost) -> [AxisTraffic; Axis::ALL.len()] {
         let mut traffic = [AxisTraffic::default(); Axis::ALL.len()];
         let microbatches = self.pipeline.microbatches() as f64;
-        let layers = microbatches * stage_layers(self.model, self.plan) as f64;
+        let layers = microbatches * stage_layers(self.model, self.batch, self.plan) as f64;
         let forwards = if self.plan.recompute { 2.0 } else { 1.0 };
         for (i, axis) in [Axis::X, Axis::Y, Axis::Z].into_iter().enumerate() {
             let flows = [(cost.flows.0[i], forwards * layers), (cost.flows.1[i], layers)];
@@ -201,7 +201,7 @@ impl Run<'_> {
         times: Times,
     ) {
         let (mesh, zero) = (&self.plan.mesh, self.plan.zero);
-        let (layer_params, table) = rank_params(self.model, self.plan);
+        let (layer_params, table) = rank_params(self.model, self.batch, self.plan);
         let params = layer_params + table;
         let microbatches = self.pipeline.microbatches() as f64;
         let mut once = 0.0;
@@ -223,7 +223,7 @@ impl Run<'_> {
         let (forward, backward) =
             (chunks * times.forward, chunks * (times.backward_input + times.backward_weight));
         let fsdp = &mut traffic[Axis::Fsdp as usize];
-        let layers = stage_layers(self.model, self.plan) as f64;
+        let layers = stage_layers(self.model, self.batch, self.plan) as f64;
         if shards > 1.0 {
             let scatters = if zero == Zero::One { 1.0 } else { microbatches };
             // Forward and backward; at the turn the head and the last layer are still there.
@@ -250,7 +250,7 @@ impl Run<'_> {
 
     /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
     fn update(&self, seconds: &mut Seconds) {
-        let (layer_params, table) = rank_params(self.model, self.plan);
+        let (layer_params, table) = rank_params(self.model, self.batch, self.plan);
         let shard = (layer_params + table) / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {

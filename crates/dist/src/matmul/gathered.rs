@@ -12,7 +12,7 @@
 //! On the way back dy is gathered where y was summed, dx is summed where x was gathered (or was
 //! whole while w was cut), and dw is summed where w was gathered.
 
-use super::{Weights, finish, local};
+use super::{Weights, add_bias_gradient, finish, local, used};
 use crate::moves::{gather, gather_all, sum, sum_scatter, sum_scatter_all};
 use crate::{Algorithm, Keep, Leave, Product, Side};
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
@@ -63,38 +63,55 @@ pub(super) fn forward(
 pub(super) fn backward(
     tape: &mut Tape<'_>,
     product: &Product,
-    (x, saved): (&Tensor, Saved),
-    weight: ParamRef,
+    (x, saved): (Tensor, Saved),
+    weights: Weights,
     dy: &Tensor,
 ) -> Result<Tensor, Fault> {
-    let mesh = &product.mesh;
+    let (mesh, weight) = (&product.mesh, weights.0);
     let (x, w) = match saved {
         Some(saved) => saved,
-        None => (enter(product, x)?, whole_weight(tape, product, weight)?),
+        None => (enter(product, &x)?, whole_weight(tape, product, weight)?),
     };
-    let gathered = match (product.w.cols.innermost(), leave(product)) {
-        (Some(axis), Leave::Cut(side)) => Some(gather(mesh, axis, side, dy)?),
-        _ => None,
+    let own = dy.clone();
+    let dy = match (product.w.cols.innermost(), leave(product)) {
+        (Some(axis), Leave::Cut(side)) => gather(mesh, axis, side, dy)?,
+        _ => own.clone(),
     };
-    let dy = gathered.as_ref().unwrap_or(dy);
     let (m, n, k) = (x.rows(), dy.cols(), x.cols());
     let view = w.as_ref().map_or_else(|| tape.params.weight(weight), Tensor::view);
     let dx = local((m, k, n), Mat::new(dy.view(), n), Mat::new(view, k), x.dtype())?;
     drop(w);
-    let (a, b) = (Mat::new(dy.view(), n).t(), Mat::new(x.view(), k));
-    if product.stored.is_whole() {
-        let (_, dw, add) = tape.params.weight_and_grad(weight);
-        gemm(n, k, m, a, b, MatMut { data: dw, ld: k }, add, Epilogue::default());
-    } else {
-        let padded = tape.params.spec(weight).shape[0] * product.stored.pieces(mesh);
-        let mut whole = Tensor::zeros(x.device(), DType::F32, &[padded, k])?;
-        gemm(n, k, m, a, b, MatMut { data: whole.view_mut(), ld: k }, false, Epilogue::default());
-        add_to_grad(tape, weight, &sum_scatter_all(mesh, product.stored, Side::Rows, &whole)?);
-    }
+    let there = product.clone();
+    tape.weight_gradient(product.moment_name(), &used(&weights), move |tape| {
+        add_bias_gradient(tape, weights.1, &own);
+        add_weight_gradient(tape, &there, (&x, &dy), weight)
+    })?;
     match (product.w.rows.innermost(), product.algorithm) {
         (Some(axis), Algorithm::Gather { enter: Some(side), .. }) => sum_scatter(mesh, axis, side, &dx),
         _ => sum(mesh, product.w.rows, dx),
     }
+}
+
+/// dw = dy^T x where they meet, summed to where w is stored.
+fn add_weight_gradient(
+    tape: &mut Tape<'_>,
+    product: &Product,
+    (x, dy): (&Tensor, &Tensor),
+    weight: ParamRef,
+) -> Result<(), Fault> {
+    let (m, n, k) = (x.rows(), dy.cols(), x.cols());
+    let (a, b) = (Mat::new(dy.view(), n).t(), Mat::new(x.view(), k));
+    if product.stored.is_whole() {
+        let (_, dw, add) = tape.params.weight_and_grad(weight);
+        gemm(n, k, m, a, b, MatMut { data: dw, ld: k }, add, Epilogue::default());
+        return Ok(());
+    }
+    let mesh = &product.mesh;
+    let padded = tape.params.spec(weight).shape[0] * product.stored.pieces(mesh);
+    let mut whole = Tensor::zeros(x.device(), DType::F32, &[padded, k])?;
+    gemm(n, k, m, a, b, MatMut { data: whole.view_mut(), ld: k }, false, Epilogue::default());
+    add_to_grad(tape, weight, &sum_scatter_all(mesh, product.stored, Side::Rows, &whole)?);
+    Ok(())
 }
 
 pub(super) fn add_to_grad(tape: &mut Tape<'_>, param: ParamRef, more: &Tensor) {

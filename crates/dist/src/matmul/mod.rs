@@ -25,23 +25,17 @@ pub fn matmul(
     }
     let residual_value = residual.map(|residual| &residual.value);
     let name = product.moment_name();
-    tape.moment(name, &[weights.0, weights.1.unwrap_or(weights.0)][..1 + weights.1.is_some() as usize])?;
+    tape.moment(name, &used(&weights))?;
     let (y, saved) = match product.algorithm {
         Algorithm::Gather { .. } => gathered::forward(tape, product, &x.value, weights, residual_value)?,
         Algorithm::Panels => (panels::forward(tape, product, &x.value, weights, residual_value)?, None),
     };
     let (product, x_value, residual_given) = (product.clone(), x.value.clone(), residual.is_some());
     let back = move |tape: &mut Tape<'_>, dy: Tensor| {
-        tape.moment(name, &[weights.0, weights.1.unwrap_or(weights.0)][..1 + weights.1.is_some() as usize])?;
-        if let Some(bias) = weights.1 {
-            let (_, db) = tape.params.weight_and_added_grad(bias);
-            kernels::elementwise::column_sums(dy.view(), dy.cols(), db);
-        }
+        tape.moment_back(name, &used(&weights))?;
         let dx = match product.algorithm {
-            Algorithm::Gather { .. } => {
-                gathered::backward(tape, &product, (&x_value, saved), weights.0, &dy)?
-            }
-            Algorithm::Panels => panels::backward(tape, &product, &x_value, weights.0, &dy)?,
+            Algorithm::Gather { .. } => gathered::backward(tape, &product, (x_value, saved), weights, &dy)?,
+            Algorithm::Panels => panels::backward(tape, &product, x_value, weights, &dy)?,
         };
         Ok(vec![Some(dx), residual_given.then_some(dy)])
     };
@@ -59,6 +53,19 @@ impl Product {
             Algorithm::Gather { .. } => "matmul_gather",
             Algorithm::Panels => "matmul_panels",
         }
+    }
+}
+
+/// Handles of a layer's parameters.
+fn used(weights: &Weights) -> Vec<ParamRef> {
+    std::iter::once(weights.0).chain(weights.1).collect()
+}
+
+/// bias.grad += column sums of dy [M, N].
+fn add_bias_gradient(tape: &mut Tape<'_>, bias: Option<ParamRef>, dy: &Tensor) {
+    if let Some(bias) = bias {
+        let (_, db) = tape.params.weight_and_added_grad(bias);
+        kernels::elementwise::column_sums(dy.view(), dy.cols(), db);
     }
 }
 

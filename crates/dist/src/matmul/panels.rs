@@ -12,7 +12,7 @@
 //! each other; what a last piece lacks is never walked. On a box the copies of w along z see the
 //! tokens of their own layer: their gradients are added up at the end of a step (2.5D).
 
-use super::{Weights, finish, local};
+use super::{Weights, add_bias_gradient, finish, local, used};
 use crate::{Array, Axis, Mesh, Pending, Product};
 use device::{View, ViewMut};
 use kernels::block;
@@ -186,24 +186,43 @@ pub(super) fn forward(
 pub(super) fn backward(
     tape: &mut Tape<'_>,
     product: &Product,
-    x: &Tensor,
-    weight: ParamRef,
+    x: Tensor,
+    weights: Weights,
     dy: &Tensor,
 ) -> Result<Tensor, Fault> {
+    let weight = weights.0;
+    let mut dx = Tensor::zeros(x.device(), x.dtype(), x.shape())?;
+    {
+        let walk = Walk::new(product, &x, tape.params.spec(weight).len());
+        let (m, n) = (walk.x.rows, walk.w.rows);
+        let w = tape.params.weight(weight);
+        walk.w.walk(w, &walk.panels, |panel, b| {
+            let part = local((m, panel.len(), n), Mat::new(dy.view(), n), b.mat(), x.dtype())?;
+            walk.x.deliver(part, dx.view_mut(), panel)
+        })?;
+    }
+    let (there, dy) = (product.clone(), dy.clone());
+    tape.weight_gradient(product.moment_name(), &used(&weights), move |tape| {
+        add_bias_gradient(tape, weights.1, &dy);
+        add_weight_gradient(tape, &there, (&x, &dy), weight)
+    })?;
+    Ok(dx)
+}
+
+/// dw = dy^T x, panel by panel, each summed at its owner.
+fn add_weight_gradient(
+    tape: &mut Tape<'_>,
+    product: &Product,
+    (x, dy): (&Tensor, &Tensor),
+    weight: ParamRef,
+) -> Result<(), Fault> {
     let walk = Walk::new(product, x, tape.params.spec(weight).len());
     let (m, n) = (walk.x.rows, walk.w.rows);
-    let mut dx = Tensor::zeros(x.device(), x.dtype(), x.shape())?;
-    let w = tape.params.weight(weight);
-    walk.w.walk(w, &walk.panels, |panel, b| {
-        let part = local((m, panel.len(), n), Mat::new(dy.view(), n), b.mat(), x.dtype())?;
-        walk.x.deliver(part, dx.view_mut(), panel)
-    })?;
     let (_, mut dw) = tape.params.weight_and_added_grad(weight);
     walk.x.walk(x.view(), &walk.panels, |panel, b| {
         let part = local((n, panel.len(), m), Mat::new(dy.view(), n).t(), b.mat(), DType::F32)?;
         walk.w.deliver(part, dw.reborrow(), panel)
-    })?;
-    Ok(dx)
+    })
 }
 
 #[cfg(test)]

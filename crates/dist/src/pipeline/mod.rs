@@ -4,6 +4,7 @@
 //! chunk i / p of stage i mod p, so that a microbatch walks all stages before it meets the second
 //! chunk of the first. This room moves no bytes: whoever owns the loop executes the actions.
 
+mod balance;
 mod gpipe;
 mod interleaved;
 mod one_f_one_b;
@@ -12,6 +13,7 @@ mod timeline;
 mod transfers;
 mod zero_bubble;
 
+pub use balance::{balance, balance_alike};
 pub use simulate::{Deadlock, Span, Times, Transport, Walk, simulate};
 
 use std::fmt;
@@ -194,6 +196,18 @@ impl Pipeline {
             Some(time) => Err(PipelineError::Time { time: *time }),
             None => Ok(transfers::with_transfers(self, &self.orders(), times)),
         }
+    }
+
+    /// What is left of `actions` when nothing is learned: forwards and their messages, of the first
+    /// `microbatches` microbatches.
+    pub fn forwards(&self, microbatches: usize) -> Vec<Vec<Action>> {
+        let kept = |action: &Action| match action {
+            Action::Run(unit) => unit.work == Work::Forward && unit.microbatch < microbatches,
+            Action::Send { message, .. } | Action::Recv { message, .. } => {
+                message.payload == Payload::Activation && message.microbatch < microbatches
+            }
+        };
+        self.actions().into_iter().map(|list| list.into_iter().filter(kept).collect()).collect()
     }
 
     /// Each stage's computation in order, without messages.

@@ -229,6 +229,16 @@ impl Seat {
         self.post(Op::Send, data, to)
     }
 
+    /// Gives a member a handle of `data`; no byte moves.
+    pub(crate) fn post_letter(&self, data: Array, to: usize) -> Result<(), CommError> {
+        self.post(Op::Send, data, to)
+    }
+
+    /// The letter that we asked a member for.
+    pub(crate) fn take_letter(&self, what: (DType, usize), from: (usize, u64)) -> Result<Array, CommError> {
+        self.take(Op::Receive, what, from)
+    }
+
     /// The number of the next letter from a member, which is ours to take from now on.
     pub(crate) fn ask(&self, from: usize) -> u64 {
         let mut letters = lock(&self.room.members[self.index].letters[from]);

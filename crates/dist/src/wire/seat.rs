@@ -196,11 +196,26 @@ impl Seat {
     }
 
     pub(crate) fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
-        let number = self.numbers.received[from].fetch_add(1, SeqCst);
-        let call = self.call(Op::Receive, number, (data.dtype(), data.len()), Some(from));
-        let array = self.during(call, |call| self.take(call, from, (0, call.bytes as usize)))?;
+        let asked = (from, self.ask(from));
+        let array = self.take_asked((data.dtype(), data.len()), asked)?;
         data.bytes().copy_from_slice(array.view().bytes());
         Ok(())
+    }
+
+    /// The number of the next message from a member, which is ours to take from now on.
+    pub(crate) fn ask(&self, from: usize) -> u64 {
+        self.numbers.received[from].fetch_add(1, SeqCst)
+    }
+
+    /// The message that we asked a member for.
+    pub(crate) fn take_asked(
+        &self,
+        (dtype, len): (DType, usize),
+        (from, number): (usize, u64),
+    ) -> Result<Array, CommError> {
+        let call = self.call(Op::Receive, number, (dtype, len), Some(from));
+        let array = self.during(call, |call| self.take(call, from, (0, call.bytes as usize)))?;
+        Ok(Array { buffer: array.buffer, dtype, len })
     }
 
     fn size(&self) -> usize {

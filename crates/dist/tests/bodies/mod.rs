@@ -2,6 +2,7 @@
 //! processes and under `mpirun`.
 
 use device::{DType, View, ViewMut};
+use dist::pipeline::{Action, Message, Pipeline, Schedule};
 use dist::{Array, CommError, Group, Mesh};
 use half::bf16;
 
@@ -30,6 +31,8 @@ pub const BODIES: &[(&str, Body)] = &[
         "panels_broadcast_beside_computation_arrive_by_number",
         panels_broadcast_beside_computation_arrive_by_number,
     ),
+    ("messages_asked_for_early_are_taken_in_any_order", messages_asked_for_early_are_taken_in_any_order),
+    ("stages_walk_the_lists_of_every_schedule", stages_walk_the_lists_of_every_schedule),
 ];
 
 const LENS: [usize; 6] = [0, 1, 3, 64, 1001, 5000];
@@ -249,5 +252,49 @@ fn arrays_shift_around_the_ring_beside_computation(mesh: &Mesh, group: &Group) -
     }
     let all = (ranks * (ranks - 1) / 2) as f32;
     assert!(sum.view().f32().iter().all(|x| *x == all));
+    Ok(())
+}
+
+fn messages_asked_for_early_are_taken_in_any_order(mesh: &Mesh, group: &Group) -> Result<(), CommError> {
+    let ranks = group.size();
+    if ranks == 1 {
+        return Ok(());
+    }
+    let (next, before) = ((mesh.rank() + 1) % ranks, (mesh.rank() + ranks - 1) % ranks);
+    let asked = LENS.map(|len| group.start_receive((DType::F32, len), before));
+    // A call beside computation is not held up by messages that have not been sent.
+    let gathered = group.start_all_gather(array(&data(mesh.rank(), 9)))?;
+    gathered.finish()?;
+    let sent: Vec<_> =
+        LENS.iter().map(|len| group.start_send(array(&data(mesh.rank(), *len)), next)).collect();
+    for (len, pending) in LENS.into_iter().zip(asked).rev() {
+        assert_eq!(pending?.finish()?.view().f32(), data(before, len));
+    }
+    sent.into_iter().try_for_each(|sending| sending?.finish())
+}
+
+/// Every stage executes its list of every schedule: a message holds who it is.
+fn stages_walk_the_lists_of_every_schedule(_: &Mesh, group: &Group) -> Result<(), CommError> {
+    let stages = group.size();
+    let words = |message: Message| {
+        [message.payload as usize, message.microbatch, message.chunk].map(|word| word as f32)
+    };
+    let schedules =
+        [Schedule::GPipe, Schedule::OneFOneB, Schedule::Interleaved { chunks: 2 }, Schedule::ZeroBubble];
+    for schedule in schedules {
+        let pipeline = Pipeline::new(stages, 3 * stages, schedule).unwrap();
+        let mut sent = Vec::new();
+        for action in &pipeline.actions()[group.index()] {
+            match *action {
+                Action::Run(_) => {}
+                Action::Send { message, to } => sent.push(group.start_send(array(&words(message)), to)?),
+                Action::Recv { message, from } => {
+                    let came = group.start_receive((DType::F32, 3), from)?.finish()?;
+                    assert_eq!(came.view().f32(), words(message), "{schedule}");
+                }
+            }
+        }
+        sent.into_iter().try_for_each(|sending| sending.finish())?;
+    }
     Ok(())
 }

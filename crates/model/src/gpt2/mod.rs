@@ -3,7 +3,7 @@
 use crate::config::Keys;
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
 use crate::names::{Builder, Place, Vector};
-use crate::{ConfigError, Linear, Recompute, Tokens};
+use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
 use dist::{Context, Dim, Flow, Table};
 use serde_json::{Value, json};
 use tensor::{AttentionShape, Fault, GeluKind, Init, KvCache, Norm, ParamRef, ParamSpec, Tape, Var};
@@ -111,11 +111,17 @@ fn check_switches(keys: &Keys<'_>) -> Result<(), ConfigError> {
 #[derive(Clone)]
 pub struct Gpt2 {
     layers: usize,
+    width: usize,
     flow: Flow,
-    tokens: (ParamRef, Table),
-    positions: (ParamRef, Table),
+    stage: Stage,
+    /// On the first and the last stage.
+    tokens: Option<(ParamRef, Table)>,
+    /// On the first stage.
+    positions: Option<(ParamRef, Table)>,
+    /// Of the layers of this stage.
     blocks: Vec<Block>,
-    norm: StreamNorm,
+    /// On the last stage.
+    norm: Option<StreamNorm>,
 }
 
 #[derive(Clone)]
@@ -154,32 +160,44 @@ impl Gpt2 {
             let spec = ParamSpec { name: ours.into(), shape, init, decay };
             builder.table(spec, format!("transformer.{theirs}.weight"))
         };
-        let tokens = table(builder, "embedding", "wte", config.vocab, true);
-        let positions = table(builder, "positions", "wpe", config.max_positions, false);
-        let blocks =
-            (0..config.layers).map(|layer| Block::build(config, layer, builder)).collect::<Result<_, _>>()?;
-        let norm = layer_norm(builder, "norm", "transformer.ln_f", config);
-        let flow = builder.flow.clone();
-        Ok(Gpt2 { layers: config.layers, flow, tokens, positions, blocks, norm })
+        let stage = builder.stage.clone();
+        let (first, last) = (stage.is_first(), stage.is_last());
+        let tokens = (first || last).then(|| {
+            let tokens = table(builder, "embedding", "wte", config.vocab, true);
+            builder.on_both_ends();
+            tokens
+        });
+        let positions = first.then(|| table(builder, "positions", "wpe", config.max_positions, false));
+        let blocks = stage.layers().map(|layer| Block::build(config, layer, builder));
+        let blocks = blocks.collect::<Result<_, _>>()?;
+        let norm = last.then(|| layer_norm(builder, "norm", "transformer.ln_f", config));
+        let (flow, layers, width) = (builder.flow.clone(), config.layers, config.width);
+        Ok(Gpt2 { layers, width, flow, stage, tokens, positions, blocks, norm })
     }
 
     fn embed(&self, tape: &mut Tape<'_>, tokens: &Tokens) -> Result<Var, Fault> {
         tape.set_layer(0);
-        let (ids, positions) = (&self.tokens, &self.positions);
+        let tables = self.tokens.as_ref().zip(self.positions.as_ref());
+        let (ids, positions) = tables.expect("the first stage embeds");
         let here = tokens.local(&self.flow, ids.1.tokens());
         dist::embed(tape, &[(here.ids, ids.0, &ids.1), (here.positions, positions.0, &positions.1)])
     }
 
-    pub(crate) fn hidden(
+    pub(crate) fn slice(
         &self,
         tape: &mut Tape<'_>,
+        slice: &Slice,
+        x: Option<&Var>,
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
         let tokens = tokens.padded(&self.flow);
         let inner = tokens.local(&self.flow, self.flow.inner.rows);
-        let mut x = self.embed(tape, &tokens)?;
-        for block in &self.blocks {
+        let mut x = match x {
+            Some(x) => x.clone(),
+            None => self.embed(tape, &tokens)?,
+        };
+        for block in self.blocks.iter().filter(|block| slice.layers.contains(&block.layer)) {
             tape.set_layer(block.layer);
             let shape = block.attention_shape(&inner);
             x = if recompute.applies_to(block.layer) {
@@ -189,8 +207,13 @@ impl Gpt2 {
                 block.forward(tape, &x, &shape, None)?
             };
         }
+        if slice.last { self.end(tape, &x) } else { Ok(x) }
+    }
+
+    /// Behind the last layer.
+    fn end(&self, tape: &mut Tape<'_>, x: &Var) -> Result<Var, Fault> {
         tape.set_layer(self.layers);
-        self.norm.forward(tape, &x)
+        self.norm.as_ref().expect("the last stage has the norm").forward(tape, x)
     }
 
     pub(crate) fn hidden_cached(
@@ -204,15 +227,19 @@ impl Gpt2 {
             tape.set_layer(block.layer);
             x = block.forward(tape, &x, &block.attention_shape(tokens), Some(cache))?;
         }
-        self.norm.forward(tape, &x)
+        self.end(tape, &x)
     }
 
-    pub(crate) fn head(&self) -> ParamRef {
-        self.tokens.0
+    pub(crate) fn stage(&self) -> &Stage {
+        &self.stage
     }
 
-    pub(crate) fn loss_parts(&self) -> (&Flow, &Table) {
-        (&self.flow, &self.tokens.1)
+    pub(crate) fn stream(&self) -> (&Flow, usize) {
+        (&self.flow, self.width)
+    }
+
+    pub(crate) fn head(&self) -> &(ParamRef, Table) {
+        self.tokens.as_ref().expect("the last stage has the head")
     }
 }
 

@@ -9,7 +9,7 @@ pub use moe::MoeConfig;
 
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
-use crate::{ConfigError, Linear, Recompute, Tokens};
+use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
 use dist::{Axis, Context, Dim, Flow, Table};
 use std::sync::Arc;
 use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
@@ -23,10 +23,15 @@ const INIT_STD: f32 = 0.02;
 pub struct Llama {
     config: Box<LlamaConfig>,
     flow: Flow,
-    embedding: (ParamRef, Table),
+    stage: Stage,
+    /// On the first stage, and where it is the head.
+    embedding: Option<(ParamRef, Table)>,
+    /// Of the layers of this stage.
     blocks: Vec<Block>,
-    norm: StreamNorm,
-    head: (ParamRef, Table),
+    /// On the last stage.
+    norm: Option<StreamNorm>,
+    /// On the last stage.
+    head: Option<(ParamRef, Table)>,
     rope: Arc<RopeTable>,
 }
 
@@ -74,19 +79,30 @@ impl Llama {
             init: Init::Normal(INIT_STD),
             decay: true,
         };
-        let embedding = builder.table(matrix("embedding"), "model.embed_tokens.weight".into());
-        let blocks =
-            (0..config.layers).map(|layer| Block::build(config, layer, builder)).collect::<Result<_, _>>()?;
-        let weight = builder.vector("norm".into(), "model.norm.weight".into(), Vector::Outer(d, Init::Ones));
-        let head = match config.tied {
-            true => embedding.clone(),
-            false => builder.table(matrix("head"), "lm_head.weight".into()),
-        };
+        let stage = builder.stage.clone();
+        let (first, last) = (stage.is_first(), stage.is_last());
+        let embedding = (first || last && config.tied).then(|| {
+            let table = builder.table(matrix("embedding"), "model.embed_tokens.weight".into());
+            if config.tied {
+                builder.on_both_ends();
+            }
+            table
+        });
+        let blocks = stage.layers().map(|layer| Block::build(config, layer, builder));
+        let blocks = blocks.collect::<Result<_, _>>()?;
+        let norm = last.then(|| {
+            let of = Vector::Outer(d, Init::Ones);
+            let weight = builder.vector("norm".into(), "model.norm.weight".into(), of);
+            StreamNorm::new(Norm::Rms { weight, eps: config.eps }, d, &builder.flow)
+        });
+        let head = last.then(|| match &embedding {
+            Some(table) if config.tied => table.clone(),
+            _ => builder.table(matrix("head"), "lm_head.weight".into()),
+        });
         let flow = builder.flow.clone();
-        let norm = StreamNorm::new(Norm::Rms { weight, eps: config.eps }, d, &flow);
         let rope =
             Arc::new(RopeTable::new(config.head_dim, config.rope_theta, &config.rope_scaling, context));
-        Ok(Llama { config: Box::new(config.clone()), flow, embedding, blocks, norm, head, rope })
+        Ok(Llama { config: Box::new(config.clone()), flow, stage, embedding, blocks, norm, head, rope })
     }
 
     fn attention_shape(&self, block: &Block, tokens: &Tokens) -> AttentionShape {
@@ -104,19 +120,23 @@ impl Llama {
         }
     }
 
-    pub(crate) fn hidden(
+    pub(crate) fn slice(
         &self,
         tape: &mut Tape<'_>,
+        slice: &Slice,
+        x: Option<&Var>,
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
         let real = tokens.ids.len();
         let tokens = tokens.padded(&self.flow);
         let real = real_rows(&self.flow, real, tokens.ids.len());
-        let (ids, inner) = (self.ids(&tokens), tokens.local(&self.flow, self.flow.inner.rows));
-        tape.set_layer(0);
-        let mut x = dist::embed(tape, &[(ids, self.embedding.0, &self.embedding.1)])?;
-        for block in &self.blocks {
+        let inner = tokens.local(&self.flow, self.flow.inner.rows);
+        let mut x = match x {
+            Some(x) => x.clone(),
+            None => self.embed(tape, &tokens)?,
+        };
+        for block in self.blocks.iter().filter(|block| slice.layers.contains(&block.layer)) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, &inner);
             x = if recompute.applies_to(block.layer) {
@@ -126,13 +146,20 @@ impl Llama {
                 block.forward(tape, (&x, real), &shape, None)?
             };
         }
-        tape.set_layer(self.config.layers);
-        self.norm.forward(tape, &x)
+        if slice.last { self.end(tape, &x) } else { Ok(x) }
     }
 
-    /// Ids of the tokens whose rows of the embedding this rank looks up.
-    fn ids(&self, tokens: &Tokens) -> Arc<[u32]> {
-        tokens.local(&self.flow, self.embedding.1.tokens()).ids
+    fn embed(&self, tape: &mut Tape<'_>, tokens: &Tokens) -> Result<Var, Fault> {
+        tape.set_layer(0);
+        let (param, table) = self.embedding.as_ref().expect("the first stage embeds");
+        let ids = tokens.local(&self.flow, table.tokens()).ids;
+        dist::embed(tape, &[(ids, *param, table)])
+    }
+
+    /// Behind the last layer.
+    fn end(&self, tape: &mut Tape<'_>, x: &Var) -> Result<Var, Fault> {
+        tape.set_layer(self.config.layers);
+        self.norm.as_ref().expect("the last stage has the norm").forward(tape, x)
     }
 
     pub(crate) fn hidden_cached(
@@ -141,25 +168,29 @@ impl Llama {
         tokens: &Tokens,
         caches: &mut [KvCache],
     ) -> Result<Var, Fault> {
-        let mut x = dist::embed(tape, &[(self.ids(tokens), self.embedding.0, &self.embedding.1)])?;
+        let mut x = self.embed(tape, tokens)?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, tokens);
             x = block.forward(tape, (&x, tokens.ids.len()), &shape, Some(cache))?;
         }
-        self.norm.forward(tape, &x)
+        self.end(tape, &x)
     }
 
     pub(crate) fn has_experts(&self) -> bool {
         self.blocks.iter().any(|block| matches!(block.mlp, Mlp::Experts(_)))
     }
 
-    pub(crate) fn head(&self) -> ParamRef {
-        self.head.0
+    pub(crate) fn stage(&self) -> &Stage {
+        &self.stage
     }
 
-    pub(crate) fn loss_parts(&self) -> (&Flow, &Table) {
-        (&self.flow, &self.head.1)
+    pub(crate) fn stream(&self) -> (&Flow, usize) {
+        (&self.flow, self.config.width)
+    }
+
+    pub(crate) fn head(&self) -> &(ParamRef, Table) {
+        self.head.as_ref().expect("the last stage has the head")
     }
 }
 

@@ -84,27 +84,16 @@ impl Tape<'_> {
     }
 }
 
-/// dx [M, in] = dy [M, out] W [out, in]; W.grad += dy^T x; bias.grad += column sums of dy.
-pub(crate) fn linear_backward(
-    tape: &mut Tape<'_>,
-    x: &Tensor,
-    weight: ParamRef,
-    bias: Option<ParamRef>,
-    dy: &Tensor,
-) -> Result<Tensor, Fault> {
+/// W.grad += dy^T x; bias.grad += column sums of dy: x [M, in], dy [M, out].
+fn add_gradients(tape: &mut Tape<'_>, x: &Tensor, weight: ParamRef, bias: Option<ParamRef>, dy: &Tensor) {
     let (m, k, n) = (x.rows(), x.cols(), dy.cols());
-    let mut dx = Tensor::new(x.device(), x.dtype(), &[m, k])?;
-    let grad_y = Mat::new(dy.view(), n);
-    let (w, dw, add) = tape.params.weight_and_grad(weight);
-    let out = MatMut { data: dx.view_mut(), ld: k };
-    gemm(m, k, n, grad_y, Mat::new(w, k), out, false, Epilogue::default());
+    let (_, dw, add) = tape.params.weight_and_grad(weight);
     let out = MatMut { data: dw, ld: k };
-    gemm(n, k, m, grad_y.t(), Mat::new(x.view(), k), out, add, Epilogue::default());
+    gemm(n, k, m, Mat::new(dy.view(), n).t(), Mat::new(x.view(), k), out, add, Epilogue::default());
     if let Some(bias) = bias {
         let (_, db) = tape.params.weight_and_added_grad(bias);
         kernels::elementwise::column_sums(dy.view(), n, db);
     }
-    Ok(dx)
 }
 
 impl Saved {
@@ -115,10 +104,12 @@ impl Saved {
         dy: Tensor,
         grads: &mut Grads,
     ) -> Result<(), Fault> {
-        let used = [self.weight, self.bias.unwrap_or(self.weight)];
-        let name = if self.gelu.is_some() { "linear_gelu" } else { "linear" };
-        tape.moment(name, &used[..1 + self.bias.is_some() as usize])?;
-        let dy = match self.gelu {
+        let Saved { x, weight, bias, gelu, residual } = self;
+        let used = [weight, bias.unwrap_or(weight)];
+        let used = &used[..1 + bias.is_some() as usize];
+        let name = if gelu.is_some() { "linear_gelu" } else { "linear" };
+        tape.moment_back(name, used)?;
+        let dy = match gelu {
             None => dy,
             Some((kind, pre)) => {
                 let mut dpre = Tensor::new(dy.device(), dy.dtype(), dy.shape())?;
@@ -126,8 +117,18 @@ impl Saved {
                 dpre
             }
         };
-        let dx = linear_backward(tape, &self.x, self.weight, self.bias, &dy)?;
-        if self.residual {
+        // dx [M, in] = dy [M, out] W [out, in]
+        let (m, k, n) = (x.rows(), x.cols(), dy.cols());
+        let mut dx = Tensor::new(x.device(), x.dtype(), &[m, k])?;
+        let w = Mat::new(tape.params.weight(weight), k);
+        let out = MatMut { data: dx.view_mut(), ld: k };
+        gemm(m, k, n, Mat::new(dy.view(), n), w, out, false, Epilogue::default());
+        let dy_kept = dy.clone();
+        tape.weight_gradient(name, used, move |tape| {
+            add_gradients(tape, &x, weight, bias, &dy_kept);
+            Ok(())
+        })?;
+        if residual {
             grads.add(inputs[1], dy)?;
         }
         grads.add(inputs[0], dx)

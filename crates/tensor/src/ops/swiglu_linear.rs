@@ -40,22 +40,28 @@ impl Saved {
         dy: Tensor,
         grads: &mut Grads,
     ) -> Result<(), Fault> {
-        tape.moment("swiglu_linear", &[self.weight])?;
+        let weight = self.weight;
+        tape.moment_back("swiglu_linear", &[weight])?;
         let (m, f) = (self.gate_up.rows(), self.gate_up.cols() / 2);
         let (device, dtype) = (dy.device(), dy.dtype());
         // dact first: the kernel that needs it also yields the activation dW wants.
         let mut dact = Tensor::new(device, dtype, &[m, f])?;
         let n = dy.cols();
-        let w = Mat::new(tape.params.weight(self.weight), f);
+        let w = Mat::new(tape.params.weight(weight), f);
         let out = MatMut { data: dact.view_mut(), ld: f };
         gemm(m, f, n, Mat::new(dy.view(), n), w, out, false, Epilogue::default());
         let mut act = Tensor::new(device, dtype, &[m, f])?;
         let mut dgate_up = Tensor::new(device, dtype, self.gate_up.shape())?;
         let (gate_up, dgate_up_out) = (self.gate_up.view(), dgate_up.view_mut());
         kernels::swiglu::backward(gate_up, f, dact.view(), dgate_up_out, Some(act.view_mut()));
-        let (_, dw, add) = tape.params.weight_and_grad(self.weight);
-        let out = MatMut { data: dw, ld: f };
-        gemm(n, f, m, Mat::new(dy.view(), n).t(), Mat::new(act.view(), f), out, add, Epilogue::default());
+        drop(dact);
+        let dy_kept = dy.clone();
+        tape.weight_gradient("swiglu_linear", &[weight], move |tape| {
+            let (dy, act) = (Mat::new(dy_kept.view(), n), Mat::new(act.view(), f));
+            let (_, dw, add) = tape.params.weight_and_grad(weight);
+            gemm(n, f, m, dy.t(), act, MatMut { data: dw, ld: f }, add, Epilogue::default());
+            Ok(())
+        })?;
         grads.add(inputs[1], dy)?;
         grads.add(inputs[0], dgate_up)
     }

@@ -3,7 +3,9 @@
 mod context;
 mod experts;
 pub mod keys;
+mod kind;
 mod new_model;
+mod stages;
 mod values;
 
 pub use values::{

@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, context, new_model};
+use super::{RecipeError, Settings, context, new_model, stages};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
@@ -9,6 +9,7 @@ use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
 use device::DType;
 use dist::cost::{Cluster, Link, Zero};
+use dist::pipeline;
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
@@ -78,13 +79,15 @@ pub struct MeshRecipe {
     pub deadline: Duration,
     /// How ranks share the state.
     pub sharding: Sharding,
+    /// In which order the stages of `pp` work.
+    pub schedule: pipeline::Schedule,
 }
 
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
         let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
-        Ok(Flow { attention: self.attention, ..flow })
+        Ok(Flow { attention: self.attention, schedule: self.schedule, ..flow })
     }
 }
 
@@ -433,18 +436,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    for axis in [Axis::Pp] {
-        if shape.size(axis) > 1 {
-            return impossible(
-                format!(
-                    "mesh.{} = {}: training does not run on this axis yet",
-                    axis.name(),
-                    shape.size(axis)
-                ),
-                "set it to 1",
-            );
-        }
-    }
     context::check(&shape, train.context)?;
     let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
     if !train.batch.is_multiple_of(replicas) {
@@ -480,5 +471,8 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         _ => Zero::Three,
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
-    Ok(MeshRecipe { shape, scheme, attention: attention.unwrap_or_default(), deadline, sharding })
+    let attention = attention.unwrap_or_default();
+    stages::check(&shape, sharding)?;
+    let schedule = stages::schedule(get, &shape, train)?;
+    Ok(MeshRecipe { shape, scheme, attention, deadline, sharding, schedule })
 }

@@ -1,7 +1,7 @@
 //! The norm of a gradient of which every rank has its granules.
 
 use super::Shards;
-use crate::ranks;
+use crate::{ranks, stages};
 use dist::Axis;
 use memory::Class;
 use model::Spread;
@@ -32,7 +32,8 @@ impl Shards {
         let granules =
             (0..count).flat_map(|stripe| (0..stripes.ranks).map(move |rank| rank * count + stripe));
         let squares = granules.map(|at| all[at]).sum();
-        let others: Vec<Axis> = Axis::ALL.into_iter().filter(|axis| *axis != Axis::Fsdp).collect();
-        ranks::sum_over(mesh, &others, squares)
+        let squares = stages::over_stages(mesh, &[squares])?.into_iter().flatten().sum();
+        let others = Axis::ALL.into_iter().filter(|axis| ![Axis::Fsdp, Axis::Pp].contains(axis));
+        ranks::sum_over(mesh, &others.collect::<Vec<_>>(), squares)
     }
 }

@@ -1,6 +1,7 @@
 //! Tiny runs on real text, and what is left of them.
 #![allow(dead_code)]
 
+pub mod meshes;
 pub mod runs;
 
 use std::path::{Path, PathBuf};
