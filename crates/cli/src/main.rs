@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod bench_step;
+mod budget;
 mod chat;
 mod doctor;
 mod eval;
@@ -45,6 +46,8 @@ enum Command {
     Train(train::Args),
     /// Talk to a model, or let it continue one prompt
     Chat(chat::Args),
+    /// Give a run other budgets of memory while it goes on
+    Budget(budget::Args),
     /// Measure the perplexity of a model on a file
     Eval(eval::Args),
     /// Train a tokenizer, or see what one does with a text
@@ -64,6 +67,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(args),
         Command::Chat(args) => chat::run(args),
+        Command::Budget(args) => budget::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Tokenizer(args) => tokenizer::run(args),
         Command::Plan(args) => plan::run(args),

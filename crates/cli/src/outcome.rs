@@ -20,6 +20,11 @@ impl Outcome {
         Outcome { step_s, memory_bytes, seconds: Vec::new() }
     }
 
+    /// The run may hold this much from now on: the most it was ever allowed counts.
+    pub fn may_hold(&mut self, bytes: u64) {
+        self.memory_bytes = self.memory_bytes.max(bytes);
+    }
+
     /// A step was done.
     pub fn add(&mut self, step: &StepMetrics) {
         self.seconds.push(step.seconds);

@@ -168,7 +168,7 @@ impl Machine {
 }
 
 /// A number of bytes, or what is wrong with it.
-fn parse_bytes(text: &str) -> Result<u64, String> {
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
     keys::parse_bytes(text)
         .ok_or_else(|| format!("`{text}` is no number of bytes; write it as 80GB or 512MiB"))
 }

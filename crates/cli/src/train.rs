@@ -1,11 +1,14 @@
 //! `trilith train`: the bar, the samples, the signals around the loop.
 
+use crate::budget;
 use crate::launch::{self, Run, Seat, Way};
 use crate::outcome::Outcome;
 use crate::show;
 use crate::stages;
 use crate::traffic::Traffic;
-use ::train::{Begin, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start};
+use ::train::{
+    Begin, BudgetChange, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start,
+};
 use ::train::{StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
@@ -211,6 +214,7 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
                 let text = sample(trainer).unwrap_or_else(|error| format!("no sample: {error}"));
                 screen.line(&format!("step {step:>6}  it says:\n{}\n", indent(&text)));
             }
+            Progress::Budget { step, change } => screen.budget(step, &change),
             Progress::Saved { .. } => {}
             Progress::Ended { step, complete } => {
                 screen.bar.finish_and_clear();
@@ -291,6 +295,16 @@ impl Screen<'_> {
             let done = (m.step - self.first).max(1) as f64;
             let left = self.started.elapsed().as_secs_f64() / done * (self.steps - m.step) as f64;
             eprintln!("step {:>6}/{}  {message} {} left", m.step, self.steps, show::duration(left));
+        }
+    }
+
+    fn budget(&mut self, step: u64, BudgetChange { budgets, refused }: &BudgetChange) {
+        if let Some(why) = refused {
+            return self.line(&format!("warning: step {step}: {why}"));
+        }
+        self.line(&format!("step {step:>6}  from here on {}", budget::named(budgets)));
+        if let Some(outcome) = &mut self.outcome {
+            outcome.may_hold([budgets.hbm, budgets.dram].into_iter().flatten().sum());
         }
     }
 

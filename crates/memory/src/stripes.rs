@@ -4,8 +4,8 @@
 
 use std::ops::Range;
 
-/// Granules of fewer elements are no whole pages in every element type.
-const LEAST: usize = 2048;
+/// Granules of fewer elements are no whole pages in every element type: 8-bit moments have one byte.
+const LEAST: usize = 4096;
 
 /// Granules of more elements wait longer than they save: 2 MiB of bf16, which is a huge page.
 const MOST: usize = 1 << 20;
@@ -110,7 +110,7 @@ mod tests {
     #[test]
     fn granules_are_whole_pages_and_grow_with_the_model() {
         let granule = |len| Stripes::new(len, 4, 0).granule;
-        assert_eq!([granule(1), granule(34_000), granule(1 << 20)], [2048, 2048, 8192]);
+        assert_eq!([granule(1), granule(34_000), granule(1 << 20)], [4096, 4096, 8192]);
         assert_eq!([granule(134 << 20), granule(7_000_000_000)], [1 << 20, 1 << 20]);
     }
 }

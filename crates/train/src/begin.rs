@@ -2,6 +2,7 @@
 //! the folder and says what it found; every rank then takes its pieces.
 
 use crate::TrainError;
+use crate::budget::{BudgetFile, LiveBudgets};
 use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::Metrics;
@@ -49,6 +50,8 @@ pub(crate) struct Begun {
     pub meta: StateMeta,
     /// On rank 0.
     pub files: Option<Files>,
+    /// On rank 0 of a run with tiers.
+    pub budgets: Option<LiveBudgets>,
     pub skipped_states: Vec<(PathBuf, String)>,
 }
 
@@ -71,6 +74,13 @@ pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result
     let state = agree(recipe, flow, found.as_mut())?;
     let meta = state.as_ref().map(|state| meta_of(state, &identity)).transpose()?;
     let mut learner = prepared.learner(recipe, flow)?;
+    // Before the first weight: loading keeps to it, too.
+    let budgets = match &found {
+        Some(found) if recipe.memory.is_some() => {
+            Some(LiveBudgets::begin(found.folder.path(), &mut learner)?)
+        }
+        _ => None,
+    };
     match (&state, whole) {
         (Some(state), None) => restore(&mut learner, state)?,
         (Some(state), Some(whole)) => whole.restore(&mut learner, state)?,
@@ -90,7 +100,7 @@ pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result
     let meta = meta.unwrap_or_else(fresh);
     learner.optimizer.steps = meta.applied;
     let Some(Found { folder, states, skipped: skipped_states, .. }) = found else {
-        return Ok(Begun { learner, step, meta, files: None, skipped_states: Vec::new() });
+        return Ok(Begun { learner, step, meta, files: None, budgets, skipped_states: Vec::new() });
     };
     let metrics = Metrics::open(folder.path(), meta.metrics_bytes, step, recipe.tensorboard)?;
     folder.write(&[("recipe.toml".into(), resolved.as_bytes().to_vec())])?;
@@ -98,7 +108,7 @@ pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result
     // Within a budget there is no room for a copy: a save streams from where things lie.
     let background = recipe.checkpoint.background && recipe.memory.is_none();
     let files = Files::new(folder, metrics, states, background, identity)?;
-    Ok(Begun { learner, step, meta, files: Some(files), skipped_states })
+    Ok(Begun { learner, step, meta, files: Some(files), budgets, skipped_states })
 }
 
 /// Open the folder and find the newest whole state.
@@ -115,7 +125,12 @@ fn look(recipe: &Recipe, start: Start) -> Result<Found, TrainError> {
     match (newest.checkpoint, skipped.first(), start) {
         (Some(state), _, Start::New) => Err(TrainError::Exists { path: path(), step: state.step }),
         (None, Some((_, first)), _) => Err(TrainError::NoWholeState { path: path(), first: first.clone() }),
-        (state, ..) => Ok(Found { folder, states, state, skipped }),
+        (state, ..) => {
+            if start != Start::Resume {
+                BudgetFile::default().write(folder.path())?;
+            }
+            Ok(Found { folder, states, state, skipped })
+        }
     }
 }
 

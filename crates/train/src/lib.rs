@@ -6,6 +6,7 @@
 
 mod balance;
 mod begin;
+mod budget;
 mod dry;
 mod error;
 mod estimate;
@@ -34,6 +35,7 @@ mod whole;
 
 pub use balance::Balance;
 pub use begin::{Begin, Start};
+pub use budget::{BudgetChange, BudgetFile};
 pub use dry::{DryLayer, dry_layer};
 pub use error::TrainError;
 pub use estimate::Estimate;

@@ -4,10 +4,11 @@
 //! killed reads as if it had not been, timings aside.
 
 use crate::balance::Balance;
+use crate::budget::BudgetChange;
 use crate::tensorboard::EventWriter;
 use dist::Counts;
 use memory::pager::{LinkCount, TierCount, TierReport};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -176,6 +177,17 @@ impl Metrics {
             "targets": targets,
         });
         self.put(step, &line, &[("valid/loss", loss), ("valid/perplexity", perplexity)])
+    }
+
+    /// Write down that other budgets were asked for after `step`.
+    pub fn budget(&mut self, step: u64, change: &BudgetChange) -> Result<(), MetricsError> {
+        let BudgetChange { budgets, refused } = change;
+        let tiers = budgets.tiers().into_iter().map(|tier| (tier.to_string(), json!(budgets.of(tier))));
+        let mut line = json!({"kind": "budget", "step": step, "bytes": tiers.collect::<Map<_, _>>()});
+        if let Some(why) = refused {
+            line["refused"] = json!(why);
+        }
+        self.put(step, &line, &[])
     }
 
     fn put(&mut self, step: u64, line: &Value, points: &[(&str, f64)]) -> Result<(), MetricsError> {

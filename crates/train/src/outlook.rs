@@ -36,13 +36,24 @@ pub struct Speeds {
 pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Transformer, TrainError> {
     let params = Model::build(config, recipe.train.context, &Mesh::solo())?.params;
     let count: u64 = params.specs().iter().map(|spec| spec.len() as u64).sum();
-    Ok(transformer(config, count, &recipe.train, speeds))
+    let updates = updates(recipe.mesh.shape.world_size(), recipe.train.clip);
+    Ok(transformer(config, count, (&recipe.train, updates), speeds))
+}
+
+/// When a run makes its updates. Ranks add gradients up when the way back is over. On one, clipping
+/// waits for the norm of all gradients, and updates then wait for the next step.
+pub(crate) fn updates(ranks: usize, clip: f64) -> Updates {
+    match ranks {
+        1 if clip.is_finite() => Updates::BeforeForward,
+        1 => Updates::InBackward,
+        _ => Updates::AfterBackward,
+    }
 }
 
 pub(crate) fn transformer(
     config: &Config,
     params: u64,
-    recipe: &TrainRecipe,
+    (recipe, updates): (&TrainRecipe, Updates),
     speeds: &Speeds,
 ) -> Transformer {
     let layers = config.layers() as u64;
@@ -73,8 +84,7 @@ pub(crate) fn transformer(
         head_params,
         state,
         parts: (layer_params * state.grad).div_ceil(PART_BYTES).clamp(1, most_parts) as u32,
-        // Clipping waits for the norm of all gradients; updates then wait for the next step.
-        updates: if recipe.clip.is_finite() { Updates::BeforeForward } else { Updates::InBackward },
+        updates,
         accumulate: accumulate as u32,
         kept_bytes: activations.kept_bytes,
         input_bytes: activations.input_bytes,
@@ -84,5 +94,18 @@ pub(crate) fn transformer(
         layer_forward_s: flops / 3.0 / layers as f64 / (speeds.flops_per_s * USUAL_UTILISATION),
         update_s: update(speeds.fastest_per_s),
         host_update_s: speeds.host_per_s.map(update),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn updates_are_made_when_a_run_makes_them() {
+        assert_eq!(updates(1, 1.0), Updates::BeforeForward);
+        assert_eq!(updates(1, f64::INFINITY), Updates::InBackward);
+        assert_eq!(updates(2, 1.0), Updates::AfterBackward);
+        assert_eq!(updates(2, f64::INFINITY), Updates::AfterBackward);
     }
 }

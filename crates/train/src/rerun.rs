@@ -4,7 +4,7 @@
 
 use crate::TrainError;
 use crate::estimate::Estimate;
-use crate::outlook::{Speeds, transformer};
+use crate::outlook::{Speeds, transformer, updates};
 use crate::recipe::{Recipe, TrainRecipe};
 use dist::Mesh;
 use memory::plan::{Budgets, LinkRate, Rates, Transformer, plan};
@@ -60,7 +60,7 @@ impl Rerun {
         let candidates = tried.into_iter().map(|layers| {
             let train = TrainRecipe { recompute: Recompute::First(layers), ..recipe.train.clone() };
             let estimate = Estimate::new(config, &params, &train, snapshot);
-            let model = transformer(config, count, &train, speeds);
+            let model = transformer(config, count, (&train, updates(1, train.clip)), speeds);
             Candidate { layers, step_s: step_seconds(model, &estimate, (budgets, rates)) }
         });
         let candidates: Vec<Candidate> = candidates.collect();

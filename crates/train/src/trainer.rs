@@ -2,6 +2,7 @@
 //! Whoever advances it shows progress, draws samples and decides when to stop.
 
 use crate::begin::{self, Begin, Begun, Start};
+use crate::budget::{BudgetChange, LiveBudgets};
 use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::{Messages, StepMetrics};
@@ -38,6 +39,13 @@ pub enum Progress {
         /// After this step.
         step: u64,
     },
+    /// Other budgets were asked for while the run goes on.
+    Budget {
+        /// After this step.
+        step: u64,
+        /// What came of it.
+        change: BudgetChange,
+    },
     /// The state was handed to be saved.
     Saved {
         /// Of this step.
@@ -71,6 +79,8 @@ pub struct Trainer {
     valid: Option<Samples>,
     /// On rank 0.
     files: Option<Files>,
+    /// On rank 0 of a run with tiers.
+    budgets: Option<LiveBudgets>,
     /// Puts the pieces of ranks together; none on a mesh of one.
     whole: Option<Whole>,
     /// The model as one rank would hold it, on rank 0 while a sample is due.
@@ -112,7 +122,7 @@ impl Trainer {
             _ => Some(Whole::new(&begin.prepared.config, begin.recipe.train.context)?),
         };
         let begun = begin::begin(&begin, &flow, whole.as_ref())?;
-        let Begun { learner, step, meta, files, skipped_states } = begun;
+        let Begun { learner, step, meta, files, budgets, skipped_states } = begun;
         let Begin { recipe, prepared, peak_gflops, .. } = begin;
         let samples = Samples::new(prepared.train.clone(), recipe.train.context)?;
         let loader = Loader::new(samples, recipe.run.seed, recipe.data.shuffle);
@@ -126,6 +136,7 @@ impl Trainer {
             loader,
             valid,
             files,
+            budgets,
             whole,
             assembled: None,
             peak_gflops,
@@ -209,12 +220,25 @@ impl Trainer {
             self.learner.finish_updates()?;
         }
         match self.due.pop_front() {
-            None => self.run_step().map(Some),
+            None => match self.look_at_budgets()? {
+                Some(progress) => Ok(Some(progress)),
+                None => self.run_step().map(Some),
+            },
             Some(Due::Validate) => self.validate().map(Some),
             Some(Due::Sample) => self.sample().map(Some),
             Some(Due::Save) => self.save().map(Some),
             Some(Due::End) => self.end().map(Some),
         }
+    }
+
+    /// Other budgets count from the next step on.
+    fn look_at_budgets(&mut self) -> Result<Option<Progress>, TrainError> {
+        let Some(budgets) = &mut self.budgets else { return Ok(None) };
+        let Some(change) = budgets.look(&mut self.learner)? else { return Ok(None) };
+        if let Some(files) = &mut self.files {
+            files.metrics.budget(self.step, &change)?;
+        }
+        Ok(Some(Progress::Budget { step: self.step, change }))
     }
 
     fn run_step(&mut self) -> Result<Progress, TrainError> {

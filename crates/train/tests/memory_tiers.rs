@@ -6,11 +6,10 @@
 mod common;
 
 use common::{Place, bounds, moved};
-use memory::Class;
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
-use train::{MOST_RECOVERIES, Prepared, Progress, Recovery, Start, TrainError};
+use train::{BudgetFile, MOST_RECOVERIES, Prepared, Progress, Recovery, Start, TrainError};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -133,63 +132,6 @@ fn three_tiers_give_the_bits_of_a_run_without_limits() {
     }
 }
 
-/// Rows so long that what layers keep is more than the budget, though they keep their inputs alone.
-const LONG: [&str; 8] = [
-    "model.layers=16",
-    "model.width=64",
-    "model.ffn=64",
-    "tokenizer.vocab=300",
-    "train.batch=2",
-    "train.context=1024",
-    "train.steps=4",
-    "eval.every=0",
-];
-
-#[test]
-fn inputs_of_layers_that_run_again_leave_and_come_back() {
-    let _alone = ALONE.lock();
-    let place = Place::new();
-    let variants: &[(&[&str], &str, f64)] = &[
-        (&["train.recompute=always"], "dynamic", 0.0),
-        (&["train.recompute=always", "train.clip=0", "train.accumulate=2"], "dynamic", 0.0),
-        (&["train.recompute=always"], "lru", 0.0),
-        // Behind a device, with a drive and without.
-        (&["train.recompute=always", "train.accumulate=2"], "dynamic", 0.5),
-        (&["train.recompute=always", "train.clip=0"], "dynamic", 2.0),
-        (&["model.family=gpt2", "model.kv_heads=0", "train.recompute_layers=15"], "belady", 0.5),
-    ];
-    for (variant, policy, host) in variants {
-        let (sets, policy) = ([&LONG[..], variant].concat(), format!("memory.policy={policy}"));
-        place.run("whole", &sets, Start::Overwrite, None).unwrap();
-        let recipe = place.settings("probe", &sets).recipe().unwrap();
-        let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
-        // Room for the widest op beside what is no chunk.
-        let others = (estimate.activation_bytes - estimate.filed_bytes) as f64 * 1.25;
-        let bytes = ((others + 300_000.0) * 34.0 / 32.0) as u64;
-        assert!(bytes < estimate.activation_bytes, "{bytes} of {estimate:?}");
-        let dram = (estimate.state_bytes as f64 * host) as u64;
-        let budgets = match dram {
-            0 => vec![format!("memory.dram={bytes}B")],
-            dram => vec![format!("memory.simulate_device={bytes}B"), format!("memory.dram={dram}B")],
-        };
-        let mut sets = [&sets[..], &[policy.as_str()]].concat();
-        sets.extend(budgets.iter().map(String::as_str));
-        device::release_cached();
-        device::reset_peak();
-        let moved = device::Threads::new(2).unwrap().run(|| {
-            let mut trainer = place.trainer("tiers", &sets, Start::Overwrite).unwrap();
-            trainer.prepared.check_memory(trainer.recipe()).unwrap();
-            while trainer.advance().unwrap().is_some() {}
-            trainer.learner_mut().store.arrays().moved_bytes(Class::Activation)
-        });
-        println!("{sets:?}: {moved} bytes of activations moved, {} kept", estimate.filed_bytes);
-        assert!(moved > estimate.filed_bytes, "{sets:?}: {moved} bytes of activations moved");
-        let held = device::memory_use().peak_held_bytes as u64;
-        assert!(held <= bytes + dram, "{sets:?}: {held} of {bytes} + {dram} bytes");
-        assert_same(&place, "whole", "tiers", &format!("{sets:?}"));
-    }
-}
-
 #[test]
 fn budgets_change_while_a_run_goes_on() {
     let _alone = ALONE.lock();
@@ -217,6 +159,61 @@ fn budgets_change_while_a_run_goes_on() {
         }
     });
     assert_same(&place, "whole", "live", "changing budgets");
+}
+
+/// Someone asks for memory back through the run folder, asks for too much, and gives it back.
+#[test]
+fn budgets_in_the_run_folder_are_taken_up_between_steps_and_by_a_resumed_run() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let sets = [&MODEL[..], &["train.steps=9", "eval.every=0", "checkpoint.every=0"]].concat();
+    place.run("whole", &sets, Start::New, None).unwrap();
+    let (low, high) = (budget(&place, &sets, 0.3), budget(&place, &sets, 0.6));
+    let (dram, folder) = (format!("memory.dram={high}B"), place.path("live"));
+    let sets = [&sets[..], &[&dram]].concat();
+    let ask = |dram_bytes| BudgetFile { dram_bytes, ..BudgetFile::default() }.write(&folder).unwrap();
+    let run = |start| {
+        let (mut told, mut held) = (Vec::new(), Vec::new());
+        let mut trainer = place.trainer("live", &sets, start).unwrap();
+        while let Some(progress) = trainer.advance().unwrap() {
+            match progress {
+                Progress::Budget { step, change } => {
+                    told.push((step, change.budgets.dram.unwrap(), change.refused))
+                }
+                Progress::Step(m) => {
+                    let tier = m.tiers.unwrap().tiers[0];
+                    held.push((tier.peak_bytes, tier.capacity_bytes));
+                    match m.step {
+                        3 => ask(Some(low)),
+                        5 => ask(Some(100_000)),
+                        6 => trainer.stop(),
+                        7 => ask(None),
+                        _ => {}
+                    }
+                }
+                _ => {}
+            }
+        }
+        (told, held)
+    };
+    let threads = device::Threads::new(2).unwrap();
+    let (told, held) = threads.run(|| run(Start::New));
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert_eq!(told[0], (3, low, None));
+    let why = told[1].2.as_ref().expect("what cannot work is refused");
+    assert!((told[1].0, told[1].1) == (5, low) && why.contains("100000 bytes is too little"), "{told:?}");
+    assert!(held[2].1 > low && held[4..].iter().all(|(peak, capacity)| peak <= capacity), "{held:?}");
+    assert!(held[3..].iter().all(|(_, capacity)| *capacity < low), "{held:?}");
+    // What was refused does not stand for the next process.
+    assert_eq!(BudgetFile::read(&folder).unwrap().dram_bytes, Some(low));
+    let (told, _) = threads.run(|| run(Start::Resume));
+    assert_eq!(told, [(6, low, None), (7, high, None)]);
+    let (whole, (weights, state, mut log)) = (place.result("whole"), place.result("live"));
+    let mut asked = log.extract_if(.., |line| line["kind"] == "budget").map(|line| line["step"].clone());
+    assert!(asked.by_ref().eq([3, 5, 6, 7]), "every change is in the log");
+    drop(asked);
+    assert_eq!(log, whole.2);
+    assert!(weights == whole.0 && state == whole.1, "budgets changed bits");
 }
 
 /// Updates of clipped runs wait for the next step; whoever looks in between sees them made.
@@ -264,25 +261,44 @@ fn the_plan_survives_a_look() {
     assert!(bounds[2..].iter().all(|bound| *bound == bounds[2] && bound.is_some()), "{bounds:?}");
 }
 
+/// Bytes a parameter that the drive of a run without clipping reads and writes in a step.
+fn carried(place: &Place, sets: &[&str], part: f64) -> (f64, f64) {
+    let sets = [&MODEL[..], sets, &["train.clip=0", "train.steps=6", "eval.every=0"]].concat();
+    let recipe = place.settings("probe", &sets).recipe().unwrap();
+    let params = Prepared::new(&recipe, false, &mut |_| {}).unwrap().params.layout().1 as f64;
+    run_within(place, "tiers", &sets, Start::Overwrite, budget(place, &sets, part)).unwrap();
+    let (up, down, bound) = moved(&place.path("tiers"));
+    assert!(bound.is_some_and(|bound| bound <= up + down), "{up} up, {down} down, bound {bound:?}");
+    let (up, down) = (up as f64 / params, down as f64 / params);
+    println!("{sets:?}, {part} of the state in memory: {up:.2} up and {down:.2} down a parameter");
+    (up, down)
+}
+
+/// With f32 moments an update reads and writes 12 bytes: weights, low halves and moments, and the
+/// gradient never leaves. The way forth reads the weights once more where they do not rest.
+#[test]
+fn the_drive_reads_and_writes_at_most_twelve_bytes_a_parameter_and_step() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    for (precision, weight) in [("train.precision=bf16", 2.0), ("train.precision=f32", 4.0)] {
+        for part in [0.15, 0.3] {
+            let (up, down) = carried(&place, &[precision], part);
+            // Room for three tenths of the state is room for the weights.
+            let again = if part < 0.3 { weight } else { 0.0 };
+            assert!(up <= 12.0 + again && down <= 12.0, "{precision}, {part}: {up} up, {down} down");
+        }
+    }
+}
+
 /// With bf16 weights an update reads and writes 2 bytes of weight, 2 of its low half and 2 of moments;
 /// the gradient never leaves, and the way forth reads the weights once more where they do not fit.
 #[test]
 fn moments_of_8_bits_halve_what_the_drive_carries() {
     let _alone = ALONE.lock();
     let place = Place::new();
-    let carried = |moments: &str, part: f64| {
-        let sets = [&MODEL[..], &[moments, "train.clip=0", "train.steps=6"]].concat();
-        let recipe = place.settings("probe", &sets).recipe().unwrap();
-        let params = Prepared::new(&recipe, false, &mut |_| {}).unwrap().params.layout().1;
-        run_within(&place, "tiers", &sets, Start::Overwrite, budget(&place, &sets, part)).unwrap();
-        let (up, down, _) = moved(&place.path("tiers"));
-        let (up, down) = (up as f64 / params as f64, down as f64 / params as f64);
-        println!("{moments}, {part} of the state in memory: {up:.2} up and {down:.2} down a parameter");
-        (up, down)
-    };
-    let (up, down) = carried("train.moments=8bit", 0.3);
+    let (up, down) = carried(&place, &["train.moments=8bit"], 0.3);
     assert!(up > 1.0 && up <= 6.0 && down > 1.0 && down <= 6.0, "{up} up, {down} down");
-    let (up32, down32) = carried("train.moments=f32", 0.3);
+    let (up32, down32) = carried(&place, &["train.moments=f32"], 0.3);
     assert!(up32 + down32 > 1.5 * (up + down), "{up32} up, {down32} down with f32");
 }
 

@@ -383,9 +383,9 @@ impl Pager {
         self.script.trace(self.chunks.len(), chunk)
     }
 
-    /// What was moved since the last report.
+    /// What was moved, or is on its way, since the last report.
     pub fn report(&mut self) -> TierReport {
-        let now = report::Snapshot { carried: self.mover.carried(), stall_s: self.stall_s };
+        let now = report::Snapshot { sent: self.mover.sent(), stall_s: self.stall_s };
         let links = (0..self.tiers.len() - 1).map(|link| {
             let bound_bytes = self.follow.as_ref().and_then(|follow| follow.bound_bytes.get(link).copied());
             LinkCount { bound_bytes, ..now.since(&self.reported, link, &self.tiers) }

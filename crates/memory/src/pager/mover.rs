@@ -62,6 +62,8 @@ pub(super) struct Carried {
 #[derive(Default)]
 struct State {
     carried: [Carried; MEMORIES],
+    /// Bytes of all jobs sent, by link: up and down.
+    sent_bytes: [[u64; 2]; MEMORIES],
     rooms: [Room; MEMORIES],
     failed: Option<DiskError>,
 }
@@ -137,6 +139,9 @@ impl Mover {
 
     /// Queue a chunk; it waits until there is room.
     pub fn send(&self, link: usize, way: Way, job: Job) {
+        if !matches!(job.from, End::Nothing) {
+            self.shared.lock().sent_bytes[link][way as usize] += job.bytes().unwrap_or(0);
+        }
         // The thread ends only after this sender is gone.
         self.queues[link][way as usize].send(job).ok();
     }
@@ -175,8 +180,19 @@ impl Mover {
         }
     }
 
+    /// What has arrived, and in how many seconds.
     pub fn carried(&self) -> [Carried; MEMORIES] {
         self.shared.lock().carried
+    }
+
+    /// What was sent. Bytes still on their way count, so that those of a step are the same whenever
+    /// they arrive; seconds are of those that have.
+    pub fn sent(&self) -> [Carried; MEMORIES] {
+        let state = self.shared.lock();
+        std::array::from_fn(|link| {
+            let [up_bytes, down_bytes] = state.sent_bytes[link];
+            Carried { up_bytes, down_bytes, ..state.carried[link] }
+        })
     }
 
     /// Most that chunks held at once, by depth, since this was asked last.

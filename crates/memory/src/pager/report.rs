@@ -56,14 +56,14 @@ pub struct TierReport {
 
 #[derive(Clone, Copy, Default)]
 pub(super) struct Snapshot {
-    pub carried: [Carried; MEMORIES],
+    pub sent: [Carried; MEMORIES],
     pub stall_s: [f64; MEMORIES],
 }
 
 impl Snapshot {
     /// What a link did since `then`; `tiers` are its ends.
     pub fn since(&self, then: &Snapshot, link: usize, tiers: &[Tier]) -> LinkCount {
-        let (now, was) = (self.carried[link], then.carried[link]);
+        let (now, was) = (self.sent[link], then.sent[link]);
         LinkCount {
             upper: tiers[link],
             lower: tiers[link + 1],

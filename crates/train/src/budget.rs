@@ -1,0 +1,195 @@
+//! Budgets of the tiers that change while a run goes on. `budget.json` in the run folder goes before
+//! the recipe: the trainer looks at it between steps, and a run that is set up again, by hand or after
+//! a loss, takes it up before its first weight. What was refused does not stay in the file.
+
+use crate::learner::Learner;
+use crate::{TrainError, bytes};
+use checkpoint::write_file;
+use memory::Tier;
+use memory::pager::{PagerError, key_of};
+use memory::plan::Budgets;
+use serde::{Deserialize, Serialize};
+use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+/// Budgets that go before those of the recipe; where there is none, the recipe's counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct BudgetFile {
+    /// Bytes of the memory that plays a device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_bytes: Option<u64>,
+    /// Bytes of memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dram_bytes: Option<u64>,
+    /// Bytes on the drive.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nvme_bytes: Option<u64>,
+}
+
+impl BudgetFile {
+    /// Its name in the run folder.
+    pub const NAME: &str = "budget.json";
+
+    /// What stands in the folder of a run; nothing is given where there is no file.
+    pub fn read(run: &Path) -> Result<BudgetFile, TrainError> {
+        let path = run.join(BudgetFile::NAME);
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(BudgetFile::default()),
+            Err(source) => return Err(TrainError::Folder { path, source }),
+        };
+        serde_json::from_slice(&text).map_err(|error| TrainError::Budget {
+            what: format!("{} holds no budgets: {error}", path.display()),
+            remedy: "write it with `trilith budget`".into(),
+        })
+    }
+
+    /// Put it into the folder of a run, whole or not at all; without a budget the file goes.
+    pub fn write(&self, run: &Path) -> Result<(), TrainError> {
+        let path = run.join(BudgetFile::NAME);
+        if *self != BudgetFile::default() {
+            return Ok(write_file(&path, format!("{}\n", serde_json::json!(self)).as_bytes())?);
+        }
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != ErrorKind::NotFound => Err(TrainError::Folder { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// With what is given here instead of what is there.
+    fn over(&self, budgets: Budgets) -> Budgets {
+        Budgets {
+            hbm: self.device_bytes.or(budgets.hbm),
+            dram: self.dram_bytes.or(budgets.dram),
+            nvme: self.nvme_bytes.or(budgets.nvme),
+        }
+    }
+
+    /// In which `now` differs from what the recipe says.
+    fn between(recipe: Budgets, now: Budgets) -> BudgetFile {
+        let given = |tier| now.of(tier).filter(|bytes| recipe.of(tier) != Some(*bytes));
+        BudgetFile {
+            device_bytes: given(Tier::Hbm),
+            dram_bytes: given(Tier::Dram),
+            nvme_bytes: given(Tier::Nvme),
+        }
+    }
+}
+
+/// Other budgets were asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct BudgetChange {
+    /// Those in force from now on.
+    pub budgets: Budgets,
+    /// Why they are not those asked for.
+    pub refused: Option<String>,
+}
+
+/// Which file was seen: another one has another of these.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    inode: u64,
+    changed: (i64, i64),
+    len: u64,
+}
+
+/// Looks at the file of a run.
+pub(crate) struct LiveBudgets {
+    run: PathBuf,
+    /// As the run was set up.
+    recipe: Budgets,
+    seen: Option<Stamp>,
+    /// What the first look found, to be told by the next.
+    found: Option<BudgetChange>,
+}
+
+impl LiveBudgets {
+    /// Take up what stands in the folder of a run that is being set up.
+    pub fn begin(run: &Path, learner: &mut Learner) -> Result<LiveBudgets, TrainError> {
+        let recipe = learner.store.arrays().budgets().unwrap_or_default();
+        let mut live = LiveBudgets { run: run.into(), recipe, seen: None, found: None };
+        live.found = live.look(learner)?;
+        Ok(live)
+    }
+
+    /// Between two steps: apply what is new. Errors: those of the drive and the folder; budgets that
+    /// are refused are an answer.
+    pub fn look(&mut self, learner: &mut Learner) -> Result<Option<BudgetChange>, TrainError> {
+        if self.found.is_some() {
+            return Ok(self.found.take());
+        }
+        let stamp = self.stamp()?;
+        if stamp == self.seen {
+            return Ok(None);
+        }
+        self.seen = stamp;
+        let before = learner.store.arrays().budgets().unwrap_or_default();
+        match self.apply(before, learner) {
+            Ok(budgets) if budgets == before => Ok(None),
+            Ok(budgets) => Ok(Some(BudgetChange { budgets, refused: None })),
+            Err(error) if is_refusal(&error) => {
+                // Unless there is a newer one already.
+                if self.stamp()? == stamp {
+                    BudgetFile::between(self.recipe, before).write(&self.run)?;
+                    self.seen = self.stamp()?;
+                }
+                Ok(Some(BudgetChange { budgets: before, refused: Some(error.to_string()) }))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn apply(&self, before: Budgets, learner: &mut Learner) -> Result<Budgets, TrainError> {
+        let wanted = BudgetFile::read(&self.run)?.over(self.recipe);
+        if wanted != before {
+            check_available(before, wanted)?;
+            learner.set_budget(wanted)?;
+        }
+        Ok(wanted)
+    }
+
+    fn stamp(&self) -> Result<Option<Stamp>, TrainError> {
+        let path = self.run.join(BudgetFile::NAME);
+        match std::fs::metadata(&path) {
+            Ok(file) => Ok(Some(Stamp {
+                inode: file.ino(),
+                changed: (file.mtime(), file.mtime_nsec()),
+                len: file.len(),
+            })),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(TrainError::Folder { path, source }),
+        }
+    }
+}
+
+/// Refuse to promise memory the system does not have beside what is held.
+fn check_available(before: Budgets, wanted: Budgets) -> Result<(), TrainError> {
+    let memory = |budgets: Budgets| budgets.hbm.unwrap_or(0).saturating_add(budgets.dram.unwrap_or(0));
+    let Some(free) = device::available_bytes().filter(|_| memory(wanted) > memory(before)) else {
+        return Ok(());
+    };
+    let available = (free + device::memory_use().live_bytes) as u64;
+    if memory(wanted) <= available {
+        return Ok(());
+    }
+    let named = [Tier::Hbm, Tier::Dram].into_iter().filter_map(|tier| Some((tier, wanted.of(tier)?)));
+    let named: Vec<String> =
+        named.map(|(tier, budget)| format!("{} = {}", key_of(tier), bytes(budget))).collect();
+    Err(TrainError::Budget {
+        what: format!("{}, {} are available", named.join(" beside "), bytes(available)),
+        remedy: "ask for less; the budgets stay as they were".into(),
+    })
+}
+
+/// Whether budgets were found to be impossible before anything was changed.
+fn is_refusal(error: &TrainError) -> bool {
+    matches!(
+        error,
+        TrainError::Budget { .. }
+            | TrainError::Tiers(
+                PagerError::Budget { .. } | PagerError::Tiers { .. } | PagerError::Drive { .. }
+            )
+    )
+}
