@@ -14,6 +14,8 @@ import time
 CONFIGS = {
     "S": dict(V=8192, D=512, L=6, N=8, F=1376, B=4, T=256),
     "M": dict(V=32000, D=768, L=12, N=12, F=2048, B=2, T=512),
+    # The model of `cargo xtask bench memory`.
+    "memory": dict(V=4096, D=1024, L=8, N=16, F=2752, B=4, T=128),
 }
 MODES = ("eager-f32", "eager-bf16", "compiled-f32", "compiled-bf16")
 
@@ -24,6 +26,8 @@ def parse_args():
     parser.add_argument("--mode", choices=MODES, default="eager-f32")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--mapped", metavar="DIR", help="weights and moments lie in files of this folder")
+    parser.add_argument("--mapped-gradients", action="store_true", help="with --mapped: gradients, too")
     return parser.parse_args()
 
 
@@ -72,7 +76,9 @@ class Llama(nn.Module):
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.normal_(p, std=0.02)
-        H = D // N
+        self.make_tables(T, D // N)
+
+    def make_tables(self, T, H):
         angle_TH = torch.outer(torch.arange(T), 10000.0 ** (-torch.arange(0, H, 2) / H))
         self.register_buffer("cos", angle_TH.cos())
         self.register_buffer("sin", angle_TH.sin())
@@ -83,6 +89,36 @@ class Llama(nn.Module):
             x_BTD = block(x_BTD, self.cos, self.sin)
         logits_BTV = self.head(self.norm(x_BTD))
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+
+
+def mapped(like, name):
+    """Zeros of a shape in a file, whose space is reserved so that a full disk is an error here."""
+    path = os.path.join(args.mapped, name)
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, like.numel() * 4)
+    return torch.from_file(path, shared=True, size=like.numel(), dtype=torch.float32).view(like.shape)
+
+
+def mapped_model(c):
+    """The model with its weights in files from the start: they are never in memory all at once."""
+    with torch.device("meta"):
+        model = Llama(**c)
+    model.make_tables(c["T"], c["D"] // c["N"])
+    for at, module in enumerate(model.modules()):
+        for name, like in module._parameters.items():
+            weights = mapped(like, f"{at}.{name}.weights")
+            nn.init.normal_(weights, std=0.02) if like.dim() > 1 else nn.init.ones_(weights)
+            module._parameters[name] = nn.Parameter(weights)
+    return model
+
+
+def map_state(model, adamw):
+    """Moments of AdamW in files; gradients too when asked for."""
+    for at, p in enumerate(model.parameters()):
+        moments = {name: mapped(p, f"{at}.{name}") for name in ("exp_avg", "exp_avg_sq")}
+        adamw.state[p] = {"step": torch.tensor(0.0), **moments}
+        if args.mapped_gradients:
+            p.grad = mapped(p, f"{at}.gradient")
 
 
 def peak_rss_bytes():
@@ -97,11 +133,13 @@ def main():
     c = CONFIGS[args.config]
     compiled, bf16 = args.mode.startswith("compiled"), args.mode.endswith("bf16")
 
-    model = Llama(**c)
+    model = mapped_model(c) if args.mapped else Llama(**c)
     step_fn = torch.compile(model) if compiled else model
     adamw = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
+    if args.mapped:
+        map_state(model, adamw)
     ids = torch.randint(0, c["V"], (c["B"], c["T"] + 1))
     x_BT, y_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
@@ -115,7 +153,7 @@ def main():
             loss = step_fn(x_BT, y_BT)
         loss.backward()
         adamw.step()
-        adamw.zero_grad(set_to_none=True)
+        adamw.zero_grad(set_to_none=not args.mapped_gradients)
         seconds = time.perf_counter() - start
         line = {
             "impl": f"torch-{args.mode}",

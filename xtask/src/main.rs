@@ -37,6 +37,8 @@ enum Bench {
     Train(bench::Args),
     /// Collectives of ranks on one machine, ours against OpenMPI, MPICH and gloo.
     Comm(bench::comm::Args),
+    /// Training over tiers, by plan and rule, and PyTorch under the same limit.
+    Memory(bench::memory::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +46,7 @@ fn main() -> ExitCode {
         Chore::Tidy(args) => tidy::run(&root(), &args),
         Chore::Bench { bench: Bench::Train(args) } => bench::run(&root(), &args).map(|()| true),
         Chore::Bench { bench: Bench::Comm(args) } => bench::comm::run(&root(), &args).map(|()| true),
+        Chore::Bench { bench: Bench::Memory(args) } => bench::memory::run(&root(), &args).map(|()| true),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

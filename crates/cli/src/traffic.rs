@@ -117,14 +117,14 @@ impl fmt::Display for Axis {
         let of_time = |seconds: f64| 100.0 * seconds / self.seconds.max(1e-9);
         write!(
             f,
-            "{}: rank 0 sent {} and received {} a step; waited {:.1} % of the time",
+            "{}: rank 0 sent {} and received {} a step, and waited for it {:.1} % of the time",
             self.name,
             per_step(self.sent_bytes),
             per_step(self.received_bytes),
             of_time(self.exposed_s),
         )?;
         match self.beside_s > 0.0 {
-            true => write!(f, ", calls beside computation took {:.1} %", of_time(self.beside_s)),
+            true => write!(f, "; calls beside computation took {:.1} %", of_time(self.beside_s)),
             false => Ok(()),
         }
     }

@@ -15,7 +15,9 @@ use std::time::{Duration, Instant};
 const RUNS: usize = 9;
 /// Longer than a healthy call on a busy machine; one that is later only costs a restart.
 const DEADLINE: Duration = Duration::from_secs(2);
-const MESHES: [(&str, usize); 3] = [("dp=2", 2), ("dp=2,x=2", 4), ("x=3", 3)];
+/// Of runs that nobody disturbs, and which are not started again.
+const PATIENT: [&str; 2] = ["--set", "mesh.deadline=60"];
+const MESHES: [(&str, usize); 3] = [("dp=2", 2), ("fsdp=2,x=2", 4), ("x=3", 3)];
 
 /// `trilith train tiny.toml` on a mesh, with a folder for its sockets that must be empty afterwards.
 fn train(place: &Place, run: &str, mesh: &str, more: &[&str]) -> Command {
@@ -124,10 +126,12 @@ fn disturbed_runs_end_resumed_and_with_the_bits_of_threads() {
     for (i, (mesh, ranks)) in MESHES.iter().enumerate() {
         let (threads, processes) = (format!("threads{i}"), format!("processes{i}"));
         let ranks = ranks.to_string();
-        let done = train(&place, &threads, mesh, &["--ranks", &ranks]).output().unwrap();
+        let more = ["--ranks", &ranks, PATIENT[0], PATIENT[1]];
+        let done = train(&place, &threads, mesh, &more).output().unwrap();
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         let started = Instant::now();
-        let mut child = train(&place, &processes, mesh, &["--ranks", &ranks, "--processes"]).spawn().unwrap();
+        let mut child =
+            train(&place, &processes, mesh, &[&more[..], &["--processes"]].concat()).spawn().unwrap();
         let (id, stderr) = (child.id(), said(child.stderr.take()));
         assert!(child.wait().unwrap().success(), "{stderr}");
         assert!(!stderr.contains("rank "), "one rank has the screen: {stderr}");
@@ -161,6 +165,29 @@ fn disturbed_runs_end_resumed_and_with_the_bits_of_threads() {
     }
     assert!(restarts > 0, "no run was struck in time");
     println!("{runs} disturbed runs, {restarts} restarts, each resumed and bit-identical");
+}
+
+/// Axes whose calls run beside computation, between experts and along rows, and several of them.
+#[test]
+fn processes_compute_what_threads_compute_on_every_kind_of_axis() {
+    let place = place();
+    let mixture = ["--set", "model.family=mixtral", "--set", "model.experts=4"];
+    for (mesh, more) in [
+        ("fsdp=2,cp=2", &["--set", "mesh.attention=all-to-all"][..]),
+        ("dp=2,cp=2,x=2", &["--set", "mesh.attention=ring", "--set", "train.accumulate=2"][..]),
+        ("fsdp=2,ep=2", &mixture[..]),
+    ] {
+        let few = ["--set", "train.steps=8", "--set", "train.batch=4", "--overwrite"];
+        let more = [more, &few, &PATIENT].concat();
+        let done = train(&place, "threads", mesh, &more).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        let more = [&more[..], &["--processes"]].concat();
+        let mut child = train(&place, "processes", mesh, &more).spawn().unwrap();
+        let (id, stderr) = (child.id(), said(child.stderr.take()));
+        assert!(child.wait().unwrap().success(), "{mesh}: {stderr}");
+        assert_gone(&place, id);
+        assert!(place.result("processes") == place.result("threads"), "{mesh}: other bits than threads");
+    }
 }
 
 /// The next line that holds `part`; what came before it.

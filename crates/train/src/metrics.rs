@@ -97,7 +97,8 @@ pub struct Messages {
 }
 
 impl Messages {
-    /// What was exchanged over each set of axes between two counts of one rank.
+    /// What was exchanged over each set of axes between two counts of one rank; nothing of axes that
+    /// were silent.
     pub(crate) fn between(before: &[Counts], after: &[Counts]) -> Vec<Messages> {
         let since = |after: &Counts| {
             let before = before.iter().find(|before| before.axes == after.axes);
@@ -111,7 +112,8 @@ impl Messages {
                 beside_s: less_s(&|counts| counts.beside_s),
             }
         };
-        after.iter().map(since).collect()
+        let silent = |m: &Messages| m.sent_bytes + m.received_bytes == 0 && m.exposed_s + m.beside_s == 0.0;
+        after.iter().map(since).filter(|messages| !silent(messages)).collect()
     }
 }
 

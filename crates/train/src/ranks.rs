@@ -1,6 +1,6 @@
 //! What the ranks of a run tell each other outside of the model and its gradients (`shards`): scalars,
-//! and what the first rank decides; and over which axes gradients are added up. Everything goes along one axis at a time, so that a rank meets its
-//! own lines of the mesh only, and sums have one order.
+//! and what the first rank decides; and over which axes gradients are added up. Everything goes along
+//! one axis at a time, so that a rank meets its own lines of the mesh only, and sums have one order.
 
 use device::{Buffer, DType, Device, ViewMut};
 use dist::{Axis, Mesh};

@@ -8,24 +8,27 @@ use common::{Place, log};
 use dist::{Axis, Flow, Options, launch};
 use train::Start;
 
-/// 4 experts of Mixtral: halves and quarters of them, replicas, slices, and three axes at once.
-const EVEN: [&[&str]; 6] = [
+/// 4 experts of Mixtral: halves and quarters of them, replicas, slices, three axes at once, shards.
+const EVEN: [&[&str]; 8] = [
     &["mesh.ep=2"],
     &["mesh.ep=4"],
     &["mesh.ep=2", "mesh.dp=2"],
     &["mesh.ep=2", "mesh.x=2"],
     &["mesh.dp=2", "mesh.ep=2", "mesh.x=2", "mesh.scheme=1d-sequence"],
     &["mesh.ep=2", "mesh.x=2", "mesh.y=2"],
+    &["mesh.fsdp=2", "mesh.ep=2"],
+    &["mesh.fsdp=2", "mesh.ep=2", "mesh.x=2", "mesh.zero=2", "mesh.scheme=1d-sequence"],
 ];
 
 /// 5 experts and a shared one of Qwen2-MoE, which nothing divides; 4 rows over 3 ranks are padded.
-const ODD: [&[&str]; 6] = [
+const ODD: [&[&str]; 7] = [
     &["mesh.dp=2"],
     &["mesh.ep=2"],
     &["mesh.ep=4"],
     &["mesh.ep=2", "mesh.x=3", "mesh.scheme=1d-sequence"],
     &["mesh.x=3", "mesh.y=2", "mesh.scheme=summa"],
     &["mesh.ep=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
+    &["mesh.fsdp=2", "mesh.ep=2", "mesh.zero=1", "train.recompute=always"],
 ];
 
 const MIXTRAL: [&str; 4] =
@@ -133,7 +136,7 @@ fn a_step_of_qwen2_moe_on_any_mesh_is_the_step_of_one_rank() {
 #[test]
 fn the_same_run_twice_has_the_same_bits() {
     let place = Place::new();
-    for (family, mesh) in [(&MIXTRAL[..], EVEN[4]), (&QWEN[..], ODD[2]), (&MIXTRAL[..], EVEN[5])] {
+    for (family, mesh) in [(&MIXTRAL[..], EVEN[4]), (&QWEN[..], ODD[2]), (&MIXTRAL[..], EVEN[6])] {
         let base = ["train.batch=4", "train.steps=3", "train.accumulate=2"];
         let sets: Vec<&str> = base.iter().chain(family).chain(mesh).copied().collect();
         run(&place, "once", &sets, Start::Overwrite, false);
@@ -172,8 +175,11 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let place = Place::new();
     let solo: &[&str] = &[];
     for (family, chain) in [
-        (&MIXTRAL[..], vec![solo, EVEN[0], EVEN[3], EVEN[1], solo, EVEN[4], EVEN[2], EVEN[5], solo]),
-        (&QWEN[..], vec![ODD[2], solo, ODD[1], ODD[5], ODD[3], ODD[0], ODD[4], ODD[2], solo]),
+        (
+            &MIXTRAL[..],
+            vec![solo, EVEN[0], EVEN[3], EVEN[1], solo, EVEN[4], EVEN[7], EVEN[2], EVEN[6], EVEN[5], solo],
+        ),
+        (&QWEN[..], vec![ODD[2], solo, ODD[1], ODD[5], ODD[3], ODD[0], ODD[6], ODD[4], ODD[2], solo]),
     ] {
         let dir = place.path("run");
         let with = |mesh: &[&str], steps: usize| -> Vec<String> {
@@ -235,4 +241,13 @@ fn copies_stay_equal_after_steps() {
         let experts = seen.keys().filter(|(name, _)| name == "layers.0.experts.down.weight").count();
         assert!(experts > 1 && experts < recipe.mesh.shape.world_size(), "{experts} pieces on {mesh:?}");
     }
+}
+
+#[test]
+fn experts_on_rows_cut_among_ranks_are_refused_with_a_remedy() {
+    let place = Place::new();
+    let sets: Vec<&str> = MIXTRAL.into_iter().chain(["mesh.cp=2"]).collect();
+    let recipe = place.settings("run", &sets).recipe().unwrap();
+    let refusal = train::Prepared::new(&recipe, false, &mut |_| {}).err().unwrap().to_string();
+    assert!(refusal.contains("experts") && refusal.contains("set mesh.cp = 1"), "{refusal}");
 }

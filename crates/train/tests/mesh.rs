@@ -28,7 +28,7 @@ const MESHES: [&[&str]; 14] = [
 ];
 
 /// Rows of 24 tokens cut among context ranks, 5 of which pad them to 30; alone and beside other axes.
-const CONTEXTS: [&[&str]; 8] = [
+const CONTEXTS: [&[&str]; 11] = [
     &["mesh.cp=2", "mesh.attention=ring"],
     &["mesh.cp=4", "mesh.attention=ring"],
     &["mesh.cp=5", "mesh.attention=ring"],
@@ -37,6 +37,9 @@ const CONTEXTS: [&[&str]; 8] = [
     &["mesh.cp=2", "mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence", "mesh.attention=ring"],
     &["mesh.cp=2", "mesh.x=2", "mesh.y=2", "mesh.attention=ring"],
     &["mesh.cp=2", "mesh.x=2", "train.recompute=always"],
+    &["mesh.cp=2", "mesh.fsdp=2", "mesh.attention=ring"],
+    &["mesh.cp=2", "mesh.fsdp=2", "mesh.zero=2", "mesh.attention=all-to-all", "train.recompute=always"],
+    &["mesh.cp=2", "mesh.dp=2", "mesh.fsdp=2", "mesh.x=2", "mesh.attention=ring"],
 ];
 
 #[test]
@@ -49,7 +52,7 @@ fn a_step_on_any_mesh_is_the_step_of_one_rank() {
 #[test]
 fn a_step_of_several_microbatches_on_shards_is_the_step_of_one_rank() {
     let base: Vec<&str> = F32.iter().chain(&["train.accumulate=2"]).copied().collect();
-    steps_are_those_of_one_rank(&base, &MESHES[10..]);
+    steps_are_those_of_one_rank(&base, &[&MESHES[10..], &CONTEXTS[8..]].concat());
 }
 
 #[test]
@@ -86,7 +89,9 @@ fn heads_against_tokens_leave_the_losses_of_a_step_bit_for_bit() {
 #[test]
 fn the_same_run_twice_has_the_same_bits() {
     let place = Place::new();
-    for mesh in [MESHES[2], MESHES[3], MESHES[7], MESHES[10], MESHES[13], CONTEXTS[2], CONTEXTS[5]] {
+    for mesh in
+        [MESHES[2], MESHES[3], MESHES[7], MESHES[10], MESHES[13], CONTEXTS[2], CONTEXTS[5], CONTEXTS[9]]
+    {
         let base = ["train.batch=4", "train.steps=3"];
         let sets: Vec<&str> = base.iter().chain(mesh).copied().collect();
         run(&place, "once", &sets, Start::Overwrite, false);
@@ -146,7 +151,8 @@ fn a_state_of_one_mesh_is_gone_on_with_on_another() {
     let solo: &[&str] = &[];
     let chain = [solo, MESHES[0], MESHES[3], solo, MESHES[8], MESHES[6], MESHES[1], MESHES[7], MESHES[5]];
     let chain = chain.into_iter().chain([MESHES[2], MESHES[4], solo, MESHES[9], MESHES[6]]);
-    let chain = chain.chain([MESHES[10], MESHES[11], MESHES[1], MESHES[12], MESHES[13], CONTEXTS[5], solo]);
+    let chain = chain.chain([MESHES[10], MESHES[11], MESHES[1], MESHES[12], MESHES[13]]);
+    let chain = chain.chain([CONTEXTS[5], CONTEXTS[10], solo]);
     states_are_gone_on_with(&["train.batch=4"], &chain.collect::<Vec<_>>());
 }
 

@@ -49,12 +49,17 @@ fn every_stage_has_the_bits_of_plain_replicas() {
     }
 }
 
-/// With tensor axes, whose copies are summed after replicas, the same.
+/// With other axes, whose copies are summed after replicas, the same.
 #[test]
-fn stages_compose_with_tensor_axes() {
+fn stages_compose_with_other_axes() {
     let place = Place::new();
-    let grids: [&[&str]; 3] =
-        [&["mesh.x=2"], &["mesh.x=2", "mesh.scheme=1d-sequence"], &["mesh.x=2", "mesh.y=2"]];
+    let grids: [&[&str]; 5] = [
+        &["mesh.x=2"],
+        &["mesh.x=2", "mesh.scheme=1d-sequence"],
+        &["mesh.x=2", "mesh.y=2"],
+        &["mesh.cp=2", "mesh.x=2"],
+        &["mesh.ep=2", "model.family=mixtral", "model.experts=4"],
+    ];
     for grid in grids {
         let want = outcome(&place, &[grid, &["mesh.dp=2"]]);
         for stage in STAGES {

@@ -11,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 pub mod comm;
 mod machine;
+pub mod memory;
 mod peers;
 mod report;
 mod runs;

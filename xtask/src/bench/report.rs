@@ -124,12 +124,10 @@ pub fn write(
     results: &[(&str, Measured)],
     failures: &[Failure],
 ) -> Result<PathBuf> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let configs = results.iter().map(|(config, measured)| config_json(config, programs, measured));
     let failed = failures.iter().map(|failure| json!({ "name": failure.name, "reason": failure.reason }));
     let document = json!({
         "bench": "train",
-        "at": date_time(now),
         "rounds": plan.rounds,
         "steps": plan.steps,
         "threads": plan.threads,
@@ -137,6 +135,13 @@ pub fn write(
         "configs": configs.collect::<Vec<_>>(),
         "failures": failed.collect::<Vec<_>>(),
     });
+    save(root, document)
+}
+
+/// Writes bench/results/<date-time>.json, dated, and returns its path.
+pub fn save(root: &Path, mut document: Value) -> Result<PathBuf> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    document["at"] = json!(date_time(now));
     let folder = root.join("bench/results");
     let path = folder.join(format!("{}.json", date_time(now).replace(':', "-")));
     std::fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;

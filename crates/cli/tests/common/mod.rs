@@ -77,7 +77,7 @@ impl Place {
         let log = String::from_utf8(self.read(&format!("{run}/metrics.jsonl"))).unwrap();
         let without_clock = |line: &str| {
             let mut line: serde_json::Value = serde_json::from_str(line).unwrap();
-            for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers"] {
+            for key in ["seconds", "tokens_per_s", "gflops", "mfu", "tiers", "messages"] {
                 line.as_object_mut().unwrap().remove(key);
             }
             line
