@@ -93,11 +93,6 @@ impl Filed {
     pub fn len(&self, chunk_elements: usize) -> usize {
         self.start(self.slots, chunk_elements)
     }
-
-    /// Whether there is no slot.
-    pub fn is_empty(&self) -> bool {
-        self.slots == 0
-    }
 }
 
 /// One op about to run.
