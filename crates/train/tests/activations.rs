@@ -105,7 +105,7 @@ fn as_few_layers_run_again_as_fit_and_the_run_is_the_same() {
     }
     let none = choose(&within(state / 2));
     assert!(none.layers == 16 && none.candidates.iter().all(|one| one.step_s.is_none()), "{none}");
-    // A drive so slow that nothing may leave for it, beside one that costs nothing.
+    // Over tiers what runs again is weighed against what moves.
     let tiers = Budgets { nvme: Some(1 << 40), ..within(state / 2 + keeps_all.activation_bytes * 5 / 4) };
     let seconds = |rerun: &Rerun| {
         let chosen = rerun.candidates.iter().find(|one| one.layers == rerun.layers);
