@@ -72,7 +72,10 @@ impl Rerun {
 
     /// For the model.
     pub fn recompute(&self) -> Recompute {
-        Recompute::First(self.layers)
+        match self.layers {
+            0 => Recompute::Never,
+            layers => Recompute::First(layers),
+        }
     }
 }
 
