@@ -1,6 +1,7 @@
 //! How the ranks of a run come to be (threads of this process, processes it looks after, or what `mpirun`
 //! started), and how a run goes on that has lost one. Knows nothing of what a rank does.
 
+use crate::auto::Ranking;
 use crate::train::{cook, rank};
 use crate::{EXIT_AGAIN, EXIT_LOST};
 use ::train::{Begin, Recipe, Settings, Start, TrainError};
@@ -34,6 +35,8 @@ pub struct Run {
     restarts: usize,
     /// What it goes on with after a loss, if with something else.
     fallback: Option<(MeshShape, Settings, Recipe)>,
+    /// Seconds of a step and bytes of all ranks, where the mesh was chosen by them.
+    predicted: Option<(f64, u64)>,
 }
 
 impl Run {
@@ -43,7 +46,30 @@ impl Run {
         sets.iter().try_for_each(|argument| settings.set(argument))?;
         let recipe = settings.recipe()?;
         let (file, sets) = (file.to_path_buf(), sets.to_vec());
-        Ok(Run { file, sets, settings, recipe, start, restarts: 0, fallback: None })
+        Ok(Run { file, sets, settings, recipe, start, restarts: 0, fallback: None, predicted: None })
+    }
+
+    /// The same on a mesh for `ranks` ranks of this machine where the recipe leaves it open; says what was
+    /// chosen and why.
+    pub fn chosen(mut self, ranks: Option<usize>, way: &Way) -> Result<Run> {
+        if !self.recipe.mesh.auto {
+            return Ok(self);
+        }
+        if matches!(way, Way::Rank(_) | Way::Mpi(..)) {
+            return Err(anyhow!(
+                "mesh = \"auto\" is chosen before ranks start; choose with `trilith plan RECIPE --here --ranks N` \
+                 and pass its --set options"
+            ));
+        }
+        let ranks = ranks.unwrap_or(self.recipe.cluster.devices);
+        let ranking = Ranking::new(&self.settings, &self.recipe, ranks)?;
+        eprintln!("{}", ranking.summary());
+        let best = ranking.best();
+        (self.settings, self.recipe) = self.settings.following(&best.price)?;
+        self.sets.extend(best.sets.iter().cloned());
+        let bytes = best.price.memory.device() * ranks as f64;
+        self.predicted = Some((best.price.step(), bytes as u64));
+        Ok(self)
     }
 
     /// The same, started again after a loss at most `restarts` times, on `fallback` if one is given.
@@ -186,7 +212,8 @@ pub fn threads(pool: &device::Threads, run: &Run, begin: Begin, stop: &AtomicBoo
         let start = if began.load(SeqCst) { Start::Resume } else { begin.start };
         let (recipe, resolved) = (recipe.clone(), settings.resolved());
         let begin = Begin { recipe, resolved, start, ..begin.clone() };
-        let error = match attempt_threads(pool, begin, stop, &began) {
+        let error = match attempt_threads(pool, begin, run.predicted.filter(|_| attempt == 0), (stop, &began))
+        {
             Ok(complete) => return Ok(ended(complete)),
             Err(error) => error,
         };
@@ -202,18 +229,19 @@ pub fn threads(pool: &device::Threads, run: &Run, begin: Begin, stop: &AtomicBoo
 fn attempt_threads(
     pool: &device::Threads,
     begin: Begin,
-    stop: &AtomicBool,
-    began: &AtomicBool,
+    predicted: Option<(f64, u64)>,
+    (stop, began): (&AtomicBool, &AtomicBool),
 ) -> Result<bool> {
     let (shape, deadline) = (begin.recipe.mesh.shape, begin.recipe.mesh.deadline);
     let began = || began.store(true, SeqCst);
     if shape.world_size() == 1 {
-        let work = || pool.run(|| rank(&Mesh::solo(), begin, stop, &began));
+        let work = || pool.run(|| rank(&Mesh::solo(), begin, predicted, (stop, &began)));
         return catch_unwind(AssertUnwindSafe(work))
             .unwrap_or_else(|panic| Err(anyhow!("rank 0 panicked: {}", words_of(panic.as_ref()))));
     }
-    let ends =
-        dist::launch(&shape, &dist::Options { deadline }, |mesh| rank(mesh, begin.clone(), stop, &began));
+    let ends = dist::launch(&shape, &dist::Options { deadline }, |mesh| {
+        rank(mesh, begin.clone(), predicted, (stop, &began))
+    });
     match ends {
         Ok(ends) => Ok(ends.contains(&true)),
         Err(Failure::Rank { error, .. }) => Err(error),
@@ -324,7 +352,12 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
     let work = || -> Result<bool> {
         let pool = device::Threads::share(local, locals)?;
         pool.run(|| {
-            crate::train::rank(&mesh, cook(&run.recipe, &run.settings, run.start, &seat)?, stop, &told)
+            crate::train::rank(
+                &mesh,
+                cook(&run.recipe, &run.settings, run.start, &seat)?,
+                None,
+                (stop, &told),
+            )
         })
     };
     let result = catch_unwind(AssertUnwindSafe(work))

@@ -1,6 +1,7 @@
 //! The trilith command line: parse, validate, one `match`. The only place with exit codes.
 #![forbid(unsafe_code)]
 
+mod auto;
 mod bench_step;
 mod budget;
 mod chat;

@@ -4,6 +4,7 @@
 mod mesh_argument;
 mod report;
 
+use crate::auto::Ranking;
 use crate::plan_memory::{self, Machine};
 use anyhow::{Context, Result, bail};
 use dist::cost::{Batch, Cluster, MeshShape, ModelShape, NoFit, Space, fewer, search};
@@ -16,7 +17,7 @@ use train::{Settings, bytes};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "For many devices (--devices, --mesh, or cluster.devices of the recipe): how the run is spread over\nthem. For one, or with --hbm, --dram or --nvme: where the bytes of one rank lie, tier by tier. Nothing is trained; all seconds are predicted.\n\nExamples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
+    after_help = "For many devices (--devices, --mesh, or cluster.devices of the recipe): how the run is spread over\nthem. For one, or with --hbm, --dram or --nvme: where the bytes of one rank lie, tier by tier. Nothing is trained; all seconds are predicted.\n\nExamples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n  trilith plan recipes/shakespeare.toml --here --ranks 2\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
 )]
 pub struct Args {
     /// Recipe: a TOML file
@@ -33,6 +34,16 @@ pub struct Args {
     /// Also run one layer of the model dry on a rank of each tensor mesh, and count what it exchanges
     #[arg(long)]
     count: bool,
+    /// Plan for ranks that are threads of this machine, by speeds measured now: what mesh = "auto" would
+    /// choose
+    #[arg(long, conflicts_with_all = ["devices", "mesh", "node_devices", "count"])]
+    here: bool,
+    /// Ranks of --here; absent: cluster.devices of the recipe
+    #[arg(long, value_name = "N", requires = "here")]
+    ranks: Option<usize>,
+    /// With --here: one JSON line a plan, with the --set options that make a run follow it
+    #[arg(long, requires = "here")]
+    json: bool,
     /// Leave host memory alone
     #[arg(long)]
     no_offload: bool,
@@ -63,6 +74,14 @@ pub fn run(args: Args) -> Result<ExitCode> {
         settings.set(argument)?;
     }
     let recipe = settings.recipe()?;
+    if args.here {
+        let ranking = Ranking::new(&settings, &recipe, args.ranks.unwrap_or(recipe.cluster.devices))?;
+        print!("{}", if args.json { ranking.lines() } else { ranking.summary() });
+        if !args.json {
+            println!("follow the choice: trilith train RECIPE --set {}", ranking.best().sets.join(" --set "));
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
     let spread = args.devices.is_some() || args.mesh.is_some();
     if !spread && (args.machine.is_given() || recipe.cluster.devices == 1) {
         plan_memory::print(&recipe, &args.machine)?;
@@ -94,20 +113,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
 fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
     let config = config(recipe)?;
     let (train, mut cluster) = (&recipe.train, recipe.cluster.cluster);
-    if config.experts() > 0 {
-        bail!(
-            "plans of models with experts are not made yet: {} has {} a layer",
-            config.family(),
-            config.experts()
-        );
-    }
-    if train.context > config.max_positions() {
-        bail!(
-            "train.context = {} is more than the {} positions of the model; lower train.context",
-            train.context,
-            config.max_positions()
-        );
-    }
+    refuse(&config, recipe)?;
     if let Some(devices) = args.node_devices {
         cluster.node_devices = devices;
     }
@@ -131,6 +137,25 @@ fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
     let batch = Batch { rows: train.batch * train.accumulate, context: train.context };
     let space = Space { devices, mesh: args.mesh, offload: !args.no_offload };
     Ok(Question { model: config.shape(), config, batch, cluster, rows: train.batch, space })
+}
+
+/// What no plan is made for.
+pub fn refuse(config: &Config, recipe: &Recipe) -> Result<()> {
+    if config.experts() > 0 {
+        bail!(
+            "plans of models with experts are not made yet: {} has {} a layer",
+            config.family(),
+            config.experts()
+        );
+    }
+    if recipe.train.context > config.max_positions() {
+        bail!(
+            "train.context = {} is more than the {} positions of the model; lower train.context",
+            recipe.train.context,
+            config.max_positions()
+        );
+    }
+    Ok(())
 }
 
 /// The model's config, with the vocabulary a new tokenizer would have: no corpus is read.

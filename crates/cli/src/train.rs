@@ -40,7 +40,8 @@ pub struct Args {
     /// Throw away the run that is in run.dir
     #[arg(long)]
     overwrite: bool,
-    /// Ranks to start, as threads of this process; they are the places of the recipe's mesh
+    /// Ranks to start, as threads of this process; they are the places of the recipe's mesh. With mesh = "auto"
+    /// the mesh is chosen for them (absent: cluster.devices)
     #[arg(long, value_name = "N")]
     ranks: Option<usize>,
     /// Start the ranks as processes of this machine and look after them
@@ -70,7 +71,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
         (_, true) => Start::Overwrite,
         _ => Start::New,
     };
-    let run = Run::new(path, &args.set, start)?.restarted(args.restart, args.fallback)?;
+    let way = Way::find(args.processes)?;
+    let run = Run::new(path, &args.set, start)?.chosen(args.ranks, &way)?;
+    let run = run.restarted(args.restart, args.fallback)?;
     if let Some(ranks) = args.ranks.filter(|ranks| *ranks != run.recipe.mesh.shape.world_size()) {
         let (mesh, places) = (run.recipe.mesh.shape, run.recipe.mesh.shape.world_size());
         return Err(anyhow!(
@@ -78,7 +81,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         ));
     }
     let stop = stop_flag().context("cannot listen for signals")?;
-    match Way::find(args.processes)? {
+    match way {
         way if args.dry_run || matches!(way, Way::Threads) => threads(&run, args.dry_run, &stop),
         Way::Processes => launch::processes(&run, &stop),
         way => launch::one_rank(&run, way, &stop),
@@ -140,9 +143,17 @@ fn peak(recipe: &Recipe) -> f64 {
 }
 
 /// One rank's run; the first one has the screen. `began` is told when the run is set up. Whether
-/// every step is done.
-pub fn rank(mesh: &dist::Mesh, begin: Begin, stop: &AtomicBool, began: &dyn Fn()) -> Result<bool> {
-    let mut outcome = outcome(&begin);
+/// every step is done. `predicted`: seconds of a step and bytes of all ranks.
+pub fn rank(
+    mesh: &dist::Mesh,
+    begin: Begin,
+    predicted: Option<(f64, u64)>,
+    (stop, began): (&AtomicBool, &dyn Fn()),
+) -> Result<bool> {
+    let mut outcome = match predicted {
+        Some((step_s, bytes)) => Some(Outcome::predicted(step_s, bytes)),
+        None => outcome(&begin),
+    };
     let mut trainer = Trainer::on(mesh, begin.clone())?;
     if mesh.rank() > 0 {
         while let Some(progress) = trainer.advance()? {

@@ -35,6 +35,48 @@ pub struct Cluster {
     pub intra: Link,
     /// Between devices of different nodes.
     pub inter: Link,
+    /// What a device does beside products.
+    pub pace: Pace,
+}
+
+/// What a device reaches outside products, and how its work shares it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// FLOPs a second of attention: softmax runs between its two products.
+    pub attention_flops_per_s: f64,
+    /// Bytes a second of operands that are packed before a product; infinite where products read them
+    /// as they lie.
+    pub packed_bytes_per_s: f64,
+    /// Bytes a second of values that pass through memory outside products.
+    pub element_bytes_per_s: f64,
+    /// Logits a second of the loss and its gradient beside the head's products; infinite: not counted.
+    pub logits_per_s: f64,
+    /// Bytes a second the optimizer reads and writes.
+    pub update_bytes_per_s: f64,
+    /// Whether messages travel beside computation. Where the cores that compute also copy them, every
+    /// message shows.
+    pub beside: bool,
+    /// Ranks that share a core: while one waits, the others are the faster for it.
+    pub sharing: f64,
+}
+
+/// Rate of attention as part of the rate of products, where it was not measured.
+const ATTENTION_RATE: f64 = 0.6;
+
+impl Pace {
+    /// Of a device that was not measured: one that multiplies at `flops_per_s`, whose memory gives
+    /// `bytes_per_s`, and which sends and receives while it computes.
+    pub fn nominal(flops_per_s: f64, bytes_per_s: f64) -> Pace {
+        Pace {
+            attention_flops_per_s: ATTENTION_RATE * flops_per_s,
+            packed_bytes_per_s: f64::INFINITY,
+            element_bytes_per_s: bytes_per_s,
+            logits_per_s: f64::INFINITY,
+            update_bytes_per_s: bytes_per_s,
+            beside: true,
+            sharing: 1.0,
+        }
+    }
 }
 
 impl Link {

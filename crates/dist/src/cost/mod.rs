@@ -5,6 +5,7 @@
 //! T tokens a row; x, y, z sizes of the tensor axes.
 
 mod cluster;
+mod every;
 mod memory;
 mod model_shape;
 mod picture;
@@ -14,7 +15,8 @@ mod search;
 mod seconds;
 mod volume;
 
-pub use cluster::{Cluster, Link};
+pub use cluster::{Cluster, Link, Pace};
+pub use every::every;
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, ModelShape, Pair};
 pub use picture::{layer_flows, pure_grids, svg, table, title};

@@ -141,7 +141,8 @@ impl Run<'_> {
             compute: sum.compute,
             tensor: sum.tensor,
             context: sum.context,
-            bubble: (self.pipeline.makespan(times) - sum.total()).max(0.0),
+            // Where ranks share cores, those that work have the cores of those that wait.
+            bubble: (self.pipeline.makespan(times) / self.cluster.pace.sharing - sum.total()).max(0.0),
             ..Seconds::default()
         };
         (seconds, times)
@@ -220,8 +221,10 @@ impl Run<'_> {
         let scattered = link.seconds(scatter, STATE_BYTES.grad);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
         let chunks = self.pipeline.chunks() as f64;
+        // Where messages take the cores that compute, nothing hides them.
+        let hiding = if self.cluster.pace.beside { chunks } else { 0.0 };
         let (forward, backward) =
-            (chunks * times.forward, chunks * (times.backward_input + times.backward_weight));
+            (hiding * times.forward, hiding * (times.backward_input + times.backward_weight));
         let fsdp = &mut traffic[Axis::Fsdp as usize];
         let layers = stage_layers(self.model, self.batch, self.plan) as f64;
         if shards > 1.0 {
@@ -236,7 +239,7 @@ impl Run<'_> {
                 Zero::Two => gathered + (microbatches - 1.0) * (scattered - backward).max(0.0),
                 Zero::Three => {
                     // The first layer's weights have nothing to hide behind.
-                    let down = gathered / layers + (gathered - forward).max(0.0);
+                    let down = (gathered / layers + (gathered - forward).max(0.0)).min(gathered);
                     let up = (gathered + scattered - backward).max(0.0);
                     microbatches * down + (microbatches - 1.0) * up + gathered
                 }
@@ -254,7 +257,7 @@ impl Run<'_> {
         let shard = (layer_params + table) / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {
-            false => traffic / self.cluster.device_bytes_per_s,
+            false => traffic / self.cluster.pace.update_bytes_per_s,
             true => {
                 // Gradients down, the update and weights up run beside each other.
                 let link = self.cluster.host_link.bytes_per_s;

@@ -310,11 +310,7 @@ fn why_lost(found: &Found, best: &Price, cluster: &Cluster) -> String {
     if price.step() <= best.step() {
         return "the choice".into();
     }
-    let parts = price.seconds.parts().into_iter().zip(best.seconds.parts());
-    let (name, more) = parts
-        .map(|((name, theirs), (_, ours))| (name, theirs - ours))
-        .max_by(|a, b| a.1.total_cmp(&b.1))
-        .unwrap_or(("", 0.0));
+    let (name, more) = price.seconds.most_over(&best.seconds);
     format!("{name} +{:.0} % of the step", 100.0 * more / best.step())
 }
 
@@ -361,7 +357,7 @@ fn microbatches(rows: usize) -> Vec<usize> {
 
 /// Every choice that leaves mesh, schemes and microbatch alone. GPipe is not among them: it takes
 /// 1F1B's time and more memory.
-fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: bool) -> Vec<Plan> {
+pub(super) fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: bool) -> Vec<Plan> {
     let pp = plan.mesh.size(Axis::Pp);
     let mut schedules = vec![Schedule::OneFOneB];
     if pp > 1 {

@@ -7,9 +7,6 @@ use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, vol
 use super::{Batch, ModelShape, Pair};
 use crate::{Axis, ContextAttention, Moved, Scheme};
 
-/// Rate of attention as part of the rate of products: softmax runs between its two products.
-const ATTENTION_RATE: f64 = 0.6;
-
 /// Times each kept value passes through memory outside products, forward: written, read by the next
 /// op, and once more for residuals and norms.
 const ELEMENT_PASSES: f64 = 3.0;
@@ -48,6 +45,13 @@ impl Seconds {
             ("optimizer", self.optimizer),
             ("activation offload", self.offload),
         ]
+    }
+
+    /// The part that is most above that of `other`, and by how many seconds.
+    pub fn most_over(&self, other: &Seconds) -> (&'static str, f64) {
+        let parts = self.parts().into_iter().zip(other.parts());
+        let more = parts.map(|((name, ours), (_, theirs))| (name, ours - theirs));
+        more.max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or(("", 0.0))
     }
 
     /// The step.
@@ -115,8 +119,8 @@ impl LayerCost {
         }
         attention_seconds(&mut cost.layer, model, batch, cluster, plan);
         let bytes = ELEMENT_PASSES * ACTIVATION_BYTES * kept_elements(model, plan, m);
-        cost.layer.forward.compute += bytes / cluster.device_bytes_per_s;
-        cost.layer.input.compute += 2.0 * bytes / cluster.device_bytes_per_s;
+        cost.layer.forward.compute += bytes / cluster.pace.element_bytes_per_s;
+        cost.layer.input.compute += 2.0 * bytes / cluster.pace.element_bytes_per_s;
         (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
         cost
     }
@@ -151,7 +155,7 @@ fn product_seconds(
         let messages: f64 =
             each.map(|(axis, flow)| cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)).sum();
         // Streaming panels, only the first and what is longer than the products show.
-        let shown = match overlaps(scheme) {
+        let shown = match overlaps(scheme) && cluster.pace.beside {
             true => messages / panels + (messages - compute).max(0.0) * (1.0 - 1.0 / panels),
             false => messages,
         };
@@ -174,7 +178,9 @@ fn gemm_seconds(cluster: &Cluster, block: Product, panels: f64) -> f64 {
     let Product { m, k, n } = block;
     let written = if panels > 1.0 { 8.0 * panels * m * n } else { ACTIVATION_BYTES * m * n };
     let bytes = ACTIVATION_BYTES * (m * k + k * n) + written;
+    let packed = ACTIVATION_BYTES * (m * k + k * n);
     (2.0 * m * k * n / cluster.flops_per_s).max(bytes / cluster.device_bytes_per_s)
+        + packed / cluster.pace.packed_bytes_per_s
 }
 
 fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) {
@@ -183,7 +189,7 @@ fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, clust
     // Heads that do not divide leave some ranks with one more.
     let uneven = (model.heads.div_ceil(head_cut) * head_cut) as f64 / model.heads as f64;
     let flops = model.attention_flops(m, batch.context) * uneven / grid.size() as f64;
-    let seconds = flops / (cluster.flops_per_s * ATTENTION_RATE);
+    let seconds = flops / cluster.pace.attention_flops_per_s;
     layer.forward.compute += seconds;
     layer.input.compute += 2.0 * seconds;
     if cp > 1 {
@@ -191,7 +197,8 @@ fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, clust
         let link = cluster.link(&plan.mesh, Axis::Cp);
         // The ring runs beside attention, the exchange before and behind it.
         let shown = |flow: Flow, beside: f64| {
-            (link.seconds(flow, ACTIVATION_BYTES) - if hides { beside } else { 0.0 }).max(0.0)
+            (link.seconds(flow, ACTIVATION_BYTES) - if hides && cluster.pace.beside { beside } else { 0.0 })
+                .max(0.0)
         };
         layer.forward.context += shown(forward, seconds);
         layer.input.context += shown(backward, 2.0 * seconds);
@@ -245,5 +252,10 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
         (phases, flows)
     });
     let seconds = |p: &Phases| p.forward.total() + p.input.total() + p.weight.total();
-    priced.min_by(|a, b| seconds(&a.0).total_cmp(&seconds(&b.0))).unwrap_or_default()
+    let (mut phases, flows) =
+        priced.min_by(|a, b| seconds(&a.0).total_cmp(&seconds(&b.0))).unwrap_or_default();
+    // Loss and gradient of a logit are computed together, on the way up.
+    phases.forward.compute +=
+        m * model.vocab as f64 / plan.mesh.grid().size() as f64 / cluster.pace.logits_per_s;
+    (phases, flows)
 }

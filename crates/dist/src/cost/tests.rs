@@ -83,7 +83,7 @@ fn rectangles_move_each_operand_by_its_own_axis() {
 }
 
 /// An H100-like node of eight.
-fn cluster() -> Cluster {
+pub(super) fn cluster() -> Cluster {
     let link = |latency_us: f64, gb: f64| Link { latency_s: latency_us * 1e-6, bytes_per_s: gb * 1e9 };
     Cluster {
         node_devices: 8,
@@ -95,6 +95,7 @@ fn cluster() -> Cluster {
         host_link: link(10.0, 50.0),
         intra: link(3.0, 400.0),
         inter: link(10.0, 45.0),
+        pace: Pace::nominal(600e12, 3e12),
     }
 }
 
@@ -102,7 +103,7 @@ fn gpt3() -> ModelShape {
     ModelShape { layers: 96, heads: 96, kv_heads: 96, head_dim: 128, ..classic(12288) }
 }
 
-fn small() -> (ModelShape, Batch) {
+pub(super) fn small() -> (ModelShape, Batch) {
     (ModelShape { layers: 8, ..classic(1024) }, Batch { rows: 64, context: 1024 })
 }
 

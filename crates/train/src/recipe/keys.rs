@@ -291,6 +291,13 @@ pub const KEYS: &[Key] = &[
     ),
     key("cluster.inter_latency", Float(0.0, 1e6), "10.0", "us", "The same, until the first byte arrives."),
     key(
+        "mesh.axes",
+        Choice(&["given", "auto"]),
+        "\"given\"",
+        "",
+        "auto: the axes below, mesh.scheme, mesh.zero and the microbatches are chosen for the ranks there are, by speeds measured when the run starts (docs/parallelism.md); rows of a step stay. `mesh = \"auto\"` is short for it.",
+    ),
+    key(
         "mesh.pp",
         Int(1, 65536),
         "1",
@@ -406,6 +413,7 @@ pub const KEYS: &[Key] = &[
 
 /// The key of a path.
 pub fn find(path: &str) -> Option<&'static Key> {
+    let path = if path == "mesh" { "mesh.axes" } else { path };
     KEYS.iter().find(|key| key.path == path)
 }
 

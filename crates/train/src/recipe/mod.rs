@@ -1,5 +1,6 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
+mod auto;
 mod context;
 mod experts;
 pub mod keys;

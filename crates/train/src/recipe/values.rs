@@ -1,14 +1,14 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, context, new_model, stages};
+use super::{RecipeError, Settings, auto, context, new_model, stages};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
 use device::DType;
-use dist::cost::{Cluster, Link, Zero};
+use dist::cost::{Cluster, Link, Pace, Zero};
 use dist::pipeline;
 use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
@@ -69,6 +69,8 @@ pub enum ModelRecipe {
 /// `[mesh]`
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeshRecipe {
+    /// Whether axes, scheme and microbatches are still to be chosen.
+    pub auto: bool,
     /// Ranks along each axis.
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
@@ -299,16 +301,18 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
     let link = |latency, rate| -> Result<Link, RecipeError> {
         Ok(Link { latency_s: float(latency)? * 1e-6, bytes_per_s: float(rate)? * 1e9 })
     };
+    let (flops_per_s, bytes_per_s) = (float("cluster.compute")? * 1e12, float("cluster.memory_rate")? * 1e9);
     let cluster = Cluster {
         node_devices: int("cluster.node_devices")?,
         device_bytes: float("cluster.memory")? * GIB,
-        flops_per_s: float("cluster.compute")? * 1e12,
-        device_bytes_per_s: float("cluster.memory_rate")? * 1e9,
+        flops_per_s,
+        device_bytes_per_s: bytes_per_s,
         host_bytes: float("cluster.host_memory")? * GIB,
         host_bytes_per_s: float("cluster.host_memory_rate")? * 1e9,
         host_link: link("cluster.host_latency", "cluster.host_rate")?,
         intra: link("cluster.intra_latency", "cluster.intra_rate")?,
         inter: link("cluster.inter_latency", "cluster.inter_rate")?,
+        pace: Pace::nominal(flops_per_s, bytes_per_s),
     };
     Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
 }
@@ -474,5 +478,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     let attention = attention.unwrap_or_default();
     stages::check(&shape, sharding)?;
     let schedule = stages::schedule(get, &shape, train)?;
-    Ok(MeshRecipe { shape, scheme, attention, deadline, sharding, schedule })
+    let auto = auto::asked(get, &shape, scheme)?;
+    Ok(MeshRecipe { auto, shape, scheme, attention, deadline, sharding, schedule })
 }

@@ -1,0 +1,78 @@
+//! `mesh = "auto"`: what it leaves open, and a choice written back as keys.
+
+use super::keys;
+use super::values::{Get, impossible};
+use super::{Recipe, RecipeError, Settings};
+use dist::cost::Price;
+use dist::{Axis, MeshShape, Scheme};
+
+/// Whether the mesh is to be chosen; refuses one that is given beside it.
+pub(super) fn asked(get: &Get<'_>, shape: &MeshShape, scheme: Option<Scheme>) -> Result<bool, RecipeError> {
+    let auto = get.text("mesh.axes").is_some_and(|axes| axes == "auto");
+    let given = match (shape.world_size(), scheme) {
+        (1, None) => return Ok(auto),
+        (1, Some(scheme)) => format!("mesh.scheme = \"{}\"", scheme.name()),
+        _ => format!("mesh `{shape}`"),
+    };
+    if auto {
+        return impossible(
+            format!("mesh = \"auto\" and {given} are given"),
+            "auto chooses axes and scheme for the ranks there are (--ranks); leave one of them away",
+        );
+    }
+    Ok(false)
+}
+
+impl Settings {
+    /// The keys that make a run follow `price`, as `--set` takes them; what the recipe says itself about
+    /// recomputing stays.
+    pub fn keys_of(&self, price: &Price) -> Vec<String> {
+        let plan = &price.plan;
+        let mesh = &plan.mesh;
+        let mut sets = vec!["mesh.axes=given".to_string()];
+        sets.extend(Axis::ALL.map(|axis| format!("mesh.{}={}", axis.name(), mesh.size(axis))));
+        let scheme = if mesh.grid().size() == 1 { "auto" } else { plan.scheme.name() };
+        sets.push(format!("mesh.scheme={scheme}"));
+        sets.push(format!("mesh.zero={}", plan.zero as usize + 1));
+        if keys::find("mesh.schedule").is_some() {
+            sets.extend(schedule(plan.schedule, mesh.size(Axis::Pp)));
+        }
+        sets.push(format!("train.batch={}", plan.microbatch_rows * mesh.replicas()));
+        sets.push(format!("train.accumulate={}", price.microbatches));
+        if !self.says_recompute() {
+            sets.push(format!("train.recompute={}", if plan.recompute { "always" } else { "never" }));
+        }
+        sets
+    }
+
+    fn says_recompute(&self) -> bool {
+        self.gives("train.recompute") || self.gives("train.recompute_layers")
+    }
+
+    /// The recipe that follows `price`, if training can: every rule of recipes holds for it too.
+    pub fn following(&self, price: &Price) -> Result<(Settings, Recipe), RecipeError> {
+        let mut settings = self.clone();
+        self.keys_of(price).iter().try_for_each(|argument| settings.set(argument))?;
+        let recipe = settings.recipe()?;
+        let wants = recipe.train.recompute == model::Recompute::Always;
+        if self.says_recompute() && wants != price.plan.recompute {
+            return impossible(
+                format!("a plan with recompute = {} for a recipe that says otherwise", price.plan.recompute),
+                "another plan",
+            );
+        }
+        Ok((settings, recipe))
+    }
+}
+
+fn schedule(schedule: dist::pipeline::Schedule, stages: usize) -> Vec<String> {
+    use dist::pipeline::Schedule;
+    let (name, slices) = match schedule {
+        Schedule::GPipe => ("gpipe", None),
+        Schedule::Interleaved { chunks } => ("interleaved", Some(chunks)),
+        Schedule::ZeroBubble if stages > 1 => ("zero-bubble", None),
+        _ => ("1f1b", None),
+    };
+    let slices = slices.map(|slices| format!("mesh.virtual={slices}"));
+    [format!("mesh.schedule={name}")].into_iter().chain(slices).collect()
+}
