@@ -3,7 +3,7 @@
 
 use crate::show;
 use ::train::recipe::keys;
-use ::train::{Recipe, Speeds, outlook};
+use ::train::{Recipe, Rerun, Speeds, outlook};
 use anyhow::{Result, anyhow};
 use device::DType;
 use memory::Class;
@@ -49,8 +49,16 @@ pub struct Machine {
 /// would make it fit.
 pub fn print(recipe: &Recipe, given: &Machine) -> Result<()> {
     let machine = &given.with_budgets_of(recipe);
-    let model = outlook(&crate::plan::config(recipe)?, recipe, &machine.speeds(recipe)?)?;
+    let (config, speeds) = (crate::plan::config(recipe)?, machine.speeds(recipe)?);
     let budgets = machine.budgets()?;
+    let mut recipe = recipe.clone();
+    if recipe.train.recompute_auto {
+        let rerun = Rerun::choose(&config, &recipe, &speeds, (&budgets, &machine.rates()))?;
+        println!("recompute: {rerun}");
+        recipe.train.recompute = rerun.recompute();
+    }
+    let recipe = &recipe;
+    let model = outlook(&config, recipe, &speeds)?;
     print!("{}", needs(&model, recipe, machine, &budgets));
     print!("{}", placed(&model, &budgets, &machine.rates())?);
     Ok(())

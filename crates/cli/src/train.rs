@@ -378,6 +378,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> Str
     let tokens = prepared.train.len();
     let threads = device::num_threads() * seat.ranks;
     let epochs = (train.steps * estimate.step_tokens as u64) as f64 / tokens as f64;
+    let rerun = prepared.rerun.as_ref().map_or(String::new(), |rerun| format!("; {rerun}"));
     show::facts(&[
         ("model", shape),
         (
@@ -401,7 +402,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> Str
         ),
         ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
         ("mesh", mesh_line(&recipe.mesh, seat)),
-        ("memory", memory(recipe, prepared)),
+        ("memory", memory(recipe, prepared) + &rerun),
     ]) + "\n"
 }
 

@@ -1,13 +1,14 @@
 //! The flat arrays of a model, one a class, all of the same number of elements: the one place that
-//! knows where a weight, a gradient or a moment lies.
+//! knows where a weight, a gradient or a moment lies. Over tiers one more array holds what is filed
+//! on the way forth for the way back.
 //!
 //! Without a pager everything is here for good. With one, chunks come and go behind addresses that
 //! stay, and whoever opens a window has said so before with `visit`.
 
-use crate::pager::{About, Pager, PagerError, Setup, TierReport};
+use crate::pager::{About, Filed, Pager, PagerError, Setup, TierReport};
 use crate::plan::Budgets;
 use crate::trace::{Access, ChunkId, Trace};
-use crate::{Class, STATES, Stripes, Tier};
+use crate::{CLASSES, Class, Stripes, Tier};
 use device::{DType, Device, OutOfMemory, Region, Stretch, View, ViewMut};
 use std::ops::Range;
 
@@ -40,7 +41,7 @@ pub(crate) struct At {
 
 /// The regions by class.
 #[derive(Default)]
-pub(crate) struct Regions([Option<Array>; STATES]);
+pub(crate) struct Regions([Option<Array>; CLASSES]);
 
 impl Regions {
     fn region(&mut self, at: At) -> &mut Region {
@@ -164,14 +165,17 @@ impl Arrays {
     ) -> Result<Arrays, PagerError> {
         let mut arrays = Arrays::new(device, len);
         let mut sizes = Vec::new();
-        for (class, dtype) in classes {
+        let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
+        let filed =
+            setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.len(setup.chunk_elements)));
+        for (class, dtype, len) in state.chain(filed) {
             let size = dtype.size_bytes();
             let memories = setup.budgets.tiers().into_iter().filter(|tier| *tier != Tier::Nvme);
             let reserve = memories.map(|_| Region::reserve(device, len * size, setup.chunk_elements * size));
             let regions: Vec<Region> = reserve.collect::<Result<_, OutOfMemory>>()?;
             let granules = 0..regions[0].granules();
-            sizes.push((*class, granules.map(|i| regions[0].granule_bytes(i)).collect()));
-            arrays.regions.0[*class as usize] = Some(Array { dtype: *dtype, regions });
+            sizes.push((class, granules.map(|i| regions[0].granule_bytes(i)).collect()));
+            arrays.regions.0[class as usize] = Some(Array { dtype, regions });
         }
         arrays.pager = Some(Pager::new(setup, &sizes)?);
         Ok(arrays)
@@ -195,7 +199,7 @@ impl Arrays {
         self.regions.0[class as usize].is_some()
     }
 
-    /// Elements of every array.
+    /// Elements of every array of the state.
     pub fn len(&self) -> usize {
         self.len
     }
@@ -254,7 +258,24 @@ impl Arrays {
 
     /// Bytes of a class.
     pub fn bytes(&self, class: Class) -> usize {
-        self.len * self.array(class).dtype.size_bytes()
+        self.len_of(class) * self.array(class).dtype.size_bytes()
+    }
+
+    fn len_of(&self, class: Class) -> usize {
+        let filed = self.filed().filter(|_| class == Class::Activation);
+        filed.map_or(self.len, |(filed, chunk)| filed.len(chunk))
+    }
+
+    /// Slots for values that are filed on the way forth, and elements of a chunk; none where they stay
+    /// in memory as they are.
+    pub fn filed(&self) -> Option<(Filed, usize)> {
+        let pager = self.pager.as_ref()?;
+        pager.filed().map(|filed| (filed, pager.chunk_elements()))
+    }
+
+    /// Bytes of a class that were moved so far, over all links and both ways.
+    pub fn moved_bytes(&self, class: Class) -> u64 {
+        self.pager.as_ref().map_or(0, |pager| pager.moved_bytes(class))
     }
 
     /// Bytes of memory that stand behind a class now.
@@ -276,7 +297,7 @@ impl Arrays {
 
     /// Windows on the same elements of every class.
     pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
-        let [param, grad, master, m, v] = &mut self.regions.0;
+        let [param, grad, master, m, v, _] = &mut self.regions.0;
         let (Some(param), Some(grad), Some(m), Some(v)) = (param, grad, m, v) else {
             panic!("weights, gradients and moments were added")
         };
@@ -334,9 +355,10 @@ impl Arrays {
     /// Elements `elements` of a class are worth nothing any more. Chunks that lie in them whole are
     /// forgotten; the others keep what they have.
     pub fn discard(&mut self, class: Class, elements: Range<usize>) -> Result<(), PagerError> {
+        let len = self.len_of(class);
         let Some(pager) = &mut self.pager else { return Ok(()) };
         let chunk = pager.chunk_elements();
-        let last = if elements.end == self.len { self.len.div_ceil(chunk) } else { elements.end / chunk };
+        let last = if elements.end == len { len.div_ceil(chunk) } else { elements.end / chunk };
         for i in elements.start.div_ceil(chunk)..last {
             let id = pager.id(class, i);
             pager.discard(&mut self.regions, id)?;

@@ -48,11 +48,15 @@ pub enum Class {
 
 impl Class {
     /// Classes of the flat arrays of a model, in their order.
-    pub const STATE: [Class; STATES] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
+    pub const STATE: [Class; 5] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
+
+    /// All of them. Arrays of the state are equally long; what is filed, the last, is as long as it is.
+    pub(crate) const ALL: [Class; CLASSES] =
+        [Class::Param, Class::Grad, Class::Master, Class::M, Class::V, Class::Activation];
 }
 
-/// How many classes have flat arrays.
-const STATES: usize = 5;
+/// How many classes there are.
+const CLASSES: usize = 6;
 
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -28,6 +28,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
         policy,
         other_bytes: 0,
         chunk_elements: CHUNK,
+        filed: None,
     };
     Arrays::paged(Device::Cpu, LEN, setup, &CLASSES.map(|class| (class, DType::F32))).unwrap()
 }

@@ -33,8 +33,15 @@ fn budget(bytes: u64) -> Option<u64> {
 }
 
 fn arrays(dir: &std::path::Path, policy: Policy, budgets: Budgets) -> Arrays {
-    let setup =
-        Setup { budgets, ranks: 1, dir: dir.to_path_buf(), policy, other_bytes: 0, chunk_elements: CHUNK };
+    let setup = Setup {
+        budgets,
+        ranks: 1,
+        dir: dir.to_path_buf(),
+        policy,
+        other_bytes: 0,
+        chunk_elements: CHUNK,
+        filed: None,
+    };
     Arrays::paged(Device::Cpu, LEN as usize, setup, &CLASSES).unwrap()
 }
 

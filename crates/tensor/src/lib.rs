@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod fault;
+mod filed;
 mod init;
 mod ops;
 mod params;

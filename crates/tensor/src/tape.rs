@@ -73,6 +73,8 @@ pub struct Tape<'a> {
     clock: u64,
     next_id: usize,
     nodes: Vec<Node>,
+    /// Values that are filed now.
+    pub(crate) slots_taken: usize,
     watch: Option<Watch<'a>>,
     share: f32,
     /// Where gradients of weights go that are to wait; none: they are formed at once.
@@ -137,6 +139,7 @@ impl<'a> Tape<'a> {
             clock: 0,
             next_id: 0,
             nodes,
+            slots_taken: 0,
             watch,
             share,
             later: None,
@@ -245,10 +248,11 @@ impl<'a> Tape<'a> {
         if !self.recording {
             return body(self, input);
         }
+        let saved = self.file(&input.value)?;
         self.recording = false;
         let output = body(self, input);
         self.recording = true;
-        let (value, saved) = (output?.value, input.value.clone());
+        let value = output?.value;
         Ok(self.push(&[input.id], value, || Op::Recompute { input: saved, body: Rc::new(body) }))
     }
 

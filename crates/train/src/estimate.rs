@@ -25,6 +25,12 @@ pub struct Estimate {
     pub exponent_bytes: u64,
     /// Activations at their highest, scratch included.
     pub activation_bytes: u64,
+    /// Of these the inputs of layers that run again, which are filed in runs over tiers.
+    pub filed_bytes: u64,
+    /// Layers that run again.
+    pub rerun_layers: usize,
+    /// Input of one layer in one microbatch.
+    pub input_bytes: u64,
     /// The copy that is written in the background.
     pub snapshot_bytes: u64,
     /// Counted FLOPs of a step.
@@ -43,11 +49,17 @@ impl Estimate {
         // Gradients are not saved.
         let snapshot_bytes = if snapshot { count * AdamW::saved_per_param(moments) } else { 0 };
         let exponents = if moments == Moments::Bits8 { 2 * count.div_ceil(tensor::BLOCK) } else { 0 };
+        let parts = Activations::new(config, recipe);
+        let (full, inputs) = kept_layers(config, recipe.recompute);
+        let filed_bytes = inputs as u64 * parts.input_bytes;
         Estimate {
             params: count,
             state_bytes: (count * per_param) as u64,
             exponent_bytes: exponents as u64,
-            activation_bytes: activation_bytes(config, recipe),
+            activation_bytes: full as u64 * parts.kept_bytes + filed_bytes + parts.scratch_bytes,
+            filed_bytes,
+            rerun_layers: (0..config.layers()).filter(|layer| recipe.recompute.applies_to(*layer)).count(),
+            input_bytes: parts.input_bytes,
             snapshot_bytes: snapshot_bytes as u64,
             step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
             step_tokens,
@@ -155,15 +167,14 @@ impl Activations {
     }
 }
 
-/// Bytes a microbatch keeps between forward and backward, and the largest scratch beside them.
-fn activation_bytes(config: &Config, recipe: &TrainRecipe) -> u64 {
-    let parts = Activations::new(config, recipe);
+/// Layers that keep every value at once, and those of which only the input is kept beside them.
+fn kept_layers(config: &Config, recompute: Recompute) -> (usize, usize) {
     let layers = config.layers();
-    let full = match recipe.recompute {
+    let full = match recompute {
         Recompute::Never => layers,
+        // While a layer runs again it keeps everything.
         Recompute::First(count) => layers.saturating_sub(count).max(1),
         Recompute::Always => 1,
     };
-    let inputs = layers - full.min(layers);
-    full as u64 * parts.kept_bytes + inputs as u64 * parts.input_bytes + parts.scratch_bytes
+    (full, layers - full.min(layers))
 }

@@ -42,7 +42,7 @@ pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Tran
 
 /// When a run makes its updates. Ranks add gradients up when the way back is over. On one, clipping
 /// waits for the norm of all gradients, and updates then wait for the next step.
-fn updates(ranks: usize, clip: f64) -> Updates {
+pub(crate) fn updates(ranks: usize, clip: f64) -> Updates {
     match ranks {
         1 if clip.is_finite() => Updates::BeforeForward,
         1 => Updates::InBackward,
@@ -50,7 +50,7 @@ fn updates(ranks: usize, clip: f64) -> Updates {
     }
 }
 
-fn transformer(
+pub(crate) fn transformer(
     config: &Config,
     params: u64,
     (recipe, updates): (&TrainRecipe, Updates),

@@ -4,14 +4,16 @@
 use crate::TrainError;
 use crate::estimate::Estimate;
 use crate::learner::{Learner, LearnerError, LearnerOptions};
+use crate::outlook::Speeds;
 use crate::recipe::{ModelRecipe, Recipe, TrainRecipe};
+use crate::rerun::{NOMINAL_RATES, Rerun};
 use crate::tiers;
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
 use device::DType;
 use dist::{Communicator, Flow, Mesh};
 use memory::pager::Setup;
-use model::{Config, Model};
+use model::{Config, Model, Recompute};
 use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -49,6 +51,8 @@ pub struct Prepared {
     pub train: Arc<TokenizedCorpus>,
     /// Validation tokens, where some could be held out.
     pub valid: Option<Arc<TokenizedCorpus>>,
+    /// Which layers run again, where the recipe leaves that open.
+    pub rerun: Option<Rerun>,
     /// Parameters that all ranks of this process hold together, copies counted.
     held: usize,
     /// The model to start from.
@@ -67,15 +71,23 @@ impl Prepared {
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
         let held = check_mesh(recipe, &config)?;
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
-        Ok(Prepared { config, params, tokenizer, train, valid, held, files })
+        let rerun = recipe.train.recompute_auto.then(|| rerun(recipe, &config)).transpose()?;
+        Ok(Prepared { config, params, tokenizer, train, valid, rerun, held, files })
+    }
+
+    /// Layers that run again.
+    fn recompute(&self, recipe: &Recipe) -> Recompute {
+        let chosen = self.rerun.as_ref().filter(|_| recipe.train.recompute_auto);
+        chosen.map_or(recipe.train.recompute, Rerun::recompute)
     }
 
     /// What the run will need.
     pub fn estimate(&self, recipe: &Recipe) -> Estimate {
         // Over tiers there is no copy: a save streams from where things lie.
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
-        let one = Estimate::new(&self.config, &self.params, &recipe.train, snapshot);
-        let all = one.over(&recipe.mesh, &recipe.train);
+        let train = TrainRecipe { recompute: self.recompute(recipe), ..recipe.train.clone() };
+        let one = Estimate::new(&self.config, &self.params, &train, snapshot);
+        let all = one.over(&recipe.mesh, &train);
         // A recipe whose schedule does not fit its stages is none.
         all.on_stages(&self.config, recipe).unwrap_or(all)
     }
@@ -119,7 +131,8 @@ impl Prepared {
 
     /// A learner with zero weights, as the rank of the mesh of `flow`.
     pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
-        let TrainRecipe { context, dtype, adamw, recompute, .. } = recipe.train;
+        let TrainRecipe { context, dtype, adamw, .. } = recipe.train;
+        let recompute = self.recompute(recipe);
         let tiers = self.tiers(recipe);
         let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
         Learner::sharded(flow, &self.config, options, recipe.mesh.sharding).map_err(|error| match error {
@@ -144,6 +157,24 @@ impl Prepared {
         )?;
         Ok(learner.share_weights()?)
     }
+}
+
+/// The host's memory as `trilith plan` takes it: for updates, the same in all candidates.
+const NOMINAL_BYTES_PER_S: f64 = 100e9;
+
+/// Choose which layers run again, from what products reach on this machine now.
+fn rerun(recipe: &Recipe, config: &Config) -> Result<Rerun, TrainError> {
+    if recipe.mesh.shape.world_size() > 1 {
+        return Err(TrainError::Mesh {
+            what: "train.recompute = \"auto\" is for runs of one rank: ranks on different machines could choose differently; set it to \"never\" or \"always\"".into(),
+        });
+    }
+    let gflops = match recipe.train.dtype {
+        DType::F32 => kernels::peak::gflops_f32(),
+        _ => kernels::peak::gflops_bf16(),
+    };
+    let speeds = Speeds { flops_per_s: gflops * 1e9, fastest_per_s: NOMINAL_BYTES_PER_S, host_per_s: None };
+    Rerun::choose(config, recipe, &speeds, (&tiers::budgets(recipe), &NOMINAL_RATES))
 }
 
 /// Refuse a model that cannot lie on the recipe's mesh before the run's folder is touched.

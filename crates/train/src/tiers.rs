@@ -7,7 +7,7 @@ use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use memory::Tier;
-use memory::pager::{Setup, chunk_elements, free_for_chunks, key_of};
+use memory::pager::{Filed, Setup, chunk_elements, free_for_chunks, key_of};
 use memory::plan::Budgets;
 use tensor::ParamList;
 
@@ -21,6 +21,18 @@ const PAGE_BYTES: usize = 4096;
 /// Part of what the system has free that `memory.dram = "auto"` takes.
 const AUTO_PART: f64 = 0.9;
 
+/// What a run may use, before it is known whether it needs all of it.
+pub(crate) fn budgets(recipe: &Recipe) -> Budgets {
+    let available = device::available_bytes().map_or(i64::MAX as u64, |free| free as u64);
+    let Some(memory) = &recipe.memory else {
+        return Budgets { dram: Some(available), ..Budgets::default() };
+    };
+    let automatic = (available as f64 * AUTO_PART) as u64;
+    let dram = memory.dram_bytes.unwrap_or(automatic.saturating_sub(memory.device_bytes.unwrap_or(0)));
+    let nvme = memory.nvme_bytes.unwrap_or(i64::MAX as u64);
+    Budgets { hbm: memory.device_bytes, dram: Some(dram), nvme: Some(nvme) }
+}
+
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
 /// `held` parameters are those of all ranks together.
 pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
@@ -28,28 +40,52 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
     let device_bytes = memory.device_bytes;
     let dram_bytes = memory.dram_bytes.unwrap_or_else(|| auto().saturating_sub(device_bytes.unwrap_or(0)));
-    let other_bytes = (estimate.activation_bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
+    let others = |bytes: u64| (bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
+    let other_bytes = others(estimate.activation_bytes);
+    let ranks = recipe.mesh.shape.world_size();
     let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;
     let fits = |budget: u64, beside: u64| state_bytes + beside <= free_for_chunks(budget, 0);
     if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
         return None;
     }
+    // From here on chunks come and go, and inputs of layers that run again are chunks, too.
+    let chunk_elements = chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64)
+        // A chunk of 8-bit moments is whole pages, too.
+        .max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes());
+    let filed = filed(recipe, estimate);
+    let other_bytes = match filed {
+        Some(_) => others(estimate.activation_bytes - estimate.filed_bytes),
+        None => other_bytes,
+    };
+    let filed_bytes = filed.map_or(0, |filed| filed_bytes(&filed, chunk_elements));
+    let fits = |budget: u64, beside: u64| state_bytes + filed_bytes + beside <= free_for_chunks(budget, 0);
     // Behind a device, a host that holds everything needs no drive.
     // Arrays are a little larger than the parameters: each begins at a cache line, each ends a page.
     let padding = state_bytes / 32 + (64 << 10);
     let needs_drive = device_bytes.is_none() || !fits(dram_bytes, padding);
     let nvme_bytes = needs_drive.then(|| memory.nvme_bytes.unwrap_or(u64::MAX));
-    let ranks = recipe.mesh.shape.world_size();
     Some(Setup {
         budgets: Budgets { hbm: device_bytes, dram: Some(dram_bytes), nvme: nvme_bytes },
         ranks: ranks as u64,
         dir: memory.dir.clone(),
         policy: memory.policy,
         other_bytes,
-        // A chunk of 8-bit moments is whole pages, too.
-        chunk_elements: chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64)
-            .max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes()),
+        chunk_elements,
+        filed,
     })
+}
+
+/// Slots for the inputs of layers that run again, one each: a microbatch is walked back before the next
+/// begins. Ranks of a mesh keep theirs.
+fn filed(recipe: &Recipe, estimate: &Estimate) -> Option<Filed> {
+    let dtype = recipe.train.dtype;
+    let elements = estimate.input_bytes as usize / dtype.size_bytes();
+    let files = recipe.mesh.shape.world_size() == 1 && estimate.rerun_layers > 0;
+    files.then_some(Filed { slots: estimate.rerun_layers, elements, dtype })
+}
+
+fn filed_bytes(filed: &Filed, chunk_elements: usize) -> u64 {
+    (filed.len(chunk_elements) * filed.dtype.size_bytes()) as u64
 }
 
 /// Refuse budgets no plan can work within.
@@ -71,13 +107,11 @@ pub(crate) fn check(
             remedy: "lower memory.dram, or set it to \"auto\"".into(),
         });
     }
-    if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < estimate.state_bytes) {
+    let filed = setup.filed.map_or(0, |filed| filed_bytes(&filed, setup.chunk_elements));
+    let chunk_bytes = estimate.state_bytes + filed;
+    if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {
-            what: format!(
-                "memory.nvme = {}, the state takes {}",
-                bytes(nvme_bytes),
-                bytes(estimate.state_bytes)
-            ),
+            what: format!("memory.nvme = {}, the state takes {}", bytes(nvme_bytes), bytes(chunk_bytes)),
             remedy: "raise memory.nvme to that".into(),
         });
     }

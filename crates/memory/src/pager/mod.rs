@@ -24,7 +24,8 @@ use crate::arrays::At;
 use crate::disk::{Disk, DiskError, Options, Region};
 use crate::plan::Budgets;
 use crate::trace::{ChunkId, Phase, Trace};
-use crate::{Class, STATES, Tier};
+use crate::{CLASSES, Class, Tier};
+use device::DType;
 use follow::{Action, Follow};
 use mover::{MEMORIES, Mover, Slot};
 use script::Script;
@@ -67,6 +68,31 @@ pub struct Setup {
     pub other_bytes: u64,
     /// Elements of a chunk, a multiple of 2048.
     pub chunk_elements: usize,
+    /// Values that are filed on the way forth and come back on the way back.
+    pub filed: Option<Filed>,
+}
+
+/// Slots for values that a layer keeps for its way back: an array beside those of the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filed {
+    /// How many values.
+    pub slots: usize,
+    /// Elements of the largest.
+    pub elements: usize,
+    /// Of what type.
+    pub dtype: DType,
+}
+
+impl Filed {
+    /// Where a slot begins: whole chunks of `chunk_elements`, so that each slot leaves by itself.
+    pub fn start(&self, slot: usize, chunk_elements: usize) -> usize {
+        slot * self.elements.next_multiple_of(chunk_elements)
+    }
+
+    /// Elements of all slots.
+    pub fn len(&self, chunk_elements: usize) -> usize {
+        self.start(self.slots, chunk_elements)
+    }
 }
 
 /// One op about to run.
@@ -183,7 +209,7 @@ pub struct Pager {
     setup: Setup,
     mover: Mover,
     chunks: Vec<Chunk>,
-    /// Chunks of a class.
+    /// Chunks of a class of the state. The last class has as many as its array is long.
     per_class: usize,
     /// Fastest first.
     tiers: Vec<Tier>,
@@ -208,6 +234,8 @@ pub struct Pager {
     computing_since: Option<Instant>,
     /// By link.
     stall_s: [f64; MEMORIES],
+    /// By class: over all links and both ways.
+    moved_bytes: [u64; CLASSES],
     reported: report::Snapshot,
 }
 
@@ -216,7 +244,9 @@ impl Pager {
     /// not there. All begin as zeros.
     pub(crate) fn new(setup: Setup, chunk_bytes: &[(Class, Vec<usize>)]) -> Result<Pager, PagerError> {
         let per_class = chunk_bytes.first().map_or(0, |(_, chunks)| chunks.len());
-        let mut chunks = vec![Chunk::default(); per_class * STATES];
+        let filed = chunk_bytes.iter().find(|(class, _)| *class == Class::Activation);
+        let filed = filed.map_or(0, |(_, chunks)| chunks.len());
+        let mut chunks = vec![Chunk::default(); per_class * Class::STATE.len() + filed];
         for (region, (class, sizes)) in chunk_bytes.iter().enumerate() {
             let mut offset = 0;
             for (i, bytes) in sizes.iter().enumerate() {
@@ -252,6 +282,7 @@ impl Pager {
             late: Vec::new(),
             computing_since: None,
             stall_s: [0.0; MEMORIES],
+            moved_bytes: [0; CLASSES],
             reported: report::Snapshot::default(),
         };
         pager.measure_others();
@@ -287,7 +318,22 @@ impl Pager {
 
     /// Where the regions have a chunk at a depth of memory.
     fn at(&self, id: ChunkId, depth: usize) -> At {
-        At { class: id.0 as usize / self.per_class, depth, i: id.0 as usize % self.per_class }
+        let class = self.class_of(id.0 as usize) as usize;
+        At { class, depth, i: id.0 as usize - class * self.per_class }
+    }
+
+    fn class_of(&self, chunk: usize) -> Class {
+        Class::ALL[(chunk / self.per_class).min(CLASSES - 1)]
+    }
+
+    /// Slots for values that are filed.
+    pub(crate) fn filed(&self) -> Option<Filed> {
+        self.setup.filed
+    }
+
+    /// Bytes of a class moved so far.
+    pub(crate) fn moved_bytes(&self, class: Class) -> u64 {
+        self.moved_bytes[class as usize]
     }
 
     fn chunk(&self, id: ChunkId) -> &Chunk {
@@ -325,7 +371,7 @@ impl Pager {
     /// The step as it was last recorded, for the planner.
     pub fn trace(&self) -> Trace {
         let chunk = |i: usize| crate::trace::Chunk {
-            class: Class::STATE[i / self.per_class],
+            class: self.class_of(i),
             bytes: self.chunks[i].bytes,
             recompute_s: None,
         };

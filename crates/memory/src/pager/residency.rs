@@ -182,6 +182,7 @@ impl Pager {
         let to = End::Memory(regions.lend(self.at(id, depth)));
         let room = Some(self.mover.promise(depth, self.chunk(id).bytes));
         self.arrives(id, depth);
+        self.count_move(id);
         self.mover.send(depth, Way::Up, Job { from, to, room, leaves: None });
         Ok(())
     }
@@ -213,8 +214,14 @@ impl Pager {
         let from = End::Memory(regions.lend(self.at(id, depth)));
         self.arrives(id, below);
         self.leaves(id, depth);
+        self.count_move(id);
         self.mover.send(depth, Way::Down, Job { from, to, room, leaves: Some(depth) });
         Ok(true)
+    }
+
+    fn count_move(&mut self, id: ChunkId) {
+        let class = self.class_of(id.0 as usize);
+        self.moved_bytes[class as usize] += self.chunk(id).bytes;
     }
 
     /// Forget the copy at `depth`, which nobody holds.

@@ -17,6 +17,7 @@ pub use norm::Norm;
 pub use route::{Load, Pool, Router};
 
 use crate::Fault;
+use crate::filed::Saved;
 use crate::tape::{Grads, Replay, WayBack};
 use crate::{Tape, Tensor};
 
@@ -29,7 +30,7 @@ pub(crate) enum Op {
     Linear(linear::Saved),
     Norm(norm::Saved),
     Outside(WayBack),
-    Recompute { input: Tensor, body: Replay },
+    Recompute { input: Saved, body: Replay },
     SwigluLinear(swiglu_linear::Saved),
 }
 
@@ -67,10 +68,13 @@ impl Op {
                 }
                 Ok(())
             }
-            Op::Recompute { input, body } => match tape.replay(&body, input, dy)? {
-                Some(dx) => grads.add(inputs[0], dx),
-                None => Ok(()),
-            },
+            Op::Recompute { input, body } => {
+                let input = tape.take_back(input)?;
+                match tape.replay(&body, input, dy)? {
+                    Some(dx) => grads.add(inputs[0], dx),
+                    None => Ok(()),
+                }
+            }
         }
     }
 }

@@ -200,10 +200,10 @@ pub const KEYS: &[Key] = &[
     ),
     key(
         "train.recompute",
-        Choice(&["never", "always"]),
+        Choice(&["never", "always", "auto"]),
         "\"never\"",
         "",
-        "Whether layers keep only their input and run again on the way back: less memory, a third more work.",
+        "Whether layers keep only their input and run again on the way back: less memory, a third more work. \"auto\" takes the number of layers of which the step is predicted to be the fastest that fits.",
     ),
     key(
         "train.recompute_layers",

@@ -140,6 +140,8 @@ pub struct TrainRecipe {
     pub dtype: DType,
     /// Layers that run again.
     pub recompute: Recompute,
+    /// They are chosen by the predicted step (`Rerun`); `recompute` says none until then.
+    pub recompute_auto: bool,
     /// Steps in a row that may be skipped.
     pub max_skipped: u64,
 }
@@ -394,6 +396,8 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
         (None, Some("always")) => Recompute::Always,
         _ => Recompute::Never,
     };
+    let automatic =
+        get.int("train.recompute_layers").is_none() && get.text("train.recompute").as_deref() == Some("auto");
     let clip = float("train.clip")?;
     Ok(TrainRecipe {
         steps,
@@ -415,6 +419,7 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
         clip: if clip > 0.0 { clip } else { f64::INFINITY },
         dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },
         recompute,
+        recompute_auto: automatic,
         max_skipped: int("train.max_skipped")?,
     })
 }
