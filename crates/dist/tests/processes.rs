@@ -5,6 +5,7 @@
 
 use device::ViewMut;
 use dist::{Axis, CommError, Communicator, Mesh, MeshShape, Process, Start, Supervision, supervise};
+use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::AtomicBool;
@@ -64,17 +65,17 @@ fn rank_main(args: &[String]) -> Result<(), CommError> {
 
 /// Soon, in the middle of whatever the rank then does.
 fn disturb(kind: Disturbance, after: Duration) {
-    let signal = |name: &'static str| {
-        let pid = std::process::id().to_string();
+    // From within: our number is ours for as long as there is somebody to send it.
+    let signal = |signal: Signal| {
         std::thread::spawn(move || {
             std::thread::sleep(after);
-            Command::new("kill").args([name, &pid]).status()
+            rustix::process::kill_process(rustix::process::getpid(), signal)
         });
     };
     match kind {
         Disturbance::None => {}
-        Disturbance::Kill => signal("-KILL"),
-        Disturbance::Stop => signal("-STOP"),
+        Disturbance::Kill => signal(Signal::KILL),
+        Disturbance::Stop => signal(Signal::STOP),
         Disturbance::Delay => std::thread::sleep(DEADLINE * 3),
     }
 }

@@ -320,7 +320,7 @@ fn messages(group: &Group) -> Result<Vec<Sample>, Fault> {
 fn calls(group: &Group, mut call: impl FnMut() -> Result<(), CommError>) -> Result<f64, Fault> {
     call()?;
     group.barrier()?;
-    Ok(mean(CALLS, || Ok(call()?))?)
+    mean(CALLS, || Ok(call()?))
 }
 
 /// Mean seconds of a run: where ranks share cores, single runs are long or short by whose turn it is.

@@ -241,7 +241,7 @@ fn arrays_shift_around_the_ring_beside_computation(mesh: &Mesh, group: &Group) -
     let ranks = group.size();
     let owner = |step: usize| (mesh.rank() + ranks - step) % ranks;
     let mut block = array(&data(mesh.rank(), 50));
-    let mut sum = array(&vec![0.0; 50]);
+    let mut sum = array(&[0.0; 50]);
     for step in 1..=ranks {
         let arriving = group.start_shift(block.clone())?;
         // Two at a time, of which the second has one owner after the other.
