@@ -28,26 +28,26 @@ fn a_run_takes_other_budgets_while_it_trains() {
     let mut command = place.command(&[&long[..], &wide].concat());
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     wait_for(&place, "step", 0, &mut child);
-    let said = place.succeeds(&["budget", "run", "--dram", "5MiB"]);
-    assert!(said.contains("memory.dram = 5.0 MiB"), "{said}");
+    let said = place.succeeds(&["budget", "run", "--dram", "5632KiB"]);
+    assert!(said.contains("memory.dram = 5.5 MiB"), "{said}");
     let line = wait_for(&place, "budget", 0, &mut child);
-    assert_eq!(line["bytes"]["dram"], 5 << 20, "{line}");
+    assert_eq!(line["bytes"]["dram"], 5632 << 10, "{line}");
     assert_eq!(line.get("refused"), None, "{line}");
     // Far too little: said once, and the run goes on with what it had.
     let from = place.read("run/metrics.jsonl").len();
     place.succeeds(&["budget", "run", "--dram", "10KiB"]);
     let line = wait_for(&place, "budget", from, &mut child);
     assert!(line["refused"].as_str().unwrap().contains("memory.dram = 10240 bytes is too little"), "{line}");
-    assert_eq!(line["bytes"]["dram"], 5 << 20, "{line}");
+    assert_eq!(line["bytes"]["dram"], 5632 << 10, "{line}");
     let from = place.read("run/metrics.jsonl").len();
     wait_for(&place, "step", from, &mut child);
     assert!(Command::new("kill").arg(child.id().to_string()).status().unwrap().success());
     let ended = child.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&ended.stderr);
     assert_eq!(ended.status.code(), Some(75), "{said}");
-    assert!(said.contains("from here on memory.dram = 5.0 MiB"), "{said}");
+    assert!(said.contains("from here on memory.dram = 5.5 MiB"), "{said}");
     assert_eq!(said.matches("warning:").count(), 1, "{said}");
-    assert!(place.succeeds(&["budget", "run"]).contains("memory.dram = 5.0 MiB"));
+    assert!(place.succeeds(&["budget", "run"]).contains("memory.dram = 5.5 MiB"));
     assert!(place.succeeds(&["budget", "run", "--recipe"]).contains("the budgets of the recipe"));
 }
 
