@@ -26,7 +26,7 @@ fn checks(process: &Process, ranks: usize) -> Result<(), CommError> {
             println!("{name} on {ranks} MPI ranks ... ok");
         }
     }
-    if ranks % 2 == 0 {
+    if ranks.is_multiple_of(2) {
         let shape = MeshShape::new(&[(Axis::Dp, 2), (Axis::Y, ranks / 2)]).expect("a mesh");
         let mesh = Mesh::new(shape, Communicator::Processes(process.clone())).expect("as many ranks");
         for axis in [Axis::Dp, Axis::Y] {
