@@ -9,7 +9,7 @@ use kernels::{block, elementwise};
 use std::ops::Range;
 use tensor::{AttentionShape, DType, Fault, Tape, Tensor, Var};
 
-const MOMENT: &str = "attention_all_to_all";
+pub(super) const MOMENT: &str = "attention_all_to_all";
 
 /// Columns of a matrix [M, ld] that each rank gets.
 struct Columns {
@@ -39,17 +39,13 @@ struct Saved {
     lse: Tensor,
 }
 
+/// `qkv` is rotated, and the moment told.
 pub(super) fn attention(
     tape: &mut Tape<'_>,
     context: &Context,
     mut qkv: Var,
     shape: &AttentionShape,
 ) -> Result<Var, Fault> {
-    tape.moment(MOMENT, &[])?;
-    if !qkv.value.is_unique() {
-        qkv.value = qkv.value.duplicate()?;
-    }
-    shape.rotate(&mut qkv.value, false);
     let (context, shape) = (context.clone(), shape.clone());
     let rows = context.to_heads(&context.columns_qkv(&shape), &qkv.value, shape.b)?;
     let saved = Saved::forward(context, shape, rows)?;

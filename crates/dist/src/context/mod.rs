@@ -76,10 +76,31 @@ impl Context {
             return tape.attention(qkv, shape);
         }
         match self.method.resolved(self.group.size(), (shape.n, shape.k)) {
-            ContextAttention::AllToAll => exchange::attention(tape, self, qkv, shape),
-            _ => ring::attention(tape, self, qkv, shape),
+            ContextAttention::AllToAll => {
+                let qkv = rotated(tape, exchange::MOMENT, qkv, shape)?;
+                exchange::attention(tape, self, qkv, shape)
+            }
+            _ => {
+                let qkv = rotated(tape, ring::MOMENT, qkv, shape)?;
+                ring::attention(tape, self, qkv, shape)
+            }
         }
     }
+}
+
+/// Tell the moment and rotate queries and keys of a value that is then ours alone.
+fn rotated(
+    tape: &mut Tape<'_>,
+    moment: &'static str,
+    mut qkv: Var,
+    shape: &AttentionShape,
+) -> Result<Var, Fault> {
+    tape.moment(moment, &[])?;
+    if !qkv.value.is_unique() {
+        qkv.value = qkv.value.duplicate()?;
+    }
+    shape.rotate(&mut qkv.value, false);
+    Ok(qkv)
 }
 
 /// One f32 number a token, of `b` rows of `tokens` tokens, from what each context rank has of them: in

@@ -11,7 +11,7 @@ use kernels::gemm::{Mat, MatMut};
 use kernels::{block, elementwise};
 use tensor::{AttentionShape, DType, Fault, Tape, Tensor, Var};
 
-const MOMENT: &str = "attention_ring";
+pub(super) const MOMENT: &str = "attention_ring";
 
 /// Queries, keys and values of the tokens here.
 struct Here {
@@ -23,17 +23,13 @@ struct Here {
     qkv: Tensor,
 }
 
+/// `qkv` is rotated, and the moment told.
 pub(super) fn attention(
     tape: &mut Tape<'_>,
     context: &Context,
-    mut qkv: Var,
+    qkv: Var,
     shape: &AttentionShape,
 ) -> Result<Var, Fault> {
-    tape.moment(MOMENT, &[])?;
-    if !qkv.value.is_unique() {
-        qkv.value = qkv.value.duplicate()?;
-    }
-    shape.rotate(&mut qkv.value, false);
     let starts = shape.starts.as_ref().map(|starts| context.cut.take(starts, shape.b));
     let here = Here { context: context.clone(), shape: shape.clone(), starts, qkv: qkv.value.clone() };
     let (out, lse) = here.forward()?;
