@@ -324,6 +324,19 @@ impl Disk {
 
     fn submit(&self, op: Op, request: Request) -> Ticket {
         let (sender, reply) = channel();
+        // Nobody may wait any more: then the block is dropped.
+        self.submit_then(op, request, move |result| drop(sender.send(result)));
+        Ticket { reply }
+    }
+
+    /// Begins a transfer and tells `then` how it ended, on the engine's thread: what it does holds up
+    /// other transfers, and must not submit one itself.
+    pub fn submit_then(
+        &self,
+        op: Op,
+        request: Request,
+        then: impl FnOnce(Result<Block, Failed>) + Send + 'static,
+    ) {
         let Request { region, offset, block, range, deadline } = request;
         let extent = self.regions.get(region.0);
         let place = Place {
@@ -332,22 +345,20 @@ impl Disk {
             offset,
             len: range.len() as u64,
         };
-        let ticket = Ticket { reply };
         let start = match allowed(extent, offset, &range, block.len()) {
             Ok(start) => start,
             Err(why) => {
                 let error = DiskError::Refused { place, why };
-                sender.send(Err(Failed { error, block: Some(block) })).ok();
-                return ticket;
+                return then(Err(Failed { error, block: Some(block) }));
             }
         };
-        let job = Job { op, place, file_offset: start + offset, block, range, deadline, reply: sender };
+        let then = Box::new(then);
+        let job = Job { op, place, file_offset: start + offset, block, range, deadline, then };
         let refused = self.shared.lock().submit(job);
         self.shared.wake_all();
         if let Some(finished) = refused {
             finished.deliver();
         }
-        ticket
     }
 
     /// Whether transfers go past the page cache.

@@ -11,7 +11,6 @@ use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 /// Largest operation: its length must fit the ring's 32 bits, and one operation must not hold up
@@ -27,8 +26,11 @@ pub(super) struct Job {
     /// The part of the block that is read or written.
     pub(super) range: Range<usize>,
     pub(super) deadline: u64,
-    pub(super) reply: Sender<Result<Block, Failed>>,
+    pub(super) then: Then,
 }
+
+/// Who is told how a request ended.
+pub(super) type Then = Box<dyn FnOnce(Result<Block, Failed>) + Send>;
 
 struct Active {
     job: Job,
@@ -66,14 +68,13 @@ pub(super) struct Schedule {
 /// A request that is through, to be told to whoever waits, outside the lock.
 #[must_use]
 pub(super) struct Finished {
-    reply: Sender<Result<Block, Failed>>,
+    then: Then,
     result: Result<Block, Failed>,
 }
 
 impl Finished {
     pub(super) fn deliver(self) {
-        // Nobody waits any more: the block is dropped here.
-        self.reply.send(self.result).ok();
+        (self.then)(self.result);
     }
 }
 
@@ -105,7 +106,7 @@ impl Schedule {
     pub(super) fn submit(&mut self, mut job: Job) -> Option<Finished> {
         if self.closed {
             let failed = Failed { error: DiskError::Closed, block: Some(job.block) };
-            return Some(Finished { reply: job.reply, result: Err(failed) });
+            return Some(Finished { then: job.then, result: Err(failed) });
         }
         let (id, left) = (self.next, job.range.len());
         self.next += 1;
@@ -176,7 +177,7 @@ impl Schedule {
         }
         let Active { job, error, .. } = self.active.remove(&id)?;
         self.counters.requests += 1;
-        let Job { op, file_offset, mut block, range, reply, .. } = job;
+        let Job { op, file_offset, mut block, range, then, .. } = job;
         if error.is_some() && op == Op::Write {
             self.sums.spoil(file_offset, range.len());
         }
@@ -192,7 +193,7 @@ impl Schedule {
                 Err(Failed { error, block: Some(block) })
             }
         };
-        Some(Finished { reply, result })
+        Some(Finished { then, result })
     }
 
     /// Takes no more requests and drops those not begun; what is in flight comes back as usual.
@@ -229,7 +230,7 @@ impl Schedule {
         self.closed = true;
         for (_, active) in self.active.drain() {
             std::mem::forget(active.job.block);
-            active.job.reply.send(Err(Failed { error: DiskError::Closed, block: None })).ok();
+            (active.job.then)(Err(Failed { error: DiskError::Closed, block: None }));
         }
         self.queue = Queue::default();
     }
@@ -275,7 +276,8 @@ mod tests {
         let place = Place { dir: "x".into(), region: "m".into(), offset: 0, len: (pages * PAGE) as u64 };
         let block = Block::new(pages * PAGE).unwrap();
         let (file_offset, range) = (page * PAGE as u64, 0..block.len());
-        let refused = schedule.submit(Job { op, place, file_offset, block, range, deadline, reply });
+        let then = Box::new(move |result| drop(reply.send(result)));
+        let refused = schedule.submit(Job { op, place, file_offset, block, range, deadline, then });
         assert!(refused.is_none());
         receiver
     }
@@ -344,7 +346,8 @@ mod tests {
         let (reply, receiver) = channel();
         let place = Place { dir: "x".into(), region: "m".into(), offset: 0, len: PAGE as u64 };
         let block = Block::new(PAGE).unwrap();
-        let job = Job { op: Op::Read, place, file_offset: 0, block, range: 0..PAGE, deadline: 0, reply };
+        let then = Box::new(move |result| drop(reply.send(result)));
+        let job = Job { op: Op::Read, place, file_offset: 0, block, range: 0..PAGE, deadline: 0, then };
         schedule.submit(job).unwrap().deliver();
         assert!(receiver.recv().unwrap().unwrap_err().block.is_some());
     }

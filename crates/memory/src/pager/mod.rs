@@ -425,8 +425,8 @@ pub fn free_for_chunks(budget_bytes: u64, other_bytes: u64) -> u64 {
 /// Elements of a chunk that suits a model of `params` and a budget: large enough for the drive,
 /// small enough that hundreds of chunks give the placement something to choose.
 pub fn chunk_elements(params: usize, dram_bytes: u64) -> usize {
-    let by_budget = usize::try_from(dram_bytes / 512).unwrap_or(usize::MAX);
-    let wanted = (params / 256).min(by_budget).clamp(PAGE_ELEMENTS, 4 << 20);
+    let by_budget = usize::try_from(dram_bytes / 256).unwrap_or(usize::MAX);
+    let wanted = (params / 96).min(by_budget).clamp(PAGE_ELEMENTS, 4 << 20);
     1 << wanted.ilog2()
 }
 

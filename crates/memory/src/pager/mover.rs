@@ -1,12 +1,13 @@
 //! The threads that carry chunks, two a link: one brings up, one takes down, so that both ways of
 //! every link are busy at once. They hold loans, never windows; they decide nothing but to wait for
-//! room.
+//! room. What goes to or comes from the drive they hand to its engine, several chunks at a time: on the
+//! cores that compute, waking a thread for each would cost more time than the drive needs.
 //!
 //! Room of a tier is promised in the order in which it was decided on and given in that order. So
 //! the job decided on first can always go on, and no two jobs ever wait for each other.
 
 use super::room::Room;
-use crate::disk::{Block, Disk, DiskError, Failed, Region, Request, Ticket};
+use crate::disk::{Block, Disk, DiskError, Failed, Op, Region, Request};
 use device::Loan;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
@@ -65,6 +66,10 @@ struct State {
     /// Bytes of all jobs sent, by link: up and down.
     sent_bytes: [[u64; 2]; MEMORIES],
     rooms: [Room; MEMORIES],
+    /// By link: up and down.
+    flying: [[Flying; 2]; MEMORIES],
+    /// Counts what was given to links.
+    turn: u64,
     failed: Option<DiskError>,
 }
 
@@ -84,11 +89,15 @@ impl Shared {
         result
     }
 
+    fn wait<'a>(&self, state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+        self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
     /// Take promised room once there is some; false when a link has failed meanwhile.
     fn take_room(&self, (depth, ticket): (usize, u64), bytes: u64) -> bool {
         let mut state = self.lock();
         while state.failed.is_none() && !state.rooms[depth].may_take(ticket, bytes) {
-            state = self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner());
+            state = self.wait(state);
         }
         state.rooms[depth].take(ticket, bytes);
         self.changed.notify_all();
@@ -221,26 +230,102 @@ impl Drop for Mover {
     }
 }
 
-fn carry_all(jobs: &Receiver<Job>, shared: &Shared, disk: Option<&Disk>, (link, way): (usize, Way)) {
+fn carry_all(jobs: &Receiver<Job>, shared: &Arc<Shared>, disk: Option<&Disk>, (link, way): (usize, Way)) {
     for mut job in jobs {
-        let (Some(bytes), room, leaves) = (job.bytes(), job.room, job.leaves) else { continue };
+        let (Some(bytes), room) = (job.bytes(), job.room) else { continue };
         let alive = room.is_none_or(|room| shared.take_room(room, bytes));
         if let End::Memory(to) = &mut job.to {
             to.bring();
         }
-        let counts = !matches!(job.from, End::Nothing);
-        let started = Instant::now();
-        // Loans end in here, before anybody is told.
-        let moved = if alive { job.carry(disk) } else { Ok(()) };
-        let seconds = started.elapsed().as_secs_f64();
-        shared.update(|state| match moved {
-            Ok(()) => {
-                leaves.into_iter().for_each(|depth| state.rooms[depth].release(bytes));
-                if alive && counts {
+        if !alive {
+            continue;
+        }
+        let leaves = job.leaves.map(|depth| (depth, bytes));
+        let journey = Journey { shared: shared.clone(), link, way, bytes, leaves };
+        match (job.from, job.to, disk) {
+            (End::Memory(from), End::Memory(mut to), _) => {
+                journey.begin();
+                to.bytes_mut().copy_from_slice(from.bytes());
+                journey.end(Ok(()), Some(from), Some(to));
+            }
+            (End::Drive(slot), End::Memory(to), Some(disk)) => {
+                let turn = journey.begin();
+                disk.submit_then(Op::Read, request(to, slot, turn), |arrived| {
+                    let (moved, to) = returned(arrived);
+                    journey.end(moved, None, to);
+                });
+            }
+            (End::Memory(from), End::Drive(slot), Some(disk)) => {
+                let turn = journey.begin();
+                disk.submit_then(Op::Write, request(from, slot, turn), |arrived| {
+                    let (moved, from) = returned(arrived);
+                    journey.end(moved, from, None);
+                });
+            }
+            (from, to, _) => {
+                // Zeros: nothing moves.
+                drop((from, to));
+                shared.update(|_| ());
+            }
+        }
+    }
+}
+
+/// Between memory and drive; requests are served in the order of their turns.
+fn request(loan: Loan, slot: Slot, turn: u64) -> Request {
+    let range = 0..loan.len_bytes();
+    let Slot { region, offset } = slot;
+    Request { region, offset, block: Block::from_loan(loan), range, deadline: turn }
+}
+
+/// The loan comes back either way, unless the engine died with it.
+fn returned(arrived: Result<Block, Failed>) -> (Result<(), DiskError>, Option<Loan>) {
+    match arrived {
+        Ok(block) => (Ok(()), block.into_loan()),
+        Err(Failed { error, block }) => (Err(error), block.and_then(Block::into_loan)),
+    }
+}
+
+/// A chunk under way over a link, whoever carries it.
+struct Journey {
+    shared: Arc<Shared>,
+    link: usize,
+    way: Way,
+    bytes: u64,
+    /// Depth of the memory it leaves, and how much room that frees.
+    leaves: Option<(usize, u64)>,
+}
+
+impl Journey {
+    /// Waits until the link takes another chunk, and counts it as under way. Returns its turn.
+    fn begin(&self) -> u64 {
+        let mut state = self.shared.lock();
+        while state.failed.is_none() && !state.flying[self.link][self.way as usize].has_place() {
+            state = self.shared.wait(state);
+        }
+        state.flying[self.link][self.way as usize].add(self.bytes);
+        state.turn += 1;
+        state.turn
+    }
+
+    /// What could not be read whole is never seen; what could not be written stays. Loans end in
+    /// here, before anybody is told.
+    fn end(self, moved: Result<(), DiskError>, from: Option<Loan>, to: Option<Loan>) {
+        let Journey { shared, link, way, bytes, leaves } = self;
+        match (&moved, from, to) {
+            (Ok(()), Some(mut from), _) if leaves.is_some() => from.send_away(),
+            (Err(_), _, Some(mut to)) => to.send_away(),
+            _ => {}
+        }
+        shared.update(|state| {
+            let seconds = state.flying[link][way as usize].remove(bytes);
+            match moved {
+                Ok(()) => {
+                    leaves.into_iter().for_each(|(depth, bytes)| state.rooms[depth].release(bytes));
                     state.carried[link].add(way, bytes, seconds);
                 }
+                Err(error) => state.failed = Some(error),
             }
-            Err(error) => state.failed = Some(error),
         });
     }
 }
@@ -253,32 +338,37 @@ impl Job {
         };
         of(&self.to).or(of(&self.from))
     }
+}
 
-    /// Move a chunk whole. What could not be read whole is never seen; what could not be written
-    /// stays.
-    fn carry(self, disk: Option<&Disk>) -> Result<(), DiskError> {
-        let Job { from, to, leaves, .. } = self;
-        let (from, moved) = match (from, to, disk) {
-            (End::Memory(from), End::Memory(mut to), _) => {
-                to.bytes_mut().copy_from_slice(from.bytes());
-                (Some(from), Ok(()))
-            }
-            (End::Drive(slot), End::Memory(to), Some(disk)) => {
-                let (to, read) = transfer(to, slot, |request| disk.submit_read(request));
-                if let (Err(_), Some(mut to)) = (&read, to) {
-                    to.send_away();
-                }
-                (None, read)
-            }
-            (End::Memory(from), End::Drive(slot), Some(disk)) => {
-                transfer(from, slot, |request| disk.submit_write(request))
-            }
-            _ => (None, Ok(())),
-        };
-        if let (true, Some(_), Some(mut from)) = (moved.is_ok(), leaves, from) {
-            from.send_away();
-        }
-        moved
+/// What is under way over a link one way.
+#[derive(Default)]
+struct Flying {
+    chunks: usize,
+    bytes: u64,
+    since: Option<Instant>,
+}
+
+/// Bytes under way over a link one way, unless one chunk is more: enough for a drive to stay busy while
+/// answers are taken, little for who comes in a hurry.
+const FLYING_BYTES: u64 = 8 << 20;
+
+impl Flying {
+    fn has_place(&self) -> bool {
+        self.chunks == 0 || self.bytes < FLYING_BYTES
+    }
+
+    fn add(&mut self, bytes: u64) {
+        (self.chunks, self.bytes) = (self.chunks + 1, self.bytes + bytes);
+        self.since.get_or_insert_with(Instant::now);
+    }
+
+    /// Seconds since something else ended, or began while nothing was under way.
+    fn remove(&mut self, bytes: u64) -> f64 {
+        (self.chunks, self.bytes) = (self.chunks - 1, self.bytes - bytes);
+        let now = Instant::now();
+        let since = self.since.replace(now).map_or(0.0, |since| (now - since).as_secs_f64());
+        self.since = self.since.filter(|_| self.chunks > 0);
+        since
     }
 }
 
@@ -288,20 +378,5 @@ impl Carried {
             Way::Up => (self.up_bytes, self.up_s) = (self.up_bytes + bytes, self.up_s + seconds),
             Way::Down => (self.down_bytes, self.down_s) = (self.down_bytes + bytes, self.down_s + seconds),
         }
-    }
-}
-
-/// Between memory and drive; the loan comes back either way, unless the engine died with it.
-fn transfer(
-    loan: Loan,
-    slot: Slot,
-    submit: impl Fn(Request) -> Ticket,
-) -> (Option<Loan>, Result<(), DiskError>) {
-    let range = 0..loan.len_bytes();
-    let block = Block::from_loan(loan);
-    let Slot { region, offset } = slot;
-    match submit(Request { region, offset, block, range, deadline: 0 }).wait() {
-        Ok(block) => (block.into_loan(), Ok(())),
-        Err(Failed { error, block }) => (block.and_then(Block::into_loan), Err(error)),
     }
 }
