@@ -29,10 +29,11 @@ pub enum Rule {
 /// What a dynamic plan is judged by.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Aim {
-    /// Predicted seconds of the step, among plans that move no more than any of the other rules.
+    /// Predicted seconds of the step; among equals bytes moved. A plan moves more than another rule's
+    /// only where its step is predicted to be shorter, and then by at most a quarter.
     #[default]
     Time,
-    /// Bytes moved.
+    /// Bytes moved: never more than another rule's.
     Bytes,
 }
 
@@ -58,6 +59,9 @@ const RESERVES: [f64; 7] = [0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5];
 
 /// Step times closer than this are the same: fewer bytes decide.
 const SAME_TIME: f64 = 0.02;
+
+/// Part of the fewest bytes that a shorter step may cost beside them.
+const SPENT: f64 = 0.25;
 
 /// The plan for a trace, with the defaults of `Ask`.
 ///
@@ -156,10 +160,9 @@ impl Search<'_> {
         found.extend(scouts);
         // Other rules with the same freedom: none of them may beat ours.
         let rules = [Rule::Static, Rule::Lru, Rule::Belady, Rule::Gemini];
-        let most = rules.iter().filter_map(|rule| self.fixed(*rule, 0).ok()).collect::<Vec<_>>();
-        let most_bytes = most.iter().map(|(_, plan)| plan.moved_bytes()).min().unwrap_or(u64::MAX);
-        found.extend(most);
-        found.retain(|(_, plan)| plan.moved_bytes() <= most_bytes);
+        found.extend(rules.iter().filter_map(|rule| self.fixed(*rule, 0).ok()));
+        let fewest = found.iter().map(|(_, plan)| plan.moved_bytes()).min().unwrap_or(0);
+        found.retain(|(_, plan)| plan.moved_bytes() as f64 <= fewest as f64 * (1.0 + SPENT));
         Ok(self.best_of(found))
     }
 
