@@ -50,7 +50,10 @@ fn drive_line(drive: &Result<DriveFigures, DiskError>, dir: &Path) -> String {
             let (read, write) = (megabytes(best.read_bytes_per_s), megabytes(best.write_bytes_per_s));
             let cache = if figures.direct { "past the page cache" } else { "through the page cache" };
             let (dir, engine) = (dir.display(), &figures.engine);
-            format!("{read} MB/s read, {write} MB/s write in {dir}, by {engine}, {cache}")
+            let both = megabytes(figures.both_bytes_per_s);
+            format!(
+                "{read} MB/s read, {write} MB/s write, {both} MB/s both at once in {dir}, by {engine}, {cache}"
+            )
         }
         Err(error) => format!("not measured: {error}"),
     }

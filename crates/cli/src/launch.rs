@@ -4,7 +4,7 @@
 use crate::auto::Ranking;
 use crate::train::{cook, rank};
 use crate::{EXIT_AGAIN, EXIT_LOST};
-use ::train::{Begin, Recipe, Settings, Start, TrainError};
+use ::train::{Begin, Predicted, Recipe, Settings, Start, TrainError};
 use anyhow::{Context, Result, anyhow};
 use dist::{Axis, CommError, Communicator, Ends, Failure, Mesh, MeshShape, Process, Supervision};
 use std::cell::Cell;
@@ -35,8 +35,8 @@ pub struct Run {
     restarts: usize,
     /// What it goes on with after a loss, if with something else.
     fallback: Option<(MeshShape, Settings, Recipe)>,
-    /// Seconds of a step and bytes of all ranks, where the mesh was chosen by them.
-    predicted: Option<(f64, u64)>,
+    /// Where the mesh was chosen by it.
+    predicted: Option<Predicted>,
 }
 
 impl Run {
@@ -67,8 +67,8 @@ impl Run {
         let best = ranking.best();
         (self.settings, self.recipe) = self.settings.following(&best.price)?;
         self.sets.extend(best.sets.iter().cloned());
-        let bytes = best.price.memory.device() * ranks as f64;
-        self.predicted = Some((best.price.step(), bytes as u64));
+        let memory_bytes = (best.price.memory.device() * ranks as f64) as u64;
+        self.predicted = Some(Predicted { step_s: best.price.step(), memory_bytes, links: Vec::new() });
         Ok(self)
     }
 
@@ -212,8 +212,8 @@ pub fn threads(pool: &device::Threads, run: &Run, begin: Begin, stop: &AtomicBoo
         let start = if began.load(SeqCst) { Start::Resume } else { begin.start };
         let (recipe, resolved) = (recipe.clone(), settings.resolved());
         let begin = Begin { recipe, resolved, start, ..begin.clone() };
-        let error = match attempt_threads(pool, begin, run.predicted.filter(|_| attempt == 0), (stop, &began))
-        {
+        let predicted = run.predicted.clone().filter(|_| attempt == 0);
+        let error = match attempt_threads(pool, begin, predicted, (stop, &began)) {
             Ok(complete) => return Ok(ended(complete)),
             Err(error) => error,
         };
@@ -229,7 +229,7 @@ pub fn threads(pool: &device::Threads, run: &Run, begin: Begin, stop: &AtomicBoo
 fn attempt_threads(
     pool: &device::Threads,
     begin: Begin,
-    predicted: Option<(f64, u64)>,
+    predicted: Option<Predicted>,
     (stop, began): (&AtomicBool, &AtomicBool),
 ) -> Result<bool> {
     let (shape, deadline) = (begin.recipe.mesh.shape, begin.recipe.mesh.deadline);
@@ -240,7 +240,7 @@ fn attempt_threads(
             .unwrap_or_else(|panic| Err(anyhow!("rank 0 panicked: {}", words_of(panic.as_ref()))));
     }
     let ends = dist::launch(&shape, &dist::Options { deadline }, |mesh| {
-        rank(mesh, begin.clone(), predicted, (stop, &began))
+        rank(mesh, begin.clone(), predicted.clone(), (stop, &began))
     });
     match ends {
         Ok(ends) => Ok(ends.contains(&true)),

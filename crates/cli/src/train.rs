@@ -9,7 +9,7 @@ use crate::traffic::Traffic;
 use ::train::{
     Begin, BudgetChange, Lost, MOST_RECOVERIES, Prepared, Progress, Recipe, Recovery, Settings, Stage, Start,
 };
-use ::train::{StepMetrics, TrainError, Trainer};
+use ::train::{Predicted, StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -143,17 +143,14 @@ fn peak(recipe: &Recipe) -> f64 {
 }
 
 /// One rank's run; the first one has the screen. `began` is told when the run is set up. Whether
-/// every step is done. `predicted`: seconds of a step and bytes of all ranks.
+/// every step is done. `predicted`: where the mesh was chosen by it.
 pub fn rank(
     mesh: &dist::Mesh,
     begin: Begin,
-    predicted: Option<(f64, u64)>,
+    predicted: Option<Predicted>,
     (stop, began): (&AtomicBool, &dyn Fn()),
 ) -> Result<bool> {
-    let mut outcome = match predicted {
-        Some((step_s, bytes)) => Some(Outcome::predicted(step_s, bytes)),
-        None => outcome(&begin),
-    };
+    let mut outcome = predicted.or_else(|| predict(&begin)).map(Outcome::of);
     let mut trainer = Trainer::on(mesh, begin.clone())?;
     if mesh.rank() > 0 {
         while let Some(progress) = trainer.advance()? {
@@ -164,6 +161,9 @@ pub fn rank(
         return Err(anyhow!("the run ended without saying so"));
     }
     began();
+    if let Some(outcome) = &outcome {
+        trainer.foretell(&outcome.predicted)?;
+    }
     let mut recovery = Recovery::default();
     loop {
         for (path, why) in &trainer.skipped_states {
@@ -252,18 +252,9 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
 
 /// What is predicted of the steps to come; measures before the run takes its memory. Ranks that share
 /// the cores get no prediction.
-fn outcome(begin: &Begin) -> Option<Outcome> {
+fn predict(begin: &Begin) -> Option<Predicted> {
     let Begin { recipe, prepared, peak_gflops, .. } = begin;
-    if recipe.mesh.shape.world_size() > 1 {
-        return None;
-    }
-    let estimate = prepared.estimate(recipe);
-    let step_s = estimate.measured_step_seconds(&prepared.config, &recipe.train, *peak_gflops);
-    let memory_bytes = match prepared.tiers(recipe) {
-        Some(tiers) => [tiers.budgets.hbm, tiers.budgets.dram].into_iter().flatten().sum(),
-        None => estimate.total_bytes() - estimate.snapshot_bytes,
-    };
-    Some(Outcome::predicted(step_s, memory_bytes))
+    (recipe.mesh.shape.world_size() == 1).then(|| prepared.predict(recipe, *peak_gflops))
 }
 
 struct Screen<'a> {

@@ -25,6 +25,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
         budgets: Budgets { hbm: None, dram: Some(budget(OTHERS as u64, chunks)), nvme: Some(1 << 30) },
         ranks: 1,
         dir: dir.to_path_buf(),
+        drive: None,
         policy,
         other_bytes: 0,
         chunk_elements: CHUNK,

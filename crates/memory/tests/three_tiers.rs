@@ -37,6 +37,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, budgets: Budgets) -> Arrays {
         budgets,
         ranks: 1,
         dir: dir.to_path_buf(),
+        drive: None,
         policy,
         other_bytes: 0,
         chunk_elements: CHUNK,

@@ -19,6 +19,7 @@ mod moments;
 mod optimizer;
 mod outlook;
 mod pending;
+mod predicted;
 mod prepare;
 mod ranks;
 pub mod recipe;
@@ -46,6 +47,7 @@ pub use metrics::{Messages, MetricsError, StepMetrics};
 pub use moments::Moments;
 pub use optimizer::{AdamW, AdamWConfig};
 pub use outlook::{Speeds, outlook};
+pub use predicted::{Predicted, PredictedLink};
 pub use prepare::{Prepared, Report, Stage};
 pub use recipe::{Recipe, RecipeError, Settings};
 pub use recovery::{Lost, MOST_RECOVERIES, Recovery};
@@ -53,6 +55,7 @@ pub use rerun::{Candidate, NOMINAL_RATES, Rerun};
 pub use schedule::{Decay, Schedule};
 pub use shards::Sharding;
 pub use step::{HalfApplied, StepDone, StepPlan};
+pub use tiers::Links;
 pub use trainer::{Progress, Trainer};
 
 /// A number of bytes for people: "3.1 GiB".

@@ -5,6 +5,7 @@
 
 use crate::balance::Balance;
 use crate::budget::BudgetChange;
+use crate::predicted::{Predicted, PredictedLink};
 use crate::tensorboard::EventWriter;
 use dist::Counts;
 use memory::pager::{LinkCount, TierCount, TierReport};
@@ -137,6 +138,33 @@ impl Metrics {
     pub fn sync(&mut self) -> Result<u64, MetricsError> {
         self.file.sync_data().map_err(|source| MetricsError::Write { path: self.path.clone(), source })?;
         Ok(self.len)
+    }
+
+    /// Write down what was predicted before the first step.
+    pub fn predicted(&mut self, predicted: &Predicted) -> Result<(), MetricsError> {
+        let Predicted { step_s, memory_bytes, links } = predicted;
+        let mut line = json!({"kind": "predicted", "step_s": step_s, "memory_bytes": memory_bytes});
+        let mut named = vec![
+            ("predicted/step_s".to_string(), *step_s),
+            ("predicted/memory_bytes".to_string(), *memory_bytes as f64),
+        ];
+        let link = |link: &PredictedLink| {
+            json!({
+                "link": format!("{}-{}", link.upper, link.lower), "up_bytes": link.up_bytes,
+                "down_bytes": link.down_bytes, "stall_s": link.stall_s,
+            })
+        };
+        if !links.is_empty() {
+            line["links"] = links.iter().map(link).collect();
+        }
+        for link in links {
+            let name = |what: &str| format!("predicted/{}-{}/{what}", link.upper, link.lower);
+            named.push((name("up_bytes"), link.up_bytes as f64));
+            named.push((name("down_bytes"), link.down_bytes as f64));
+            named.push((name("stall_s"), link.stall_s));
+        }
+        let points: Vec<(&str, f64)> = named.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        self.put(0, &line, &points)
     }
 
     /// Write a step down.

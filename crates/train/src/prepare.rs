@@ -7,12 +7,13 @@ use crate::learner::{Learner, LearnerError, LearnerOptions};
 use crate::outlook::Speeds;
 use crate::recipe::{ModelRecipe, Recipe, TrainRecipe};
 use crate::rerun::{NOMINAL_RATES, Rerun};
-use crate::tiers;
+use crate::tiers::{self, Links};
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
 use device::DType;
 use dist::{Communicator, Flow, Mesh};
 use memory::pager::Setup;
+use memory::plan::Rates;
 use model::{Config, Model, Recompute};
 use serde_json::json;
 use std::path::PathBuf;
@@ -51,6 +52,8 @@ pub struct Prepared {
     pub train: Arc<TokenizedCorpus>,
     /// Validation tokens, where some could be held out.
     pub valid: Option<Arc<TokenizedCorpus>>,
+    /// What the links between tiers carry, where the run has several.
+    pub links: Option<Links>,
     /// Which layers run again, where the recipe leaves that open.
     pub rerun: Option<Rerun>,
     /// Parameters that all ranks of this process hold together, copies counted.
@@ -71,12 +74,19 @@ impl Prepared {
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
         let held = check_mesh(recipe, &config)?;
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
-        let rerun = recipe.train.recompute_auto.then(|| rerun(recipe, &config)).transpose()?;
-        Ok(Prepared { config, params, tokenizer, train, valid, rerun, held, files })
+        let (links, rerun) = (None, None);
+        let mut prepared = Prepared { config, params, tokenizer, train, valid, links, rerun, held, files };
+        let tiers = prepared.tiers(recipe);
+        prepared.links = tiers.map(|setup| Links::measure(&setup, prepared.estimate(recipe).state_bytes));
+        if recipe.train.recompute_auto {
+            let rates = prepared.links.as_ref().map_or(NOMINAL_RATES, |links| links.rates);
+            prepared.rerun = Some(choose_rerun(recipe, &prepared.config, &rates)?);
+        }
+        Ok(prepared)
     }
 
     /// Layers that run again.
-    fn recompute(&self, recipe: &Recipe) -> Recompute {
+    pub(crate) fn recompute(&self, recipe: &Recipe) -> Recompute {
         let chosen = self.rerun.as_ref().filter(|_| recipe.train.recompute_auto);
         chosen.map_or(recipe.train.recompute, Rerun::recompute)
     }
@@ -94,7 +104,9 @@ impl Prepared {
 
     /// What the state may spread over; none: all of it stays in memory.
     pub fn tiers(&self, recipe: &Recipe) -> Option<Setup> {
-        tiers::setup(recipe, &self.estimate(recipe), self.held)
+        let setup = tiers::setup(recipe, &self.estimate(recipe), self.held)?;
+        let drive = self.links.as_ref().and_then(|links| Some(links.drive.as_ref()?.best()));
+        Some(Setup { drive, ..setup })
     }
 
     /// Refuse a run that cannot fit before anything is reserved.
@@ -163,7 +175,7 @@ impl Prepared {
 const NOMINAL_BYTES_PER_S: f64 = 100e9;
 
 /// Choose which layers run again, from what products reach on this machine now.
-fn rerun(recipe: &Recipe, config: &Config) -> Result<Rerun, TrainError> {
+fn choose_rerun(recipe: &Recipe, config: &Config, rates: &Rates) -> Result<Rerun, TrainError> {
     if recipe.mesh.shape.world_size() > 1 {
         return Err(TrainError::Mesh {
             what: "train.recompute = \"auto\" is for runs of one rank: ranks on different machines could choose differently; set it to \"never\" or \"always\"".into(),
@@ -174,7 +186,7 @@ fn rerun(recipe: &Recipe, config: &Config) -> Result<Rerun, TrainError> {
         _ => kernels::peak::gflops_bf16(),
     };
     let speeds = Speeds { flops_per_s: gflops * 1e9, fastest_per_s: NOMINAL_BYTES_PER_S, host_per_s: None };
-    Rerun::choose(config, recipe, &speeds, (&tiers::budgets(recipe), &NOMINAL_RATES))
+    Rerun::choose(config, recipe, &speeds, (&tiers::budgets(recipe), rates))
 }
 
 /// Refuse a model that cannot lie on the recipe's mesh before the run's folder is touched.

@@ -7,12 +7,15 @@ use crate::estimate::Estimate;
 use crate::outlook::{Speeds, transformer, updates};
 use crate::recipe::{Recipe, TrainRecipe};
 use dist::Mesh;
-use memory::plan::{Budgets, LinkRate, Rates, Transformer, plan};
+use memory::plan::{Budgets, LinkRate, Plan, Rates, Transformer, plan};
 use model::{Config, Model, Recompute};
 use std::fmt;
 
 /// Layers that run again are tried in so many steps from none to all.
 const TRIED: usize = 4;
+
+/// Microbatches of a planned step at most.
+pub(crate) const MICROBATCHES: u32 = 2;
 
 /// A fraction of the fastest tier that the pager keeps free, and what it keeps free for activations.
 const FREE: u64 = 64;
@@ -61,7 +64,8 @@ impl Rerun {
             let train = TrainRecipe { recompute: Recompute::First(layers), ..recipe.train.clone() };
             let estimate = Estimate::new(config, &params, &train, snapshot);
             let model = transformer(config, count, (&train, updates(1, train.clip)), speeds);
-            Candidate { layers, step_s: step_seconds(model, &estimate, (budgets, rates)) }
+            let step_s = planned(model, &estimate, (budgets, rates)).map(|plan| plan.step_s());
+            Candidate { layers, step_s }
         });
         let candidates: Vec<Candidate> = candidates.collect();
         let fits = candidates.iter().filter_map(|one| one.step_s.map(|step_s| (one.layers, step_s)));
@@ -79,13 +83,13 @@ impl Rerun {
     }
 }
 
-/// Predicted seconds of a step as a run does it: values of layers that do not run again lie in the fastest
-/// tier and are no chunks, inputs of those that do are filed.
-fn step_seconds(
+/// The plan of a step as a run does it: values of layers that do not run again lie in the fastest tier
+/// and are no chunks, inputs of those that do are filed. Of many microbatches two are taken.
+pub(crate) fn planned(
     model: Transformer,
     estimate: &Estimate,
     (budgets, rates): (&Budgets, &Rates),
-) -> Option<f64> {
+) -> Option<Plan> {
     let fastest = *budgets.tiers().first()?;
     let many = budgets.tiers().len() > 1;
     let budget = budgets.of(fastest)?;
@@ -102,14 +106,13 @@ fn step_seconds(
         recompute: false,
         other_bytes: others as u64 + estimate.exponent_bytes,
         parts: model.parts.min(4),
-        accumulate: model.accumulate.min(2),
+        accumulate: model.accumulate.min(MICROBATCHES),
         ..model
     };
     let mut trace = model.trace();
     let chunks = &trace.chunks;
     trace.uses.retain(|used| chunks[used.chunk.0 as usize].bytes > 0);
-    let plan = plan(&trace, &budgets.with(fastest, Some(budget)), rates).ok()?;
-    Some(plan.step_s())
+    plan(&trace, &budgets.with(fastest, Some(budget)), rates).ok()
 }
 
 impl fmt::Display for Rerun {

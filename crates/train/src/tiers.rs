@@ -7,8 +7,11 @@ use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use memory::Tier;
-use memory::pager::{Filed, Setup, chunk_elements, free_for_chunks, key_of};
-use memory::plan::Budgets;
+use memory::disk::{self, DriveFigures, Effort, Options};
+use memory::pager::{self, Filed, Setup, chunk_elements, free_for_chunks, key_of};
+use memory::plan::{Budgets, LinkRate, Rates};
+use std::path::Path;
+use std::time::Duration;
 use tensor::ParamList;
 
 /// Activations are predicted a little low for some models: until a step has been seen this much
@@ -68,11 +71,42 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         budgets: Budgets { hbm: device_bytes, dram: Some(dram_bytes), nvme: nvme_bytes },
         ranks: ranks as u64,
         dir: memory.dir.clone(),
+        drive: None,
         policy: memory.policy,
         other_bytes,
         chunk_elements,
         filed,
     })
+}
+
+/// What the links of this machine carry, measured.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Links {
+    /// For predictions and plans.
+    pub rates: Rates,
+    /// Where there is a drive.
+    pub drive: Option<DriveFigures>,
+}
+
+/// How long a drive is measured before a run.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+impl Links {
+    /// Of the tiers in `setup`: at most about a second, and nothing is left behind. Where it cannot be
+    /// measured (the run itself will say why) nominal figures stand in.
+    pub(crate) fn measure(setup: &Setup, state_bytes: u64) -> Links {
+        let nominal = crate::rerun::NOMINAL_RATES;
+        // The folder itself is made by the run.
+        let there = setup.dir.ancestors().find(|dir| dir.is_dir()).unwrap_or(Path::new("."));
+        let most = Effort::default().scratch_bytes;
+        let effort = Effort { time: PATIENCE, scratch_bytes: (state_bytes / 8).clamp(1 << 20, most) };
+        let measured = |_| disk::measure(there, effort, &Options::default()).ok();
+        let drive = setup.budgets.nvme.and_then(measured);
+        let copied = setup.budgets.hbm.map(|_| pager::copied_per_s());
+        let host = copied.map_or(nominal.host, |per_s| LinkRate { up_per_s: per_s, down_per_s: per_s });
+        let nvme = drive.as_ref().map_or(nominal.nvme, DriveFigures::rate);
+        Links { rates: Rates { host, nvme }, drive }
+    }
 }
 
 /// Slots for the inputs of layers that run again, one each: a microbatch is walked back before the next

@@ -6,6 +6,7 @@ use crate::budget::{BudgetChange, LiveBudgets};
 use crate::files::Files;
 use crate::learner::Learner;
 use crate::metrics::{Messages, StepMetrics};
+use crate::predicted::Predicted;
 use crate::prepare::Prepared;
 use crate::ranks::{self, first_says};
 use crate::recipe::Recipe;
@@ -112,6 +113,14 @@ impl Trainer {
     ) -> Result<Trainer, TrainError> {
         let (resolved, prepared) = (resolved.to_string(), prepared.into());
         Trainer::on(&Mesh::solo(), Begin { recipe, resolved, prepared, start, peak_gflops })
+    }
+
+    /// Write down what was predicted of the run, once: of a run that goes on it stands in the log.
+    pub fn foretell(&mut self, predicted: &Predicted) -> Result<(), TrainError> {
+        match &mut self.files {
+            Some(files) if self.step == 0 => Ok(files.metrics.predicted(predicted)?),
+            _ => Ok(()),
+        }
     }
 
     /// The same as one rank of `mesh`. A state of any mesh is gone on with on any other.

@@ -2,6 +2,7 @@
 //! number of operations in flight. Sets the engine, and feeds the plan and `trilith doctor`.
 
 use super::{Block, Disk, DiskError, Engine, Op, Options, PAGE_BYTES, Region, Request, Ticket};
+use crate::plan::LinkRate;
 use std::collections::VecDeque;
 use std::os::fd::AsFd;
 use std::path::Path;
@@ -68,6 +69,9 @@ pub struct DriveFigures {
     pub direct: bool,
     /// At least one.
     pub trials: Vec<Trial>,
+    /// Bytes read and written in a second, half and half at the same time, with the best setting: many
+    /// drives share one speed between both ways.
+    pub both_bytes_per_s: f64,
 }
 
 impl DriveFigures {
@@ -82,6 +86,12 @@ impl DriveFigures {
             .min_by_key(|trial| trial.in_flight_bytes())
             .unwrap_or(&self.trials[0])
     }
+
+    /// What the link to this drive carries while both ways are busy: as a run over tiers uses it.
+    pub fn rate(&self) -> LinkRate {
+        let (best, half) = (self.best(), self.both_bytes_per_s / 2.0);
+        LinkRate { up_per_s: half.min(best.read_bytes_per_s), down_per_s: half.min(best.write_bytes_per_s) }
+    }
 }
 
 /// Measures the drive behind `dir` with a scratch file that is gone afterwards.
@@ -93,18 +103,23 @@ pub fn measure(dir: &Path, effort: Effort, options: &Options) -> Result<DriveFig
     let disk = Disk::create(dir, &[("scratch", scratch_bytes)], options.clone())?;
     let mut bench = Bench { disk: &disk, scratch_bytes, request_bytes, free: Vec::new() };
     // Space that was only reserved is slower to write the first time; a run writes it every step.
-    bench.run(Op::Write, TRIALS[0], effort.time / 4)?;
+    bench.run(&[Op::Write], TRIALS[0], effort.time / 4)?;
     let per_run = effort.time / (2 * TRIALS.len() as u32 + 1);
     let mut trials = Vec::new();
     for (kib, depth) in TRIALS {
         if started.elapsed() > effort.time && !trials.is_empty() {
             break;
         }
-        let write_bytes_per_s = bench.run(Op::Write, (kib, depth), per_run)?;
-        let read_bytes_per_s = bench.run(Op::Read, (kib, depth), per_run)?;
+        let write_bytes_per_s = bench.run(&[Op::Write], (kib, depth), per_run)?;
+        let read_bytes_per_s = bench.run(&[Op::Read], (kib, depth), per_run)?;
         trials.push(Trial { block_bytes: kib << 10, depth, read_bytes_per_s, write_bytes_per_s });
     }
-    Ok(DriveFigures { engine: disk.engine().clone(), direct: disk.is_direct(), trials })
+    let (engine, direct) = (disk.engine().clone(), disk.is_direct());
+    let mut figures = DriveFigures { engine, direct, trials, both_bytes_per_s: 0.0 };
+    let Trial { block_bytes, depth, .. } = figures.best();
+    // As long as one of each: it is what plans are made with.
+    figures.both_bytes_per_s = bench.run(&[Op::Read, Op::Write], (block_bytes >> 10, depth), 2 * per_run)?;
+    Ok(figures)
 }
 
 struct Bench<'a> {
@@ -116,10 +131,10 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// Bytes a second of one setting, over the whole scratch space or `time`.
-    fn run(&mut self, op: Op, (kib, depth): (usize, usize), time: Duration) -> Result<f64, DiskError> {
+    /// Bytes a second of one setting, `ops` taking turns, over the whole scratch space or `time`.
+    fn run(&mut self, ops: &[Op], (kib, depth): (usize, usize), time: Duration) -> Result<f64, DiskError> {
         self.disk.tune(depth, kib << 10);
-        if op == Op::Read && !self.disk.is_direct() {
+        if ops.contains(&Op::Read) && !self.disk.is_direct() {
             let file = self.disk.as_fd();
             rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).ok();
         }
@@ -130,7 +145,8 @@ impl Bench<'_> {
         loop {
             let more = next < self.scratch_bytes && started.elapsed() < time;
             if more && waiting.len() < requests {
-                waiting.push_back(self.submit(op, next)?);
+                let turn = (next / self.request_bytes) as usize % ops.len();
+                waiting.push_back(self.submit(ops[turn], next)?);
                 next += self.request_bytes;
             } else if let Some(ticket) = waiting.pop_front() {
                 self.free.push(ticket.wait()?);
@@ -139,7 +155,7 @@ impl Bench<'_> {
                 break;
             }
         }
-        if op == Op::Write && !self.disk.is_direct() {
+        if ops.contains(&Op::Write) && !self.disk.is_direct() {
             rustix::fs::fdatasync(self.disk.as_fd()).ok();
         }
         Ok(bytes as f64 / started.elapsed().as_secs_f64())
@@ -186,7 +202,9 @@ mod tests {
             trial(4096, 4, 2000.0, 300.0),
             trial(256, 1, 500.0, 500.0),
         ];
-        let figures = DriveFigures { engine: Engine::Ring, direct: true, trials };
+        let figures = DriveFigures { engine: Engine::Ring, direct: true, trials, both_bytes_per_s: 1500.0 };
+        let LinkRate { up_per_s, down_per_s } = figures.rate();
+        assert_eq!((up_per_s, down_per_s), (750.0, 750.0));
         assert_eq!((figures.best().block_bytes, figures.best().depth), (1024, 4));
     }
 
@@ -199,6 +217,7 @@ mod tests {
             let figures = measure(dir.path(), effort, &options).unwrap();
             let best = figures.best();
             assert!(best.read_bytes_per_s > 0.0 && best.write_bytes_per_s > 0.0, "{figures:?}");
+            assert!(figures.both_bytes_per_s > 0.0, "{figures:?}");
         }
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }

@@ -270,22 +270,6 @@ impl Disk {
         Ok(Disk { shared, slots, regions, threads, engine })
     }
 
-    /// As `create`, with depth and size of operations from a measurement of at most about two
-    /// seconds made just before, instead of those in `options`.
-    pub fn calibrated(
-        dir: &Path,
-        layout: &[(&str, u64)],
-        options: Options,
-    ) -> Result<(Disk, DriveFigures), DiskError> {
-        let needed = layout.iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
-        let effort = Effort::default();
-        let scratch_bytes = effort.scratch_bytes.min(needed.max(1));
-        let figures = measure(dir, Effort { scratch_bytes, ..effort }, &options)?;
-        let Trial { block_bytes, depth, .. } = figures.best();
-        let disk = Disk::create(dir, layout, Options { block_bytes, depth, ..options })?;
-        Ok((disk, figures))
-    }
-
     /// Changes how many operations are in flight at most and how large one is at most.
     pub fn tune(&self, depth: usize, block_bytes: usize) {
         self.shared.lock().tune(depth, block_bytes);

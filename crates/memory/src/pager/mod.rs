@@ -21,7 +21,7 @@ mod steps;
 pub use report::{LinkCount, TierCount, TierReport};
 
 use crate::arrays::At;
-use crate::disk::{Disk, DiskError, Options, Region};
+use crate::disk::{Disk, DiskError, Options, Region, Trial};
 use crate::plan::Budgets;
 use crate::trace::{ChunkId, Phase, Trace};
 use crate::{CLASSES, Class, Tier};
@@ -62,6 +62,8 @@ pub struct Setup {
     pub ranks: u64,
     /// Folder of the offload file.
     pub dir: PathBuf,
+    /// How the drive is best asked; none: as `disk::Options` has it.
+    pub drive: Option<Trial>,
     /// Who leaves.
     pub policy: Policy,
     /// Kept free for everything that is no chunk until a step has shown what it takes.
@@ -414,7 +416,25 @@ fn offload_file(
     let layout: Vec<(&str, u64)> = layout.iter().map(|(name, bytes)| (name.as_str(), *bytes)).collect();
     std::fs::create_dir_all(&setup.dir)
         .map_err(|error| PagerError::Folder { dir: setup.dir.clone(), what: error.to_string() })?;
-    Ok(Disk::create(&setup.dir, &layout, Options::default())?)
+    let options = match setup.drive {
+        Some(Trial { block_bytes, depth, .. }) => Options { block_bytes, depth, ..Options::default() },
+        None => Options::default(),
+    };
+    Ok(Disk::create(&setup.dir, &layout, options)?)
+}
+
+/// Bytes a second that one thread copies within memory: what the link to a simulated device carries.
+pub fn copied_per_s() -> f64 {
+    const BYTES: usize = 32 << 20;
+    let (from, mut to) = (vec![1u8; BYTES], vec![0u8; BYTES]);
+    let mut seconds = f64::INFINITY;
+    for _ in 0..3 {
+        let started = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&mut to);
+        seconds = seconds.min(started.elapsed().as_secs_f64());
+    }
+    BYTES as f64 / seconds
 }
 
 /// What chunks may take of a budget beside `other_bytes`.
