@@ -69,11 +69,13 @@ pub fn of(part: Part, args: &Args) -> Vec<(String, Vec<Case>)> {
 }
 
 fn plans(args: &Args) -> Vec<(String, Vec<Case>)> {
-    let dram = format!("memory.dram={}", args.dram);
+    let (dram, batch) = (format!("memory.dram={}", args.dram), format!("train.batch={}", args.batch));
     let table = |title: &str, clip: &str| {
+        let both = [clip, batch.as_str()];
+        let policy = |policy: &str| format!("memory.policy={policy}");
         let limited = ["dynamic", "belady", "lru", "static"]
-            .map(|policy| ours(policy, &[clip, dram.as_str(), format!("memory.policy={policy}").as_str()]));
-        let cases = std::iter::once(ours("no limit", &[clip])).chain(limited).collect();
+            .map(|name| ours(name, &[&both[..], &[dram.as_str(), policy(name).as_str()]].concat()));
+        let cases = std::iter::once(ours("no limit", &both)).chain(limited).collect();
         (title.to_string(), cases)
     };
     let mut tables = Vec::new();

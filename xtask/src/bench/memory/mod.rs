@@ -38,6 +38,9 @@ pub struct Args {
     /// Steps of one run of torch; the first does not count.
     #[arg(long, default_value_t = 3)]
     torch_steps: usize,
+    /// Rows of a step of ours, in one microbatch: more make more compute for the same bytes.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
     /// memory.dram of the runs over tiers; their state is 1.75 GB.
     #[arg(long, default_value = "440MiB", value_name = "BYTES")]
     dram: String,
@@ -68,6 +71,8 @@ enum Clip {
 struct Drive {
     read_per_s: f64,
     write_per_s: f64,
+    /// Read and written together, half and half.
+    both_per_s: f64,
 }
 
 /// One round of a part: its runs in the order of its cases.
@@ -114,7 +119,7 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
         root,
         json!({
             "bench": "memory", "rounds": args.rounds, "steps": args.steps, "warm_up_steps": run::WARM_UP,
-            "dram": args.dram, "limit_mib": args.limit, "recipe": cases::RECIPE, "machine": machine,
+            "dram": args.dram, "batch": args.batch, "limit_mib": args.limit, "recipe": cases::RECIPE, "machine": machine,
             "parts": documents, "failures": failed.collect::<Vec<_>>(),
         }),
     )?;

@@ -183,13 +183,14 @@ pub fn drive(place: &Place) -> Result<Drive> {
     parse_drive(&said).with_context(|| format!("no figures of the drive in:\n{said}"))
 }
 
-/// From `drive  2797 MB/s read, 4212 MB/s write in ...`.
+/// From `drive  2797 MB/s read, 4212 MB/s write, 3020 MB/s both at once in ...`.
 fn parse_drive(said: &str) -> Option<Drive> {
     let line = said.lines().find(|line| line.trim_start().starts_with("drive"))?;
     let (read, rest) = line.trim_start().strip_prefix("drive")?.split_once(" MB/s read, ")?;
-    let (write, _) = rest.split_once(" MB/s write")?;
+    let (write, rest) = rest.split_once(" MB/s write, ")?;
+    let (both, _) = rest.split_once(" MB/s both at once")?;
     let per_s = |text: &str| text.trim().parse::<f64>().ok().map(|rate| rate * 1e6);
-    Some(Drive { read_per_s: per_s(read)?, write_per_s: per_s(write)? })
+    Some(Drive { read_per_s: per_s(read)?, write_per_s: per_s(write)?, both_per_s: per_s(both)? })
 }
 
 /// A memory control group (v1), removed when it is dropped.
@@ -246,10 +247,10 @@ mod tests {
 
     #[test]
     fn the_figures_of_the_drive_are_read_from_the_doctor() {
-        let said =
-            "  GPU  none\n  drive                   2797 MB/s read, 4212 MB/s write in ., by io_uring\n";
+        let said = "  GPU  none\n  drive                   2797 MB/s read, 4212 MB/s write, 3020 MB/s both at \
+                    once in ., by io_uring\n";
         let drive = parse_drive(said).expect("figures");
-        assert_eq!((drive.read_per_s, drive.write_per_s), (2.797e9, 4.212e9));
+        assert_eq!((drive.read_per_s, drive.write_per_s, drive.both_per_s), (2.797e9, 4.212e9, 3.02e9));
         assert!(parse_drive("  drive  not measured: full").is_none());
     }
 

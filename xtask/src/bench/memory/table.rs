@@ -73,13 +73,14 @@ fn compute_s(cases: &[Case], round: &Round) -> Option<f64> {
     round.runs[reference].as_ref().map(|run| run.step_s())
 }
 
-/// max(compute, bytes read / reading, bytes written / writing), both ways at once; none for a run that
+/// max(compute, bytes read / reading, bytes written / writing, both / both at once); none for a run that
 /// moves nothing, or that is not ours.
 fn floor_s(index: usize, cases: &[Case], round: &Round) -> Option<f64> {
-    let (run, Drive { read_per_s, write_per_s }) = (round.runs[index].as_ref()?, round.drive);
-    let read = run.of_link(|link| Some(link.up_bytes))? / read_per_s;
-    let written = run.of_link(|link| Some(link.down_bytes))? / write_per_s;
-    Some(compute_s(cases, round)?.max(read).max(written))
+    let (run, drive) = (round.runs[index].as_ref()?, round.drive);
+    let read = run.of_link(|link| Some(link.up_bytes))?;
+    let written = run.of_link(|link| Some(link.down_bytes))?;
+    let both = (read + written) / drive.both_per_s;
+    Some(compute_s(cases, round)?.max(read / drive.read_per_s).max(written / drive.write_per_s).max(both))
 }
 
 /// The drive, as measured at the beginning of each round.
@@ -89,9 +90,10 @@ pub fn drive_line(rounds: &[Round]) -> String {
         each.join(", ")
     };
     format!(
-        "drive by round: reads {} GB/s, writes {} GB/s",
+        "drive by round: reads {} GB/s, writes {} GB/s, both at once {} GB/s together",
         rates(|drive| drive.read_per_s),
-        rates(|drive| drive.write_per_s)
+        rates(|drive| drive.write_per_s),
+        rates(|drive| drive.both_per_s)
     )
 }
 
@@ -151,7 +153,8 @@ mod tests {
     }
 
     fn round(slowdown: f64, runs: Vec<Option<Run>>) -> Round {
-        Round { drive: Drive { read_per_s: 1e9 / slowdown, write_per_s: 2e9 / slowdown }, runs }
+        let (read_per_s, write_per_s, both_per_s) = (1e9 / slowdown, 2e9 / slowdown, 2.5e9 / slowdown);
+        Round { drive: Drive { read_per_s, write_per_s, both_per_s }, runs }
     }
 
     #[test]
@@ -160,7 +163,9 @@ mod tests {
         let floor = |moved| floor_s(1, &cases, &round(1.0, vec![run(2.0, 1.0, None), run(6.0, 1.0, moved)]));
         assert_eq!(floor(Some((1e9, 1e9))), Some(2.0));
         assert_eq!(floor(Some((3e9, 1e9))), Some(3.0));
-        assert_eq!(floor(Some((3e9, 8e9))), Some(4.0));
+        assert_eq!(floor(Some((1e9, 7e9))), Some(3.5));
+        assert_eq!(floor(Some((4e9, 6e9))), Some(4.0));
+        assert_eq!(floor(Some((3e9, 7e9))), Some(4.0));
         assert_eq!(floor(None), None);
     }
 
