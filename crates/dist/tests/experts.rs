@@ -195,10 +195,18 @@ fn priced(scheme: Scheme, text: &str) -> u64 {
     let words: f64 = both.map(|flow| flow.rows.elements + flow.words.elements).sum();
     let mut sums = 0;
     for (axis, flow) in Axis::ALL.iter().zip(cost::pool_flows(&mixture, scheme, &mesh)) {
-        let sent = if flow.calls > 0.0 { Traffic::all_reduce(shape.size(*axis), 0, 2 * E + 1, 4).received } else { 0 };
+        let sent = if flow.calls > 0.0 {
+            Traffic::all_reduce(shape.size(*axis), 0, 2 * E + 1, 4).received
+        } else {
+            0
+        };
         // Pieces are whole words: rounded up, on the way there and on the way back.
         let apart = sent as f64 / 4.0 - flow.elements;
-        assert!((0.0..2.0 * shape.size(*axis) as f64).contains(&apart), "{scheme} on {text}: {}", axis.name());
+        assert!(
+            (0.0..2.0 * shape.size(*axis) as f64).contains(&apart),
+            "{scheme} on {text}: {}",
+            axis.name()
+        );
         sums += sent;
     }
     (4.0 * words).round() as u64 + sums

@@ -94,7 +94,8 @@ pub(crate) fn stream_shape(flow: &Flow, tokens: &Tokens, width: usize) -> [usize
 pub(crate) fn real_rows(flow: &Flow, tokens: &Tokens) -> Real {
     let (cut, context) = (flow.outer.rows, ZigZag::of(&flow.mesh));
     let t = tokens.ids.len() / tokens.b.max(1);
-    let (rows, each) = (rows_of(flow, tokens.b) / cut.pieces(&flow.mesh), context.padded(t) / context.ranks());
+    let (rows, each) =
+        (rows_of(flow, tokens.b) / cut.pieces(&flow.mesh), context.padded(t) / context.ranks());
     let here = tokens.b.saturating_sub(cut.index(&flow.mesh) * rows).min(rows);
     let runs = context.real(t);
     let run = |(row, run): (usize, &Range<usize>)| row * each + run.start..row * each + run.end;

@@ -119,9 +119,10 @@ impl<'a> Probe<'a> {
     fn layer_products(&self) -> Vec<Product> {
         let m = self.tokens() as f64;
         let plain = self.shape.pairs().iter().flat_map(|pair| self.shape.products(*pair, m));
-        let experts = self.shape.mixture.map(|mixture| {
-            expert_products(&mixture, self.shape.width, (Scheme::OneD, &MeshShape::SOLO), m)
-        });
+        let experts = self
+            .shape
+            .mixture
+            .map(|mixture| expert_products(&mixture, self.shape.width, (Scheme::OneD, &MeshShape::SOLO), m));
         let experts = experts.into_iter().flatten().map(|(_, product)| product);
         plain.map(|(_, product)| product).chain(experts).collect()
     }

@@ -221,7 +221,8 @@ fn uneven_step(place: &Place, sets: &[&str]) -> std::collections::BTreeMap<Strin
             })
             .collect();
         learner.step(&batches, train::StepPlan { lr: 1e-2, clip: 1.0 })?;
-        let of = |param| (learner.store.spec(param).name.clone(), learner.store.weight(param).bytes().to_vec());
+        let of =
+            |param| (learner.store.spec(param).name.clone(), learner.store.weight(param).bytes().to_vec());
         Ok::<_, train::TrainError>(learner.store.refs().map(of).collect::<Vec<_>>())
     });
     stages.unwrap().into_iter().flatten().collect()

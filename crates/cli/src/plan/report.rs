@@ -5,8 +5,8 @@ use crate::show;
 use dist::Axis;
 use dist::Scheme;
 use dist::cost::{
-    Contender, Decision, Grid, MeshShape, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows, peers,
-    pure_grids, title,
+    Contender, Decision, Grid, MeshShape, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows,
+    peers, pure_grids, title,
 };
 use train::bytes;
 
@@ -56,7 +56,8 @@ fn feed_forward(model: &ModelShape) -> String {
     let Some(MixtureShape { experts, choices, ffn, shared_ffn }) = model.mixture else {
         return format!("ffn {}", model.ffn);
     };
-    let shared = if shared_ffn > 0 { format!(" and one of {shared_ffn} for every token") } else { String::new() };
+    let shared =
+        if shared_ffn > 0 { format!(" and one of {shared_ffn} for every token") } else { String::new() };
     format!("{choices} of {experts} experts of {ffn}{shared}")
 }
 

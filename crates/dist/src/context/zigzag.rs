@@ -126,7 +126,11 @@ mod tests {
                 for (rank, piece) in pieces.iter().enumerate() {
                     let real: Vec<usize> = cut(rank).real(tokens).into_iter().flatten().collect();
                     let found = (0..padded / ranks).filter(|i| piece[*i] != u32::MAX);
-                    assert_eq!(real, found.collect::<Vec<_>>(), "{ranks} ranks, {tokens} tokens, rank {rank}");
+                    assert_eq!(
+                        real,
+                        found.collect::<Vec<_>>(),
+                        "{ranks} ranks, {tokens} tokens, rank {rank}"
+                    );
                 }
                 assert_eq!(cut(0).whole(&pieces.concat(), 2, tokens), rows, "{ranks} ranks, {tokens} tokens");
                 let pairs = |rank| -> usize {

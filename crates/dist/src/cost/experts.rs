@@ -193,11 +193,7 @@ pub fn expert_products(
     let here = lies.served(mesh, m) * (mixture.choices * mesh.size(Axis::Ep)) as f64 / e;
     let own = fullest(mixture, mesh);
     let route = Product { m: lies.streamed(mesh, m), k: d / lies.columns(mesh), n: e };
-    [
-        (1.0, route),
-        (own, Product { m: here, k: d, n: 2.0 * f }),
-        (own, Product { m: here, k: f, n: d }),
-    ]
+    [(1.0, route), (own, Product { m: here, k: d, n: 2.0 * f }), (own, Product { m: here, k: f, n: d })]
 }
 
 /// Elements a rank keeps of one layer of experts for `m` tokens: the router's input and probabilities,

@@ -97,9 +97,7 @@ fn memory_of(plan: &Plan) -> f64 {
 /// many ranks, and sum their gradients.
 #[test]
 fn copies_of_experts_are_held_and_summed() {
-    let of = |scheme, axes: &[(Axis, usize)]| {
-        priced(&Plan { scheme, microbatch_rows: 8, ..plan(axes) })
-    };
+    let of = |scheme, axes: &[(Axis, usize)]| priced(&Plan { scheme, microbatch_rows: 8, ..plan(axes) });
     let line = of(Scheme::OneDSequence, &[(Axis::X, 8)]);
     let plane = of(Scheme::Summa, &[(Axis::X, 2), (Axis::Y, 4)]);
     let cube = of(Scheme::ThreeD, &[(Axis::X, 2), (Axis::Y, 2), (Axis::Z, 2)]);
@@ -115,7 +113,8 @@ fn copies_of_experts_are_held_and_summed() {
 
 #[test]
 fn plans_of_experts_that_cannot_run_say_why() {
-    let refused = |model: &ModelShape, plan: &Plan| price(model, BATCH, &cluster(), plan).unwrap_err().to_string();
+    let refused =
+        |model: &ModelShape, plan: &Plan| price(model, BATCH, &cluster(), plan).unwrap_err().to_string();
     let many = refused(&mixtral(), &plan(&[(Axis::Ep, 16)]));
     assert!(many.contains("ep = 16 ranks share the 8 experts"), "{many}");
     let none = refused(&ModelShape { mixture: None, ffn: 14336, ..mixtral() }, &plan(&[(Axis::Ep, 2)]));

@@ -176,7 +176,9 @@ impl Run<'_> {
             context.add(flows.backward, ACTIVATION_BYTES, layers);
         }
         let ExpertFlows { forward, backward } = cost.expert_flows;
-        for (way, times) in [(forward, forwards * layers), (self.pooled(), forwards * layers), (backward, layers)] {
+        for (way, times) in
+            [(forward, forwards * layers), (self.pooled(), forwards * layers), (backward, layers)]
+        {
             for (traffic, ExpertFlow { rows, words }) in traffic.iter_mut().zip(way) {
                 traffic.add(rows, ACTIVATION_BYTES, times);
                 traffic.add(words, experts::WORD_BYTES, times);
@@ -283,7 +285,8 @@ impl Run<'_> {
 
     /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
     fn update(&self, seconds: &mut Seconds) {
-        let shard = RankParams::of(self.model, self.batch, self.plan).all() / self.plan.mesh.size(Axis::Fsdp) as f64;
+        let shard =
+            RankParams::of(self.model, self.batch, self.plan).all() / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {
             false => traffic / self.cluster.pace.update_bytes_per_s,
