@@ -203,8 +203,8 @@ fn a_pipeline_of_experts_has_the_bits_of_one_rank() {
     }
 }
 
-/// Weights after a step over microbatches whose targets are not as many, by the names of parameters.
-fn uneven_step(place: &Place, sets: &[&str]) -> std::collections::BTreeMap<String, Vec<u8>> {
+/// Gradients of a step over microbatches whose targets are not as many, by the names of parameters.
+fn uneven_step(place: &Place, sets: &[&str]) -> std::collections::BTreeMap<String, Vec<f32>> {
     let begin = begin(place, "uneven", sets, Start::New);
     let recipe = &begin.recipe;
     let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
@@ -221,9 +221,9 @@ fn uneven_step(place: &Place, sets: &[&str]) -> std::collections::BTreeMap<Strin
             })
             .collect();
         learner.step(&batches, train::StepPlan { lr: 1e-2, clip: 1.0 })?;
-        let of =
-            |param| (learner.store.spec(param).name.clone(), learner.store.weight(param).bytes().to_vec());
-        Ok::<_, train::TrainError>(learner.store.refs().map(of).collect::<Vec<_>>())
+        let store = &learner.store;
+        let of = |param| (store.spec(param).name.clone(), store.grad(param).f32().to_vec());
+        Ok::<_, train::TrainError>(store.refs().map(of).collect::<Vec<_>>())
     });
     stages.unwrap().into_iter().flatten().collect()
 }

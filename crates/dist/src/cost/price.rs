@@ -106,7 +106,9 @@ impl Run<'_> {
         let (layers, last) = self.model.slice_layers(self.batch.context, slices);
         let spare = (layers - last) as f64;
         let mut layer = cost.layer;
-        layer.forward.experts += experts::seconds(self.cluster, &self.plan.mesh, &self.pooled());
+        if self.model.mixture.is_some() {
+            layer.forward.experts += experts::seconds(self.cluster, &self.plan.mesh, &self.pooled());
+        }
         let phase = |layer: Phase, head: Phase| {
             let mut sum = Phase::default();
             sum.add(layer, layers as f64);
@@ -175,16 +177,25 @@ impl Run<'_> {
             context.add(flows.forward, ACTIVATION_BYTES, forwards * layers);
             context.add(flows.backward, ACTIVATION_BYTES, layers);
         }
-        let ExpertFlows { forward, backward } = cost.expert_flows;
-        for (way, times) in
-            [(forward, forwards * layers), (self.pooled(), forwards * layers), (backward, layers)]
-        {
+        if self.model.mixture.is_some() {
+            self.expert_traffic(&cost.expert_flows, &mut traffic, (forwards * layers, layers));
+        }
+        traffic
+    }
+
+    /// Of experts: layers that go there and those that go back.
+    fn expert_traffic(
+        &self,
+        flows: &ExpertFlows,
+        traffic: &mut [AxisTraffic; Axis::ALL.len()],
+        (there, back): (f64, f64),
+    ) {
+        for (way, times) in [(flows.forward, there), (self.pooled(), there), (flows.backward, back)] {
             for (traffic, ExpertFlow { rows, words }) in traffic.iter_mut().zip(way) {
                 traffic.add(rows, ACTIVATION_BYTES, times);
                 traffic.add(words, experts::WORD_BYTES, times);
             }
         }
-        traffic
     }
 
     /// Activations and gradients between stages. Sends do not wait, so what shows is the way of the
@@ -278,9 +289,13 @@ impl Run<'_> {
             // Other schemes sum their weights' gradients within products.
             _ => axis == Axis::Z && self.plan.scheme == Scheme::TwoPointFiveD,
         };
-        let (experts, routers) = experts::summed(self.plan, axis);
         let part = |held: f64, summed: bool| if summed { held } else { 0.0 };
-        part(held.plain + held.tables, plain) + part(held.experts, experts) + part(held.routers, routers)
+        let plain = part(held.plain + held.tables, plain);
+        if self.model.mixture.is_none() {
+            return plain;
+        }
+        let (experts, routers) = experts::summed(self.plan, axis);
+        plain + part(held.experts, experts) + part(held.routers, routers)
     }
 
     /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
