@@ -109,6 +109,9 @@ impl Links {
         let copied = setup.budgets.hbm.map(|_| pager::copied_per_s());
         let host = copied.map_or(nominal.host, |per_s| LinkRate { up_per_s: per_s, down_per_s: per_s });
         let nvme = drive.as_ref().map_or(nominal.nvme, DriveFigures::rate);
+        // The memory it took is no part of the run's budget.
+        device::release_cached();
+        device::reset_peak();
         Links { rates: Rates { host, nvme }, drive }
     }
 }

@@ -443,12 +443,18 @@ pub fn free_for_chunks(budget_bytes: u64, other_bytes: u64) -> u64 {
 }
 
 /// Elements of a chunk that suits a model of `params` and a budget: large enough for the drive,
-/// small enough that hundreds of chunks give the placement something to choose.
+/// small enough that hundreds of chunks give the placement something to choose. Where about a hundred are
+/// left, chunks are whole huge pages in every class of 2 or 4 bytes: small pages come one by one.
 pub fn chunk_elements(params: usize, dram_bytes: u64) -> usize {
-    let by_budget = usize::try_from(dram_bytes / 256).unwrap_or(usize::MAX);
-    let wanted = (params / 96).min(by_budget).clamp(PAGE_ELEMENTS, 4 << 20);
+    let by_budget = |part: u64| usize::try_from(dram_bytes / part).unwrap_or(usize::MAX);
+    let wanted = (params / 256).min(by_budget(512)).clamp(PAGE_ELEMENTS, 4 << 20);
+    let huge = (params / 96).min(by_budget(256)) >= HUGE_ELEMENTS;
+    let wanted = if huge { wanted.max(HUGE_ELEMENTS) } else { wanted };
     1 << wanted.ilog2()
 }
+
+/// Elements whose 2-byte form fills a huge page.
+const HUGE_ELEMENTS: usize = 1 << 20;
 
 /// Elements whose 2-byte form fills a page.
 const PAGE_ELEMENTS: usize = 2048;
