@@ -17,7 +17,7 @@ use train::{Settings, bytes};
 
 #[derive(clap::Args)]
 #[command(
-    after_help = "For many devices (--devices, --mesh, or cluster.devices of the recipe): how the run is spread over\nthem. For one, or with --hbm, --dram or --nvme: where the bytes of one rank lie, tier by tier. Nothing is trained; all seconds are predicted.\n\nExamples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n  trilith plan recipes/shakespeare.toml --here --ranks 2\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
+    after_help = "For many devices (--devices, --mesh, or cluster.devices of the recipe): how the run is spread over\nthem. For one, or with --hbm, --dram or --nvme: where the bytes of one rank lie, tier by tier. Nothing is trained; all seconds are predicted.\n\nExamples:\n  trilith plan recipes/shakespeare.toml\n  trilith plan recipes/gpt3-175b.toml --hbm 80GB --dram 2TB --nvme 4TB --tflops 400\n  trilith plan recipes/gpt3-175b.toml --devices 10000\n  trilith plan recipes/gpt3-175b.toml --devices 1024 --mesh pp=8,fsdp=16,x=8\n  trilith plan recipes/mixtral-8x7b.toml --mesh pp=4,fsdp=2,ep=8\n  trilith plan recipes/shakespeare.toml --devices 8 --set cluster.memory=24\n  trilith plan recipes/shakespeare.toml --here --ranks 2\n\nReads the recipe only: no corpus, no weights, no GPU. What devices and links can do stands in\n[cluster] of the recipe; the defaults are nominal figures of nodes with eight H100. The rows of a\nstep are train.batch x train.accumulate; the planner cuts them into microbatches itself.\n\nReading the answer: in 1D a rank exchanges data with every other rank, in 2D with its row and its\ncolumn. 'Received' counts elements a rank receives for one layer, forward and backward. A part of a\nstep that runs beside another counts only as far as it shows. Formulas: docs/cost-model.md"
 )]
 pub struct Args {
     /// Recipe: a TOML file
@@ -28,7 +28,7 @@ pub struct Args {
     /// Devices of a node; absent: cluster.node_devices of the recipe
     #[arg(long)]
     node_devices: Option<usize>,
-    /// Plan on this mesh only, as in pp=8,fsdp=16,x=8; axes are pp dp fsdp cp x y z
+    /// Plan on this mesh only, as in pp=8,fsdp=16,x=8; axes are pp dp fsdp cp ep x y z
     #[arg(long, value_parser = mesh_argument::parse)]
     mesh: Option<MeshShape>,
     /// Also run one layer of the model dry on a rank of each tensor mesh, and count what it exchanges
@@ -141,11 +141,11 @@ fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
 
 /// What no plan is made for.
 pub fn refuse(config: &Config, recipe: &Recipe) -> Result<()> {
-    if config.experts() > 0 {
+    if let Some(moe) = config.moe().filter(|moe| !moe.dense_layers.is_empty()) {
         bail!(
-            "plans of models with experts are not made yet: {} has {} a layer",
-            config.family(),
-            config.experts()
+            "a plan takes all layers alike, and layers {:?} of this {} have no experts; plan a model whose layers all have some",
+            moe.dense_layers,
+            config.family()
         );
     }
     if recipe.train.context > config.max_positions() {
@@ -199,7 +199,7 @@ fn no_fit(question: &Question, refused: &NoFit, less: Option<MeshShape>) -> Stri
     }
     let Some(least) = &refused.least else {
         return match question.space.mesh {
-            Some(_) => "no plan can be run on this mesh: it cuts heads, layers or rows into more pieces than there are; take smaller axes, or leave --mesh away".to_string(),
+            Some(_) => "no plan can be run on this mesh: it cuts heads, layers, rows or experts into more pieces than there are; take smaller axes, or leave --mesh away".to_string(),
             None => format!(
                 "no plan can be run on {devices} devices: no mesh of them cuts {} layers, {} heads and {} rows into whole pieces; try another number of devices or more rows a step",
                 question.model.layers, question.model.heads, question.batch.rows

@@ -57,6 +57,36 @@ fn a_plan_for_here_names_options_that_train_takes() {
     place.succeeds(&arguments);
 }
 
+/// Every plan for experts, with `ep` and without, is one that training takes.
+#[test]
+fn experts_are_spread_too() {
+    let place = Place::new();
+    let mixture =
+        ["--set", "model.family=mixtral", "--set", "model.experts=4", "--set", "train.accumulate=2"];
+    let lines =
+        place.succeeds(&[&["plan", "tiny.toml", "--here", "--ranks", "2", "--json"][..], &mixture].concat());
+    let plans: Vec<serde_json::Value> =
+        lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for axis in ["mesh.pp=2", "mesh.cp=2", "mesh.ep=2", "mesh.x=2"] {
+        let plan = plans.iter().find(|plan| plan["sets"].as_array().unwrap().iter().any(|set| set == axis));
+        let plan = plan.unwrap_or_else(|| panic!("{axis} is not among {lines}"));
+        let mut arguments =
+            vec!["train", "tiny.toml", "--ranks", "2", "--set", "train.steps=2", "--overwrite"];
+        arguments.extend(mixture);
+        for set in plan["sets"].as_array().unwrap() {
+            arguments.extend(["--set", set.as_str().unwrap()]);
+        }
+        let output = place.run(&arguments);
+        assert!(output.status.success(), "{axis}: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    let output = place.run(
+        &[&["train", "tiny.toml", "--overwrite", "--ranks", "2", "--set", "mesh=auto"][..], &mixture]
+            .concat(),
+    );
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.contains("the choice"), "{said}");
+}
+
 #[test]
 fn what_cannot_be_chosen_is_refused_with_a_remedy() {
     let place = Place::new();

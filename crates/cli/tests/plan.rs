@@ -63,6 +63,23 @@ fn a_model_is_planned_from_its_config_alone() {
 }
 
 #[test]
+fn experts_are_planned() {
+    let place = Place::new();
+    let mixtral = format!("{REPOSITORY}/recipes/mixtral-8x7b.toml");
+    let plan = place.succeeds(&["plan", &mixtral]);
+    for part in ["46.7G parameters", "2 of 8 experts of 14336", "the choice", "expert messages"] {
+        assert!(plan.contains(part), "{part}: {plan}");
+    }
+    let plan = place.succeeds(&["plan", &mixtral, "--mesh", "pp=4,fsdp=2,ep=8"]);
+    assert!(plan.contains("pp = 4, fsdp = 2, ep = 8") && plan.contains("pp = 4, fsdp = 4, ep = 4"), "{plan}");
+    let small = ["--set", "model.width=512", "--set", "model.expert_ffn=256", "--set", "tokenizer.vocab=512"];
+    let plan = place.succeeds(&[&["plan", &mixtral, "--devices", "16", "--count"][..], &small].concat());
+    assert!(plan.contains("Counted: one rank") && plan.contains("3 + 3 = 6"), "{plan}");
+    let many = place.fails(&["plan", &mixtral, "--mesh", "ep=16"]);
+    assert!(many.contains("more pieces than there are"), "{many}");
+}
+
+#[test]
 fn what_cannot_be_is_refused_with_a_remedy() {
     let place = Place::new();
     let gpt3 = gpt3();

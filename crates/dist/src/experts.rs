@@ -13,7 +13,7 @@ use crate::traffic::piece;
 use crate::{Axis, Flow, Group, Layout, Mesh};
 use std::ops::Range;
 use std::sync::Arc;
-use tensor::{DType, Fault, Order, ParamRef, Piece, Router, Run, Tape, Tensor, Var};
+use tensor::{DType, Fault, Order, ParamRef, Piece, Real, Router, Run, Tape, Tensor, Var};
 
 /// Axes whose ranks see other tokens of a batch.
 const TOKENS: [Axis; 4] = [Axis::Dp, Axis::Fsdp, Axis::Ep, Axis::Cp];
@@ -123,17 +123,17 @@ impl Experts {
     }
 
     /// residual + the weighted outputs of the experts each token chose; h and residual lie as the
-    /// residual stream does. [M, D], of which the first `tokens` rows are no padding.
+    /// residual stream does. [M, D], of which the rows in `real` are no padding.
     pub fn forward(
         &self,
         tape: &mut Tape<'_>,
         (h, residual): (&Var, &Var),
         mixture: &Mixture,
-        tokens: usize,
+        real: &Real,
     ) -> Result<Var, Fault> {
         let router = mixture.router;
         let scores = self.scores(tape, h, mixture.route)?;
-        let (weights, ids) = tape.route(&scores, router, tokens, &|sums| self.pool(sums))?;
+        let (weights, ids) = tape.route(&scores, router, real, &|sums| self.pool(sums))?;
         let (weights, ids) = (self.enter_weights(tape, weights)?, self.enter_ids(ids)?);
         let x = self.enter(tape, h)?;
         let order = Arc::new(Order::new(&ids, router.experts, router.choices));
@@ -344,8 +344,9 @@ fn ordered(x: &Tensor, rows: &[u32]) -> Result<Tensor, Fault> {
     Ok(out)
 }
 
+/// Zeros, which they stay where messages move nothing.
 fn words(len: usize) -> Result<Tensor, Fault> {
-    Ok(Tensor::new(device::Device::Cpu, DType::U32, &[len])?)
+    Ok(Tensor::zeros(device::Device::Cpu, DType::U32, &[len])?)
 }
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
 //! Rows that go to the ranks of their experts and come back: every token has what it would have on one
 //! rank, bit for bit, and what is moved is what the formula says.
 
-use dist::{Axis, Experts, Flow, Mesh, MeshShape, Mixture, Options, Scheme, Traffic, launch, piece};
+use dist::{Axis, Experts, Flow, Mesh, MeshShape, Mixture, Options, Scheme, Traffic, cost, launch, piece};
 use std::cell::RefCell;
 use std::rc::Rc;
 use tensor::{
-    DType, Device, Fault, Init, ParamList, ParamSpec, ParamStore, Piece, Router, Tape, Tensor, normal,
+    DType, Device, Fault, Init, ParamList, ParamSpec, ParamStore, Piece, Real, Router, Tape, Tensor, normal,
 };
 
 const D: usize = 12;
@@ -57,12 +57,12 @@ fn layer(
     let zero = tape.input(Tensor::zeros(Device::Cpu, dtype, &[m, D])?);
     // Who goes where, by the router alone.
     let scores = tape.scores(&x, route)?;
-    let (_, ids) = tape.route(&scores, router, m, &|_| Ok(()))?;
+    let (_, ids) = tape.route(&scores, router, &Real::first(m), &|_| Ok(()))?;
     let ranks = mesh.size(Axis::Ep);
     let here = |rank: &usize, id: &u32| piece(experts, ranks, *rank).contains(&(*id as usize));
     let rows_for = (0..ranks).map(|rank| ids.iter().filter(|id| here(&rank, id)).count()).collect();
     let mixture = Mixture { router, route, experts: params };
-    let y = lies.forward(&mut tape, (&x, &zero), &mixture, m)?;
+    let y = lies.forward(&mut tape, (&x, &zero), &mixture, &Real::first(m))?;
     let dy = Tensor::from_f32(tokens, dtype, &[m, D])?;
     tape.seed(&y, &Tensor::zeros(Device::Cpu, DType::F32, &[1, 1])?, dy);
     tape.backward()?;
@@ -108,12 +108,10 @@ fn rows_come_back_as_from_one_rank_and_bytes_are_those_of_the_formula() {
 }
 
 /// Elements a rank receives on tensor axes: whole rows of its tokens enter and sums leave, there and back
-/// (docs/parallelism.md), and what the router needs.
+/// (docs/parallelism.md), and what the router needs. The cost model says the same.
 #[test]
 fn tensor_axes_move_what_the_table_says() {
-    const E: usize = 4;
-    const K: usize = 2;
-    let (m, d) = (24, 48);
+    let (m, d) = (M, WIDTH);
     for (scheme, text) in [
         (Scheme::OneD, "x=4"),
         (Scheme::OneDSequence, "x=4"),
@@ -123,8 +121,7 @@ fn tensor_axes_move_what_the_table_says() {
         (Scheme::WeightStationary, "x=2,y=3"),
     ] {
         let shape: MeshShape = text.parse().unwrap();
-        let received =
-            launch(&shape, &Options::default(), |mesh| on_tensor_axes(mesh, scheme, (m, d), (E, K)));
+        let received = launch(&shape, &Options::default(), |mesh| even_loads(mesh, scheme));
         let size = |axis| shape.size(axis);
         let (x, y, z) = (size(Axis::X), size(Axis::Y), size(Axis::Z));
         // Axes of the slices, and of the tokens.
@@ -150,17 +147,74 @@ fn tensor_axes_move_what_the_table_says() {
             .filter(|n| **n > 1)
             .map(|n| Traffic::all_reduce(*n, 0, 2 * E + 1, 4).received)
             .sum();
-        assert_eq!(received.unwrap()[0], (4 * (rows + router)) as u64 + sums, "{scheme} on {text}");
+        let all = (4 * (rows + router)) as u64 + sums;
+        assert_eq!(received.unwrap()[0], all, "{scheme} on {text}");
+        assert_eq!(priced(scheme, text), all, "{scheme} on {text}, priced");
     }
 }
 
-/// Bytes a rank receives for a layer of experts over `m` tokens of width `d`, there and back.
-fn on_tensor_axes(
-    mesh: &Mesh,
-    scheme: Scheme,
-    (m, d): (usize, usize),
-    (experts, choices): (usize, usize),
-) -> Result<u64, Fault> {
+/// With even loads a rank receives what the cost model says: over `ep`, beside axes that cut tokens, rows
+/// or neurons, and where experts do not divide among the ranks.
+#[test]
+fn even_loads_move_what_the_cost_model_says() {
+    for (scheme, text) in [
+        (Scheme::OneD, "ep=2"),
+        (Scheme::OneD, "ep=4"),
+        (Scheme::OneD, "ep=3"),
+        (Scheme::OneD, "dp=2,ep=2,x=2"),
+        (Scheme::OneDSequence, "ep=2,x=4"),
+        (Scheme::OneDSequence, "fsdp=2,ep=3,x=2"),
+        (Scheme::Summa, "ep=2,x=2,y=2"),
+        (Scheme::TwoPointFiveD, "ep=2,x=2,y=2,z=2"),
+        (Scheme::ThreeD, "ep=4,x=2,y=1,z=2"),
+        (Scheme::ThreeD, "ep=2,x=2,y=2,z=1"),
+        (Scheme::WeightStationary, "cp=2,ep=2,x=2,y=3"),
+    ] {
+        let shape: MeshShape = text.parse().unwrap();
+        let received = launch(&shape, &Options::default(), |mesh| even_loads(mesh, scheme)).unwrap();
+        // The first rank has as many experts as any.
+        assert_eq!(received[0], priced(scheme, text), "{scheme} on {text}");
+        assert!(received.iter().all(|bytes| *bytes <= received[0]), "{scheme} on {text}: {received:?}");
+    }
+}
+
+/// Experts, choices, tokens of a microbatch and width of `even_loads`.
+const E: usize = 4;
+const K: usize = 2;
+const M: usize = 96;
+const WIDTH: usize = 48;
+
+/// Bytes by the cost model, with sums of the balance that do not divide as they are sent.
+fn priced(scheme: Scheme, text: &str) -> u64 {
+    let shape: MeshShape = text.parse().unwrap();
+    let sizes = Axis::ALL.iter().map(|axis| (*axis, shape.size(*axis)));
+    let mesh = sizes.fold(cost::MeshShape::SOLO, |mesh, (axis, size)| mesh.with(axis, size));
+    let mixture = cost::MixtureShape { experts: E, choices: K, ffn: F, shared_ffn: 0 };
+    let flows = cost::expert_flows(&mixture, WIDTH, (scheme, &mesh), M as f64);
+    let both = flows.forward.iter().chain(&flows.backward);
+    let words: f64 = both.map(|flow| flow.rows.elements + flow.words.elements).sum();
+    let mut sums = 0;
+    for (axis, flow) in Axis::ALL.iter().zip(cost::pool_flows(&mixture, scheme, &mesh)) {
+        let sent = if flow.calls > 0.0 {
+            Traffic::all_reduce(shape.size(*axis), 0, 2 * E + 1, 4).received
+        } else {
+            0
+        };
+        // Pieces are whole words: rounded up, on the way there and on the way back.
+        let apart = sent as f64 / 4.0 - flow.elements;
+        assert!(
+            (0.0..2.0 * shape.size(*axis) as f64).contains(&apart),
+            "{scheme} on {text}: {}",
+            axis.name()
+        );
+        sums += sent;
+    }
+    (4.0 * words).round() as u64 + sums
+}
+
+/// Bytes a rank receives for a layer of experts, there and back, when token i chooses experts i and i + 1.
+fn even_loads(mesh: &Mesh, scheme: Scheme) -> Result<u64, Fault> {
+    let (m, d, experts, choices) = (M, WIDTH, E, K);
     let flow = Flow::new(mesh, scheme).unwrap();
     let lies = Experts::new(&flow, experts).unwrap();
     let (rows, cols) = (m / flow.outer.rows.pieces(mesh), d / flow.outer.cols.pieces(mesh));
@@ -172,12 +226,27 @@ fn on_tensor_axes(
     let params = (add("gate_up", lies.gate_up(d, F).1), add("down", lies.down(d, F).1));
     let mut store = ParamStore::new(Device::Cpu, DType::F32, &list)?;
     store.enable_grads()?;
+    // Of the whole matrices the columns of this rank: token i is 1 at column i mod E.
+    let first = flow.outer.cols.index(mesh) * cols;
+    let place = |i: usize, period: usize| (i / cols % period, first + i % cols);
+    let weights: Vec<f32> = (0..experts * cols)
+        .map(|i| match place(i, experts) {
+            (expert, col) if col == expert => 2.0,
+            (expert, col) if (col + 1) % experts == expert && col < experts => 1.0,
+            _ => 0.0,
+        })
+        .collect();
+    store.set_weights(route, 0, device::View::of_f32(&weights));
     let router = Router { experts, choices, normalise: true, balance: 0.1 };
     let mut tape = Tape::recording(&mut store);
-    let values: Vec<f32> = (0..rows * cols).map(|i| normal(1, "h", i as u64)).collect();
+    let one_hot = |i: usize| {
+        let (token, col) = place(i, experts);
+        if col == token { 1.0 } else { 0.0 }
+    };
+    let values: Vec<f32> = (0..rows * cols).map(one_hot).collect();
     let h = tape.outside(&[], Tensor::from_f32(&values, DType::F32, &[rows, cols])?, |_, _| Ok(Vec::new()));
     let mixture = Mixture { router, route, experts: params };
-    let y = lies.forward(&mut tape, (&h, &h), &mixture, rows)?;
+    let y = lies.forward(&mut tape, (&h, &h), &mixture, &Real::first(rows))?;
     let dy = Tensor::from_f32(&values, DType::F32, &[rows, cols])?;
     tape.seed(&y, &Tensor::zeros(Device::Cpu, DType::F32, &[1, 1])?, dy);
     tape.backward()?;

@@ -60,26 +60,6 @@ pub enum ConfigError {
         /// Ranks along `ep`.
         ranks: usize,
     },
-    /// Experts, and rows cut among ranks.
-    #[error(
-        "`{family}` on mesh {mesh}: experts do not run on rows that are cut among context ranks; set mesh.cp = 1"
-    )]
-    ExpertsOnContext {
-        /// Its `model_type`.
-        family: &'static str,
-        /// The mesh asked for.
-        mesh: dist::MeshShape,
-    },
-    /// A mixture of experts cut into stages.
-    #[error(
-        "`{family}` on {stages} stages: layers with experts run without a pipeline only; set mesh.pp = 1"
-    )]
-    ExpertsInStages {
-        /// Its `model_type`.
-        family: &'static str,
-        /// Ranks of the pipeline.
-        stages: usize,
-    },
     /// More slices than layers.
     #[error(
         "a model of {layers} layers cannot be cut into {stages} stages of {chunks} slices (mesh.pp and mesh.virtual): every slice has a layer; lower one of the two"
@@ -222,23 +202,30 @@ impl Config {
         }
     }
 
-    /// The numbers that cost depends on.
+    /// The numbers that cost depends on; layers without experts between others count as if they had some.
     pub fn shape(&self) -> dist::cost::ModelShape {
         let (heads, kv_heads, head_dim) = self.heads();
         let tied = match self {
             Config::Llama(config) => config.tied,
             Config::Gpt2(_) => true,
         };
+        let mixture = self.moe().map(|moe| dist::cost::MixtureShape {
+            experts: moe.experts,
+            choices: moe.choices,
+            ffn: moe.ffn,
+            shared_ffn: moe.shared_ffn.unwrap_or(0),
+        });
         dist::cost::ModelShape {
             layers: self.layers(),
             width: self.width(),
             heads,
             kv_heads,
             head_dim,
-            ffn: self.ffn(),
+            ffn: mixture.map_or(self.ffn(), |mixture| mixture.shared_ffn),
             gated: self.gated(),
             vocab: self.vocab(),
             tied,
+            mixture,
         }
     }
 

@@ -3,8 +3,9 @@
 use crate::ConfigError;
 use crate::names::{Builder, Place};
 use dist::{Context, Cut, Dim, Flow, Held, Product, Weighted, Width, ZigZag};
+use std::ops::Range;
 use std::sync::Arc;
-use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Tape, Var};
+use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Real, Tape, Var};
 
 /// A batch of packed rows, flattened token by token.
 #[derive(Clone, Debug)]
@@ -88,12 +89,17 @@ pub(crate) fn stream_shape(flow: &Flow, tokens: &Tokens, width: usize) -> [usize
     [rows, Held::plainly(Dim::plain(width), flow.outer.cols).local_len(&flow.mesh)]
 }
 
-/// How many rows of the residual stream this rank has of the first `real` of `padded` tokens; those
-/// that follow are padding.
-pub(crate) fn real_rows(flow: &Flow, real: usize, padded: usize) -> usize {
-    let cut = flow.outer.rows;
-    let each = padded / cut.pieces(&flow.mesh);
-    real.saturating_sub(cut.index(&flow.mesh) * each).min(each)
+/// Which rows of this rank's piece of the residual stream are `tokens`; the others are padding: whole
+/// rows of a batch, and the ends of rows that are cut among context ranks.
+pub(crate) fn real_rows(flow: &Flow, tokens: &Tokens) -> Real {
+    let (cut, context) = (flow.outer.rows, ZigZag::of(&flow.mesh));
+    let t = tokens.ids.len() / tokens.b.max(1);
+    let (rows, each) =
+        (rows_of(flow, tokens.b) / cut.pieces(&flow.mesh), context.padded(t) / context.ranks());
+    let here = tokens.b.saturating_sub(cut.index(&flow.mesh) * rows).min(rows);
+    let runs = context.real(t);
+    let run = |(row, run): (usize, &Range<usize>)| row * each + run.start..row * each + run.end;
+    Real::of((0..here).flat_map(|row| runs.iter().map(move |run| (row, run))).map(run))
 }
 
 /// The run of `x` that is this rank's piece of `cut`.

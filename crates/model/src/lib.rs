@@ -150,7 +150,7 @@ impl Model {
         Ok(dist::gather_context(&flow.mesh, &losses, rows, t)?.narrow_rows(0, m))
     }
 
-    /// Whether some layer has experts.
+    /// Whether some layer has experts, on this stage or on another one.
     pub fn has_experts(&self) -> bool {
         match self {
             Model::Llama(model) => model.has_experts(),

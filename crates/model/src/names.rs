@@ -133,9 +133,7 @@ impl Builder {
         let piece = crossing(&mesh, rows, cols.unwrap_or(&one));
         let shape = std::iter::once(rows).chain(cols).map(|held| held.stored_len(&mesh)).collect();
         let cuts = [Some(rows.cut), Some(rows.stored), cols.map(|cols| cols.cut)];
-        // Stages have different parameters.
-        let stages = Some(Axis::Pp).filter(|axis| mesh.size(*axis) > 1);
-        let cut = stages.into_iter().chain(cuts.into_iter().flatten().flat_map(|cut| cut.axes())).collect();
+        let cut = cuts.into_iter().flatten().flat_map(|cut| cut.axes()).collect();
         self.add_piece(spec, (piece, shape), Spread { cut, sums, both_ends: false })
     }
 
@@ -144,9 +142,13 @@ impl Builder {
         &mut self,
         mut spec: ParamSpec,
         (piece, shape): (Piece, Vec<usize>),
-        spread: Spread,
+        mut spread: Spread,
     ) -> ParamRef {
         spec.shape = shape;
+        if self.flow.mesh.size(Axis::Pp) > 1 {
+            // Stages have different parameters.
+            spread.cut.insert(0, Axis::Pp);
+        }
         self.spreads.push(spread);
         match is_whole(&piece, &spec) {
             true => self.params.add(spec),

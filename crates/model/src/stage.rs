@@ -39,9 +39,6 @@ impl Stage {
         if stages == 1 {
             return Ok(Stage::whole(layers));
         }
-        if config.experts() > 0 {
-            return Err(ConfigError::ExpertsInStages { family: config.family(), stages });
-        }
         let (costs, head) = config.layer_flops(context);
         let slices = stages * chunks;
         let too_few = || ConfigError::Stages { layers, stages, chunks };

@@ -22,7 +22,7 @@ pub use init::{Init, normal};
 pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;
 pub use kernels::rope::{RopeScaling, RopeTable};
-pub use ops::{AttentionShape, KvCache, Load, Norm, Order, Pool, Router, Targets, loss_slice_tokens};
+pub use ops::{AttentionShape, KvCache, Load, Norm, Order, Pool, Real, Router, Targets, loss_slice_tokens};
 pub use params::{BLOCK, ParamList, ParamRef, ParamSpec, ParamStore};
 pub use piece::{Piece, Run};
 pub use stretch::{Later, Recorded};

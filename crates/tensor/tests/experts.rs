@@ -4,8 +4,8 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 use tensor::{
-    DType, Device, Init, Order, ParamList, ParamRef, ParamSpec, ParamStore, Router, Tape, Targets, Tensor,
-    Var, normal,
+    DType, Device, Init, Order, ParamList, ParamRef, ParamSpec, ParamStore, Real, Router, Tape, Targets,
+    Tensor, Var, normal,
 };
 
 const V: usize = 23;
@@ -82,7 +82,7 @@ impl Net {
 
 fn route(tape: &mut Tape<'_>, x: &Var, net: &Net) -> (Var, Arc<Order>) {
     let scores = tape.scores(x, net.route).unwrap();
-    let (weights, ids) = tape.route(&scores, net.router, M, &|_| Ok(())).unwrap();
+    let (weights, ids) = tape.route(&scores, net.router, &Real::first(M), &|_| Ok(())).unwrap();
     (weights, Arc::new(Order::new(&ids, net.router.experts, net.router.choices)))
 }
 

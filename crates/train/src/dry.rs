@@ -124,4 +124,40 @@ mod tests {
         let norms = 8.0 * m / 100.0;
         assert!((square.received as f64 - formula - norms).abs() <= 1e-6, "{square:?}");
     }
+
+    /// Experts, one for every token among them: what the model's own code receives for a layer is the
+    /// formula, the sums of norms apart.
+    #[test]
+    fn experts_are_counted_by_the_models_own_code() {
+        let config = json!({
+            "model_type": "qwen2_moe", "vocab_size": 64, "hidden_size": 96, "num_attention_heads": 24,
+            "num_hidden_layers": 2, "intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24, "shared_expert_intermediate_size": 48,
+            "max_position_embeddings": 24,
+        });
+        let config = Config::from_json(&config).unwrap();
+        for (scheme, text, grid) in [
+            (Scheme::OneD, "x=4", Grid { x: 4, y: 1, z: 1 }),
+            (Scheme::OneDSequence, "x=4", Grid { x: 4, y: 1, z: 1 }),
+            (Scheme::Summa, "x=2,y=4", Grid { x: 2, y: 4, z: 1 }),
+            (Scheme::ThreeD, "x=2,y=2,z=2", Grid { x: 2, y: 2, z: 2 }),
+            (Scheme::WeightStationary, "x=2,y=4", Grid { x: 2, y: 4, z: 1 }),
+        ] {
+            let found = dry_layer(&config, text.parse().unwrap(), scheme).unwrap();
+            let m = found.tokens as f64;
+            let flows = layer_flows(&config.shape(), scheme, grid, m);
+            let formula: f64 = flows.iter().map(|flow| flow.elements).sum();
+            // Two RMSNorms over columns that are cut: one sum there, a pair back, an all-reduce each.
+            let sums = |n: usize, tokens: f64| 2.0 * 3.0 * 2.0 * (n as f64 - 1.0) / n as f64 * tokens;
+            let norms = match scheme {
+                Scheme::OneD | Scheme::OneDSequence => 0.0,
+                Scheme::ThreeD => sums(2, m / 4.0),
+                Scheme::WeightStationary => sums(2, m) + sums(4, m),
+                _ => sums(4, m / 2.0),
+            };
+            // The 13 sums of the balance do not divide by the ranks.
+            let apart = found.received as f64 - formula - norms;
+            assert!(apart.abs() <= 8.0, "{scheme} on {text}: {apart} of {found:?}");
+        }
+    }
 }

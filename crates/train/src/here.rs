@@ -6,7 +6,9 @@ use crate::learner::{Learner, LearnerOptions};
 use crate::recipe::Recipe;
 use data::Batch as Rows;
 use device::{Buffer, DType, Device, View, ViewMut};
-use dist::cost::{Batch, Cluster, Link, MeshShape, ModelShape, Offload, Pace, Pair, Plan, Zero, price};
+use dist::cost::{
+    Batch, Cluster, Link, MeshShape, ModelShape, Offload, Pace, Plan, Product, Zero, expert_products, price,
+};
 use dist::{Axis, CommError, Flow, Group, Mesh, Options, Scheme, launch};
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use model::{Config, Recompute};
@@ -93,12 +95,9 @@ impl<'a> Probe<'a> {
 
     /// The products of a layer forward and for both gradients, whole and cut among the ranks.
     fn products(&self, group: &Group) -> Result<Vec<Sample>, Fault> {
-        let m = self.tokens();
-        let pairs =
-            [Pair::Attention, Pair::Mlp].into_iter().flat_map(|pair| self.shape.products(pair, m as f64));
         let mut samples = Vec::new();
-        for (_, product) in pairs {
-            let (k, n) = (product.k as usize, product.n as usize);
+        for Product { m, k, n } in self.layer_products() {
+            let (m, k, n) = ((m as usize).max(1), k as usize, n as usize);
             for n in [n, n.div_ceil(self.ranks.max(2))] {
                 let mut operands = Operands::new(self.recipe.train.dtype, (m, k, n))?;
                 for turn in [Turn::Forward, Turn::Input, Turn::Weight] {
@@ -114,6 +113,18 @@ impl<'a> Probe<'a> {
             }
         }
         Ok(samples)
+    }
+
+    /// Of one layer; every expert with an even share of the tokens.
+    fn layer_products(&self) -> Vec<Product> {
+        let m = self.tokens() as f64;
+        let plain = self.shape.pairs().iter().flat_map(|pair| self.shape.products(*pair, m));
+        let experts = self
+            .shape
+            .mixture
+            .map(|mixture| expert_products(&mixture, self.shape.width, (Scheme::OneD, &MeshShape::SOLO), m));
+        let experts = experts.into_iter().flatten().map(|(_, product)| product);
+        plain.map(|(_, product)| product).chain(experts).collect()
     }
 
     /// A step of a model of one layer, op by op.

@@ -8,7 +8,7 @@
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::squared_norm;
 use crate::step::NORM;
-use crate::{ranks, shards};
+use crate::{balance, ranks, shards};
 use data::Batch;
 use device::{Buffer, DType, Device};
 use dist::pipeline::{Action, Message, Payload, Pipeline, PipelineError, Schedule, Unit, Work};
@@ -17,7 +17,7 @@ use memory::trace::Access;
 use memory::{Class, Need};
 use model::{Model, Recompute, Spread, Tokens};
 use std::collections::HashMap;
-use tensor::{Fault, Later, Moment, ParamStore, Recorded, Tape, Targets, Tensor};
+use tensor::{Fault, Later, Load, Moment, ParamStore, Recorded, Tape, Targets, Tensor};
 
 /// Validation batches under way at most, for each stage: so many activations may wait for the next one.
 const VALIDATED_AT_ONCE: usize = 4;
@@ -31,17 +31,21 @@ impl Learner {
     /// `accumulate` for all microbatches of a step at once, through all stages.
     pub(crate) fn accumulate_staged(&mut self, batches: &[Batch], scale: f32) -> Result<f64, Fault> {
         let list = self.actions(batches.len(), Pipeline::actions)?;
+        let of = |batch| Ok(Microbatch::of(batch, self.share(batch, scale)?));
+        let microbatches = batches.iter().map(of).collect::<Result<Vec<_>, Fault>>()?;
         let (mesh, shards) = (self.mesh.clone(), &mut self.shards);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
             mesh.set_layer(moment.layer as u32);
             shards.as_mut().map_or(Ok(()), |shards| shards.moment(moment, store))
         };
         let tape = Tape::recording(&mut self.store).watched_by(&mut watch);
-        let microbatches: Vec<_> = batches.iter().map(Microbatch::of).collect();
         let mut stage = Worker::new(&self.model, &mesh, tape, (&microbatches, scale), self.recompute);
         stage.run(&list)?;
-        let (losses, peak_live) = stage.end()?;
+        let Ended { losses, loads, peak_live } = stage.end()?;
         self.peak_live = peak_live;
+        if self.model.has_experts() {
+            self.loads.append(&mut balance::of_stages(&mesh, loads)?);
+        }
         let mut loss = 0.0;
         for losses in losses {
             loss += ranks::sum_of_losses(&mesh, &losses)?;
@@ -57,7 +61,7 @@ impl Learner {
             // Interleaved schedules walk whole groups: what a last one lacks is left out of its lists.
             let whole = some.len().next_multiple_of(stages);
             let list = self.actions(whole, |pipeline| pipeline.forwards(some.len()))?;
-            let microbatches: Vec<_> = some.iter().map(|batch| Microbatch::of(batch)).collect();
+            let microbatches: Vec<_> = some.iter().map(|batch| Microbatch::of(batch, 0.0)).collect();
             let losses = self.look_staged(&microbatches, &list)?;
             let losses = if losses.is_empty() { vec![0.0; some.len()] } else { losses };
             all.extend(over_stages(&mesh, &losses)?.pop().into_iter().flatten());
@@ -74,7 +78,7 @@ impl Learner {
         let tape = Tape::running(store).watched_by(&mut watch);
         let mut stage = Worker::new(model, mesh, tape, (microbatches, 1.0), Recompute::Never);
         stage.run(list)?;
-        let losses = stage.end()?.0.iter().map(|losses| sum(losses.view().f32())).collect();
+        let losses = stage.end()?.losses.iter().map(|losses| sum(losses.view().f32())).collect();
         shards.end_pass(store)?;
         Ok(losses)
     }
@@ -126,12 +130,24 @@ pub(crate) fn pipeline_of(
 struct Microbatch<'a> {
     batch: &'a Batch,
     tokens: Tokens,
+    /// The part of the step's targets it has, over all replicas.
+    share: f32,
 }
 
 impl<'a> Microbatch<'a> {
-    fn of(batch: &'a Batch) -> Microbatch<'a> {
-        Microbatch { batch, tokens: tokens_of(batch) }
+    fn of(batch: &'a Batch, share: f32) -> Microbatch<'a> {
+        Microbatch { batch, tokens: tokens_of(batch), share }
     }
+}
+
+/// What a stage has when its list is done.
+struct Ended {
+    /// Of each microbatch, on the last stage.
+    losses: Vec<Tensor>,
+    /// What fell on the experts of this stage, with the microbatch it was.
+    loads: Vec<(usize, Load)>,
+    /// Most microbatches and slices held at once.
+    peak_live: usize,
 }
 
 /// One stage at work.
@@ -155,6 +171,8 @@ struct Worker<'a> {
     later: HashMap<(usize, usize), Later>,
     /// Of each microbatch, on the last stage.
     losses: Vec<Tensor>,
+    /// What fell on experts, with the microbatch.
+    loads: Vec<(usize, Load)>,
     live: usize,
     peak_live: usize,
 }
@@ -181,6 +199,7 @@ impl<'a> Worker<'a> {
             recorded: HashMap::new(),
             later: HashMap::new(),
             losses: Vec::new(),
+            loads: Vec::new(),
             live: 0,
             peak_live: 0,
         }
@@ -204,12 +223,11 @@ impl<'a> Worker<'a> {
         Ok(())
     }
 
-    /// Losses of each microbatch, and the most that was held at once.
-    fn end(self) -> Result<(Vec<Tensor>, usize), Fault> {
+    fn end(self) -> Result<Ended, Fault> {
         let left = self.recorded.len() + self.later.len() + self.arrived.len() + self.asked.len();
         assert!(left == 0 && self.made.is_none(), "the list of a stage ends with everything done");
         self.sending.into_iter().try_for_each(Sending::finish)?;
-        Ok((self.losses, self.peak_live))
+        Ok(Ended { losses: self.losses, loads: self.loads, peak_live: self.peak_live })
     }
 
     fn ask(&mut self, message: Message, from: usize) -> Result<(), Fault> {
@@ -263,8 +281,8 @@ impl<'a> Worker<'a> {
         let Unit { microbatch, chunk, .. } = unit;
         let model = self.model;
         let slice = &model.stage().slices[chunk];
-        let Microbatch { batch, tokens } = &self.microbatches[microbatch];
-        self.tape.set_share(batch.learned as f32 * self.scale);
+        let Microbatch { batch, tokens, share } = &self.microbatches[microbatch];
+        self.tape.set_share(*share);
         let x = (!slice.first).then(|| self.take(Payload::Activation, unit));
         let x = x.map(|x| self.tape.input(x));
         if self.tape.is_recording() {
@@ -272,6 +290,7 @@ impl<'a> Worker<'a> {
             self.peak_live = self.peak_live.max(self.live);
         }
         let y = model.slice(&mut self.tape, slice, x.as_ref(), tokens, self.recompute)?;
+        self.loads.extend(self.tape.loads.drain(..).map(|load| (microbatch, load)));
         let recorded = if slice.last {
             let targets = Targets { ids: &batch.targets, scale: self.scale };
             self.losses.push(model.loss(&mut self.tape, &y, targets, batch.b)?);
@@ -291,6 +310,8 @@ impl<'a> Worker<'a> {
         let Unit { work, microbatch, chunk } = unit;
         let slice = &self.model.stage().slices[chunk];
         let recorded = self.recorded.remove(&(microbatch, chunk)).expect("backwards follow forwards");
+        // Layers that run again ask for it; others have gone ahead meanwhile.
+        self.tape.set_share(self.microbatches[microbatch].share);
         let dy = (!slice.last).then(|| self.take(Payload::Gradient, unit));
         let dx = if work == Work::BackwardInput {
             let (dx, later) = self.tape.walk_back_inputs(recorded, dy)?;

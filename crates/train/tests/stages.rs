@@ -217,7 +217,7 @@ fn what_no_pipeline_can_be_is_refused_with_a_remedy() {
     let shards = refused(&["mesh.pp=2", "mesh.fsdp=2"]).unwrap_err();
     assert!(shards.contains("whole weights and gradients; set mesh.zero = 1"), "{shards}");
     let experts = refused(&["mesh.pp=2", "mesh.ep=2"]).unwrap_err();
-    assert!(experts.contains("set mesh.pp = 1 or mesh.ep = 1"), "{experts}");
+    assert!(experts.contains("`llama` has none; use mesh.dp"), "{experts}");
     refused(&["mesh.pp=2"]).unwrap();
     assert!(!place.path("run").exists(), "a refused run left a folder");
 }

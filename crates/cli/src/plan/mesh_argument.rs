@@ -3,15 +3,12 @@
 use dist::Axis;
 use dist::cost::MeshShape;
 
-/// Axes a plan can be pinned to: experts come with models that have them.
-const AXES: [Axis; 7] = [Axis::Pp, Axis::Dp, Axis::Fsdp, Axis::Cp, Axis::X, Axis::Y, Axis::Z];
-
 pub fn parse(text: &str) -> Result<MeshShape, String> {
     let mut mesh = MeshShape::SOLO;
     for part in text.split(',') {
         let (name, size) = part.split_once('=').ok_or_else(|| format!("`{part}` is not like x=4"))?;
-        let axis = AXES.into_iter().find(|axis| axis.name() == name.trim());
-        let axis = axis.ok_or_else(|| format!("no axis `{name}`; axes are pp dp fsdp cp x y z"))?;
+        let axis = Axis::ALL.into_iter().find(|axis| axis.name() == name.trim());
+        let axis = axis.ok_or_else(|| format!("no axis `{name}`; axes are pp dp fsdp cp ep x y z"))?;
         let size: usize = size.trim().parse().map_err(|_| format!("`{size}` is no number of ranks"))?;
         if !(1..=1 << 20).contains(&size) {
             return Err(format!("{name} = {size}: an axis has 1 to 1048576 ranks"));
@@ -21,7 +18,7 @@ pub fn parse(text: &str) -> Result<MeshShape, String> {
         }
         mesh = mesh.with(axis, size);
     }
-    let ranks = AXES.iter().try_fold(1usize, |product, axis| product.checked_mul(mesh.size(*axis)));
+    let ranks = Axis::ALL.iter().try_fold(1usize, |product, axis| product.checked_mul(mesh.size(*axis)));
     match ranks {
         Some(ranks) if ranks <= 1 << 20 => Ok(mesh),
         _ => Err(format!("`{text}` has more than 1048576 ranks")),
@@ -34,6 +31,7 @@ mod tests {
 
     #[test]
     fn sizes_are_read_and_nonsense_is_named() {
+        assert_eq!(parse("ep=8,dp=2").unwrap().replicas(), 16);
         let mesh = parse("pp=8, x=4").unwrap();
         assert_eq!((mesh.size(Axis::Pp), mesh.size(Axis::X), mesh.world_size()), (8, 4, 32));
         for (text, want) in [

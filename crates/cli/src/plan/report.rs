@@ -5,7 +5,8 @@ use crate::show;
 use dist::Axis;
 use dist::Scheme;
 use dist::cost::{
-    Contender, Decision, Grid, MeshShape, Price, Variation, Zero, layer_flows, peers, pure_grids, title,
+    Contender, Decision, Grid, MeshShape, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows,
+    peers, pure_grids, title,
 };
 use train::bytes;
 
@@ -16,11 +17,11 @@ pub fn headline(question: &Question) -> String {
     let Question { config, model, batch, cluster, space, .. } = question;
     let (n, k, h) = config.heads();
     let shape = format!(
-        "{} {} layers, width {}, {n} heads ({k} kv) of {h}, ffn {}, vocabulary {}: {} parameters",
+        "{} {} layers, width {}, {n} heads ({k} kv) of {h}, {}, vocabulary {}: {} parameters",
         config.family(),
         model.layers,
         model.width,
-        model.ffn,
+        feed_forward(model),
         model.vocab,
         show::count(model.params())
     );
@@ -49,6 +50,15 @@ pub fn headline(question: &Question) -> String {
     );
     let facts = show::facts(&[("model", shape), ("step", step), ("devices", devices), ("links", links)]);
     format!("{facts}\nEverything below is predicted: computed from shapes and the figures above.\n\n")
+}
+
+fn feed_forward(model: &ModelShape) -> String {
+    let Some(MixtureShape { experts, choices, ffn, shared_ffn }) = model.mixture else {
+        return format!("ffn {}", model.ffn);
+    };
+    let shared =
+        if shared_ffn > 0 { format!(" and one of {shared_ffn} for every token") } else { String::new() };
+    format!("{choices} of {experts} experts of {ffn}{shared}")
 }
 
 /// All devices as one tensor mesh: who talks to whom, and how much, in each scheme.

@@ -38,6 +38,17 @@ impl ZigZag {
         [rank, 2 * self.ranks - 1 - rank].map(|run| run * each..(run + 1) * each)
     }
 
+    /// Where this rank's part of a padded row holds tokens of the `tokens` there are; the rest of it is
+    /// padding.
+    pub fn real(self, tokens: usize) -> [Range<usize>; 2] {
+        let mut at = 0;
+        self.runs(self.rank, self.padded(tokens)).map(|run| {
+            let from = at;
+            at += run.len();
+            from..from + run.end.min(tokens).saturating_sub(run.start)
+        })
+    }
+
     /// The same for kernels.
     pub(crate) fn places(self, rank: usize, tokens: usize) -> Places {
         let [early, late] = self.runs(rank, tokens);
@@ -109,9 +120,18 @@ mod tests {
                 let padded = cut(0).padded(tokens);
                 assert!(padded >= tokens && padded < tokens + 2 * ranks);
                 let rows: Vec<u32> = (0..2 * tokens as u32).collect();
-                let long = cut(0).pad(&rows, 2, 99);
+                let long = cut(0).pad(&rows, 2, u32::MAX);
                 let pieces: Vec<Vec<u32>> = (0..ranks).map(|rank| cut(rank).take(&long, 2)).collect();
                 assert!(pieces.iter().all(|piece| piece.len() == 2 * padded / ranks));
+                for (rank, piece) in pieces.iter().enumerate() {
+                    let real: Vec<usize> = cut(rank).real(tokens).into_iter().flatten().collect();
+                    let found = (0..padded / ranks).filter(|i| piece[*i] != u32::MAX);
+                    assert_eq!(
+                        real,
+                        found.collect::<Vec<_>>(),
+                        "{ranks} ranks, {tokens} tokens, rank {rank}"
+                    );
+                }
                 assert_eq!(cut(0).whole(&pieces.concat(), 2, tokens), rows, "{ranks} ranks, {tokens} tokens");
                 let pairs = |rank| -> usize {
                     cut(rank).runs(rank, padded).into_iter().flatten().map(|q| q + 1).sum()

@@ -9,14 +9,12 @@ use super::{Batch, Cluster, ModelShape};
 use crate::pipeline::Schedule;
 use crate::{Axis, Scheme};
 
-/// Axes a plan may use; experts come with models that have them.
-const AXES: [Axis; 7] = [Axis::Pp, Axis::Dp, Axis::Fsdp, Axis::Cp, Axis::X, Axis::Y, Axis::Z];
-
 /// All plans that fit on `ranks` ranks and split the rows of a step into equal microbatches of whole
 /// rows, by step time; ties keep one order. Thousands for dozens of ranks; for more use `search`.
 pub fn every(model: &ModelShape, batch: Batch, cluster: &Cluster, ranks: usize) -> Vec<Price> {
     let mut prices = Vec::new();
-    for mesh in meshes(ranks) {
+    let experts = model.mixture.map_or(1, |mixture| mixture.experts);
+    for mesh in meshes(ranks, experts) {
         let replicas = mesh.replicas();
         if !batch.rows.is_multiple_of(replicas) {
             continue;
@@ -43,12 +41,13 @@ pub fn every(model: &ModelShape, batch: Batch, cluster: &Cluster, ranks: usize) 
     prices
 }
 
-/// All ways to cut `ranks` into axes, y and z last.
-fn meshes(ranks: usize) -> Vec<MeshShape> {
+/// All ways to cut `ranks` into axes, y and z last; at most `experts` ranks share experts.
+fn meshes(ranks: usize, experts: usize) -> Vec<MeshShape> {
     let mut found = vec![(MeshShape::SOLO, ranks)];
-    for axis in AXES {
+    for axis in Axis::ALL {
+        let most = if axis == Axis::Ep { experts } else { ranks };
         let cut = |(mesh, rest): (MeshShape, usize)| {
-            let sizes = (1..=rest).filter(move |size| rest.is_multiple_of(*size));
+            let sizes = (1..=rest.min(most)).filter(move |size| rest.is_multiple_of(*size));
             sizes.map(move |size| (mesh.with(axis, size), rest / size))
         };
         found = found.into_iter().flat_map(cut).collect();
@@ -74,9 +73,9 @@ mod tests {
 
     #[test]
     fn every_mesh_stands_once_and_the_cheapest_first() {
-        assert_eq!(meshes(1), [MeshShape::SOLO]);
-        // One way an axis, and two axes of two: 7 + 21.
-        assert_eq!(meshes(4).len(), 28);
+        assert_eq!(meshes(1, 8), [MeshShape::SOLO]);
+        // One way an axis, and two axes of two: 7 + 21, with ep 8 + 28; two experts go to two ranks.
+        assert_eq!([1, 8, 2].map(|experts| meshes(4, experts).len()), [28, 36, 35]);
         let (model, batch) = small();
         let prices = every(&model, batch, &cluster(), 4);
         assert!(prices.is_sorted_by(|a, b| a.step() <= b.step()));

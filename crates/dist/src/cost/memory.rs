@@ -2,7 +2,7 @@
 
 use super::plan::{Plan, Zero};
 use super::volume::{Half, block, inner_cut, overlaps};
-use super::{Batch, ModelShape, Pair};
+use super::{Batch, ModelShape, Pair, experts};
 use crate::Axis;
 use crate::Scheme;
 
@@ -67,12 +67,42 @@ pub(super) fn stage_layers(model: &ModelShape, batch: Batch, plan: &Plan) -> usi
     model.slice_layers(batch.context, plan.mesh.size(Axis::Pp) * chunks).0 * chunks
 }
 
-/// Matrix parameters of the fullest rank: (those of layers, those of tables).
-pub(super) fn rank_params(model: &ModelShape, batch: Batch, plan: &Plan) -> (f64, f64) {
-    // The first stage has the embedding, the last the head; alone, they share a tied one.
-    let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
-    let layers = stage_layers(model, batch, plan) as f64 * model.layer_params();
-    (layers / weight_cut(plan), tables * model.table_params() / weight_cut(plan))
+/// Matrix parameters of the fullest rank.
+pub(super) struct RankParams {
+    /// Of layers, as the scheme cuts them.
+    pub plain: f64,
+    /// Of experts.
+    pub experts: f64,
+    /// Of routers.
+    pub routers: f64,
+    /// Of embedding and head.
+    pub tables: f64,
+}
+
+impl RankParams {
+    pub fn of(model: &ModelShape, batch: Batch, plan: &Plan) -> RankParams {
+        // The first stage has the embedding, the last the head; alone, they share a tied one.
+        let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
+        let layers = stage_layers(model, batch, plan) as f64;
+        let (experts, routers) =
+            model.mixture.map_or((0.0, 0.0), |mixture| experts::params(model, &mixture, plan));
+        RankParams {
+            plain: layers * model.plain_params() / weight_cut(plan),
+            experts: layers * experts,
+            routers: layers * routers,
+            tables: tables * model.table_params() / weight_cut(plan),
+        }
+    }
+
+    /// Of layers.
+    pub fn layers(&self) -> f64 {
+        self.plain + self.experts + self.routers
+    }
+
+    /// All of them.
+    pub fn all(&self) -> f64 {
+        self.layers() + self.tables
+    }
 }
 
 /// Tokens of a microbatch in one context shard, padded to what attention cuts rows and tokens into.
@@ -105,17 +135,17 @@ pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
     // Plain 1D keeps the residual stream whole on every rank.
     let stream = if scheme == Scheme::OneD { 1.0 } else { all };
     let mut kept = m * 2.0 * model.width as f64 / stream + m * (model.qkv() + model.up()) / all;
-    for pair in [Pair::Attention, Pair::Mlp] {
-        for (half, product) in model.products(pair, m) {
+    for pair in model.pairs() {
+        for (half, product) in model.products(*pair, m) {
             let own = product.m * product.k / all;
             let block = block(scheme, grid, product, half);
             let whole = if overlaps(scheme) { own } else { block.m * block.k };
             // SwiGLU is computed again from its inputs, unless the product has gathered it.
-            let again = model.gated && pair == Pair::Mlp && half == Half::Return;
+            let again = model.gated && *pair == Pair::Mlp && half == Half::Return;
             kept += if again && whole <= own { 0.0 } else { whole };
         }
     }
-    kept
+    kept + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m))
 }
 
 /// Memory of the fullest rank.
@@ -124,9 +154,9 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let (mesh, m) = (&plan.mesh, tokens(batch, plan));
     let shards = mesh.size(Axis::Fsdp) as f64;
     let shared = |stage: Zero| if plan.zero >= stage { shards } else { 1.0 };
-    let (layer_params, table) = rank_params(model, batch, plan);
-    let params = layer_params + table;
-    let per_layer = layer_params / stage_layers(model, batch, plan) as f64;
+    let held = RankParams::of(model, batch, plan);
+    let params = held.all();
+    let per_layer = held.layers() / stage_layers(model, batch, plan) as f64;
     let one_table = model.table_params() / weight_cut(plan);
     // Part of what is whole for a while that is not the rank's own.
     let others = 1.0 - 1.0 / shards;
@@ -137,7 +167,7 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     }
     if plan.scheme == Scheme::ThreeD {
         // The formula of 3D keeps gathered weights from forward to backward.
-        weights += layer_params * (mesh.grid().x as f64 - 1.0) * state.weight;
+        weights += held.plain * (mesh.grid().x as f64 - 1.0) * state.weight;
     }
     let optimizer = params * state.optimizer / shared(Zero::One);
     let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, batch, plan));

@@ -2,10 +2,11 @@
 //! Pure and predicted; `docs/cost-model.md` derives every formula.
 //!
 //! Letters: a product is y [M, N] = x [M, K] w [K, N]; M tokens, D width, F ffn width, V vocab,
-//! T tokens a row; x, y, z sizes of the tensor axes.
+//! T tokens a row; E experts, k of a token; x, y, z sizes of the tensor axes.
 
 mod cluster;
 mod every;
+mod experts;
 mod memory;
 mod model_shape;
 mod picture;
@@ -17,8 +18,9 @@ mod volume;
 
 pub use cluster::{Cluster, Link, Pace};
 pub use every::every;
+pub use experts::{ExpertFlow, ExpertFlows, expert_flows, expert_products, pool_flows};
 pub use memory::{Memory, STATE_BYTES, StateBytes};
-pub use model_shape::{Batch, ModelShape, Pair};
+pub use model_shape::{Batch, MixtureShape, ModelShape, Pair};
 pub use picture::{layer_flows, pure_grids, svg, table, title};
 pub use plan::{MeshShape, Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
@@ -29,5 +31,7 @@ pub use volume::{
     weight_stationary,
 };
 
+#[cfg(test)]
+mod mixture_tests;
 #[cfg(test)]
 mod tests;

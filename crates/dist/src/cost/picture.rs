@@ -2,23 +2,34 @@
 //! there are this file's output, which a test compares.
 
 use super::volume::{Flow, Grid, peers, volume};
-use super::{ModelShape, Pair};
-use crate::Scheme;
+use super::{MeshShape, ModelShape, expert_flows, pool_flows};
+use crate::{Axis, Scheme};
 use std::fmt::Write;
 
 /// Ranks of the table and the plot.
 const RANKS: [usize; 8] = [4, 16, 64, 256, 1024, 4096, 10_000, 65_536];
 
 /// What a rank receives for one layer of `model` over x, y and z, forward and backward, when a
-/// microbatch has `m` tokens.
+/// microbatch has `m` tokens. A router's scores and choices count as elements.
 pub fn layer_flows(model: &ModelShape, scheme: Scheme, grid: Grid, m: f64) -> [Flow; 3] {
     let mut sums = [Flow::default(); 3];
-    for pair in [Pair::Attention, Pair::Mlp] {
-        for (half, product) in model.products(pair, m) {
+    for pair in model.pairs() {
+        for (half, product) in model.products(*pair, m) {
             for (sum, flow) in sums.iter_mut().zip(volume(scheme, grid, product, half).by_axis()) {
                 sum.add(flow);
             }
         }
+    }
+    let Some(mixture) = &model.mixture else { return sums };
+    let mesh = MeshShape::SOLO.with(Axis::X, grid.x).with(Axis::Y, grid.y).with(Axis::Z, grid.z);
+    let flows = expert_flows(mixture, model.width, (scheme, &mesh), m);
+    let pool = pool_flows(mixture, scheme, &mesh);
+    for (sum, axis) in sums.iter_mut().zip([Axis::X, Axis::Y, Axis::Z]) {
+        for flow in [flows.forward, flows.backward].map(|way| way[axis as usize]) {
+            sum.add(flow.rows);
+            sum.add(flow.words);
+        }
+        sum.add(pool[axis as usize]);
     }
     sums
 }
@@ -66,6 +77,7 @@ fn classic() -> (ModelShape, f64) {
         gated: false,
         vocab: 1,
         tied: true,
+        mixture: None,
     };
     (model, h as f64)
 }

@@ -57,9 +57,11 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum PlanError {
     /// More replicas than rows.
-    #[error("{replicas} replicas (dp x fsdp) share {rows} rows; lower dp or fsdp, or take more rows a step")]
+    #[error(
+        "{replicas} replicas (dp x fsdp x ep) share {rows} rows; lower one of them, or take more rows a step"
+    )]
     Rows {
-        /// dp x fsdp.
+        /// dp x fsdp x ep.
         replicas: usize,
         /// Rows of a step.
         rows: usize,
@@ -93,6 +95,14 @@ pub enum PlanError {
         rows: usize,
         /// Pieces.
         pieces: usize,
+    },
+    /// More ranks than experts.
+    #[error("ep = {ep} ranks share the {experts} experts of a layer; lower ep, and take dp for replicas")]
+    Experts {
+        /// Ranks that share experts.
+        ep: usize,
+        /// Experts of a layer, 0 without a mixture.
+        experts: usize,
     },
     /// A sequence cannot be cut.
     #[error("cp = {cp} cuts rows of {context} tokens; lower cp")]
@@ -151,9 +161,9 @@ impl MeshShape {
         Grid { x: self.size(Axis::X), y: self.size(Axis::Y), z: self.size(Axis::Z) }
     }
 
-    /// Replicas that see different rows: dp x fsdp.
+    /// Replicas that see different rows: dp x fsdp x ep.
     pub fn replicas(&self) -> usize {
-        self.size(Axis::Dp) * self.size(Axis::Fsdp)
+        self.size(Axis::Dp) * self.size(Axis::Fsdp) * self.size(Axis::Ep)
     }
 }
 
@@ -196,6 +206,10 @@ impl Plan {
         }
         if token_cut > rows {
             return Err(PlanError::Tokens { scheme, rows, pieces: token_cut });
+        }
+        let (ep, experts) = (mesh.size(Axis::Ep), model.mixture.map_or(0, |mixture| mixture.experts));
+        if ep > experts.max(1) {
+            return Err(PlanError::Experts { ep, experts });
         }
         let (cp, context) = (mesh.size(Axis::Cp), batch.context);
         if cp > context {

@@ -2,13 +2,12 @@
 
 use super::cluster::Cluster;
 use super::memory::{
-    ACTIVATION_BYTES, Memory, STATE_BYTES, USABLE, chunk_kept_bytes, memory, rank_params, stage_layers,
-    tokens,
+    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, stage_layers, tokens,
 };
 use super::plan::{Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};
 use super::volume::Flow;
-use super::{Batch, ModelShape};
+use super::{Batch, ExpertFlow, ExpertFlows, ModelShape, experts, pool_flows};
 use crate::Axis;
 use crate::Scheme;
 use crate::pipeline::{Pipeline, Times};
@@ -106,6 +105,10 @@ impl Run<'_> {
         // The last slice has the head, and fewer layers for it.
         let (layers, last) = self.model.slice_layers(self.batch.context, slices);
         let spare = (layers - last) as f64;
+        let mut layer = cost.layer;
+        if self.model.mixture.is_some() {
+            layer.forward.experts += experts::seconds(self.cluster, &self.plan.mesh, &self.pooled());
+        }
         let phase = |layer: Phase, head: Phase| {
             let mut sum = Phase::default();
             sum.add(layer, layers as f64);
@@ -116,14 +119,22 @@ impl Run<'_> {
             sum
         };
         let mut chunk = Phases {
-            forward: phase(cost.layer.forward, cost.head.forward),
-            input: phase(cost.layer.input, cost.head.input),
-            weight: phase(cost.layer.weight, cost.head.weight),
+            forward: phase(layer.forward, cost.head.forward),
+            input: phase(layer.input, cost.head.input),
+            weight: phase(layer.weight, cost.head.weight),
         };
         if self.plan.recompute {
-            chunk.input.add(cost.layer.forward, layers as f64);
+            chunk.input.add(layer.forward, layers as f64);
         }
         chunk
+    }
+
+    /// What the balance of a layer's experts makes a rank receive; it asks more axes than those that layers
+    /// are priced for.
+    fn pooled(&self) -> [ExpertFlow; Axis::ALL.len()] {
+        let words = |words| ExpertFlow { rows: Flow::default(), words };
+        let flows = |mixture| pool_flows(&mixture, self.plan.scheme, &self.plan.mesh);
+        self.model.mixture.map(flows).unwrap_or_default().map(words)
     }
 
     fn pipeline_seconds(&self, chunk: &Phases) -> (Seconds, Times) {
@@ -141,6 +152,7 @@ impl Run<'_> {
             compute: sum.compute,
             tensor: sum.tensor,
             context: sum.context,
+            experts: sum.experts,
             // Where ranks share cores, those that work have the cores of those that wait.
             bubble: (self.pipeline.makespan(times) / self.cluster.pace.sharing - sum.total()).max(0.0),
             ..Seconds::default()
@@ -165,7 +177,25 @@ impl Run<'_> {
             context.add(flows.forward, ACTIVATION_BYTES, forwards * layers);
             context.add(flows.backward, ACTIVATION_BYTES, layers);
         }
+        if self.model.mixture.is_some() {
+            self.expert_traffic(&cost.expert_flows, &mut traffic, (forwards * layers, layers));
+        }
         traffic
+    }
+
+    /// Of experts: layers that go there and those that go back.
+    fn expert_traffic(
+        &self,
+        flows: &ExpertFlows,
+        traffic: &mut [AxisTraffic; Axis::ALL.len()],
+        (there, back): (f64, f64),
+    ) {
+        for (way, times) in [(flows.forward, there), (self.pooled(), there), (flows.backward, back)] {
+            for (traffic, ExpertFlow { rows, words }) in traffic.iter_mut().zip(way) {
+                traffic.add(rows, ACTIVATION_BYTES, times);
+                traffic.add(words, experts::WORD_BYTES, times);
+            }
+        }
     }
 
     /// Activations and gradients between stages. Sends do not wait, so what shows is the way of the
@@ -202,16 +232,16 @@ impl Run<'_> {
         times: Times,
     ) {
         let (mesh, zero) = (&self.plan.mesh, self.plan.zero);
-        let (layer_params, table) = rank_params(self.model, self.batch, self.plan);
-        let params = layer_params + table;
+        let held = RankParams::of(self.model, self.batch, self.plan);
+        let params = held.all();
         let microbatches = self.pipeline.microbatches() as f64;
         let mut once = 0.0;
-        let layered = self.plan.scheme == Scheme::TwoPointFiveD;
-        let depth = if layered { mesh.size(Axis::Z) } else { 1 };
-        let copies = [(Axis::Dp, mesh.size(Axis::Dp)), (Axis::Cp, mesh.size(Axis::Cp)), (Axis::Z, depth)];
         let shards = mesh.size(Axis::Fsdp) as f64;
-        for (axis, size) in copies {
-            let mut flow = Flow::ring(size as f64, params / shards);
+        for axis in [Axis::Dp, Axis::Ep, Axis::Cp, Axis::X, Axis::Y, Axis::Z] {
+            let mut flow = Flow::ring(mesh.size(axis) as f64, self.summed(&held, axis) / shards);
+            if flow.elements == 0.0 {
+                continue;
+            }
             flow.add(flow);
             once += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
             traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
@@ -230,7 +260,7 @@ impl Run<'_> {
         if shards > 1.0 {
             let scatters = if zero == Zero::One { 1.0 } else { microbatches };
             // Forward and backward; at the turn the head and the last layer are still there.
-            let turn = (layer_params / layers + table) / params;
+            let turn = (held.layers() / layers + held.tables) / params;
             let gathers = if zero == Zero::Three { (2.0 - turn) * microbatches } else { 1.0 };
             fsdp.add(scatter, STATE_BYTES.grad, scatters);
             fsdp.add(gather, STATE_BYTES.weight, gathers);
@@ -251,10 +281,27 @@ impl Run<'_> {
         seconds.gradients += (once - hides).max(once / layers);
     }
 
+    /// Parameters of a rank whose gradients are summed over `axis`: those it holds copies of while its ranks
+    /// see other tokens.
+    fn summed(&self, held: &RankParams, axis: Axis) -> f64 {
+        let plain = match axis {
+            Axis::Dp | Axis::Ep | Axis::Cp => true,
+            // Other schemes sum their weights' gradients within products.
+            _ => axis == Axis::Z && self.plan.scheme == Scheme::TwoPointFiveD,
+        };
+        let part = |held: f64, summed: bool| if summed { held } else { 0.0 };
+        let plain = part(held.plain + held.tables, plain);
+        if self.model.mixture.is_none() {
+            return plain;
+        }
+        let (experts, routers) = experts::summed(self.plan, axis);
+        plain + part(held.experts, experts) + part(held.routers, routers)
+    }
+
     /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
     fn update(&self, seconds: &mut Seconds) {
-        let (layer_params, table) = rank_params(self.model, self.batch, self.plan);
-        let shard = (layer_params + table) / self.plan.mesh.size(Axis::Fsdp) as f64;
+        let shard =
+            RankParams::of(self.model, self.batch, self.plan).all() / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {
             false => traffic / self.cluster.pace.update_bytes_per_s,

@@ -149,8 +149,8 @@ struct Found {
     least: Option<Price>,
 }
 
-/// What a layer's cost depends on.
-type LayerKey = (Grid, Scheme, usize, usize);
+/// What a layer's cost depends on: the tensor mesh, cp, ep, rows of a microbatch.
+type LayerKey = (Grid, Scheme, usize, usize, usize);
 
 struct Hunt<'a> {
     model: &'a ModelShape,
@@ -185,12 +185,20 @@ impl<'a> Hunt<'a> {
                         if cp > 1 && self.batch.context / cp < LEAST_CONTEXT {
                             break;
                         }
-                        for fsdp in divisors(rest / cp) {
-                            let mesh = base.with(Axis::Cp, cp).with(Axis::Fsdp, fsdp);
-                            self.on_mesh(mesh.with(Axis::Dp, rest / cp / fsdp));
-                        }
+                        self.on_replicas(base.with(Axis::Cp, cp), rest / cp);
                     }
                 }
+            }
+        }
+    }
+
+    /// All ways to make `replicas` replicas share experts and state.
+    fn on_replicas(&mut self, base: MeshShape, replicas: usize) {
+        let most = self.model.mixture.map_or(1, |mixture| mixture.experts);
+        for ep in divisors(replicas).into_iter().filter(|ep| *ep <= most) {
+            for fsdp in divisors(replicas / ep) {
+                let mesh = base.with(Axis::Ep, ep).with(Axis::Fsdp, fsdp);
+                self.on_mesh(mesh.with(Axis::Dp, replicas / ep / fsdp));
             }
         }
     }
@@ -225,8 +233,8 @@ impl<'a> Hunt<'a> {
         if plan.check(self.model, self.batch).is_err() {
             return;
         }
-        let (grid, cp) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp));
-        let key = (grid, plan.scheme, cp, plan.microbatch_rows);
+        let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
+        let key = (grid, plan.scheme, cp, ep, plan.microbatch_rows);
         let (model, batch, cluster) = (self.model, self.batch, self.cluster);
         let layer = self.layers.entry(key).or_insert_with(|| LayerCost::new(model, batch, cluster, &plan));
         let found = self.bests.entry(family).or_default();
@@ -270,8 +278,11 @@ impl<'a> Hunt<'a> {
     }
 
     fn variations(&self, plan: &Plan) -> Vec<Variation> {
-        changed(plan, self.space.offload)
-            .into_iter()
+        let mut all = changed(plan, self.space.offload);
+        if self.model.mixture.is_some() {
+            all.extend(other_experts(plan));
+        }
+        all.into_iter()
             .map(|(what, plan)| Variation { what, price: price(self.model, self.batch, self.cluster, &plan) })
             .collect()
     }
@@ -416,6 +427,17 @@ fn changed(plan: &Plan, offload: bool) -> Vec<(String, Plan)> {
         all.push((format!("microbatches of {rows} rows"), Plan { microbatch_rows: rows, ..*plan }));
     }
     all
+}
+
+/// The plan with experts shared by half as many replicas, or by twice as many: `fsdp` of them, else `dp`, go
+/// the other way.
+fn other_experts(plan: &Plan) -> Vec<(String, Plan)> {
+    let (mesh, ep) = (&plan.mesh, plan.mesh.size(Axis::Ep));
+    let halved = |axis: Axis| mesh.size(axis).is_multiple_of(2).then(|| mesh.with(axis, mesh.size(axis) / 2));
+    let other = if mesh.size(Axis::Fsdp) > 1 { Axis::Fsdp } else { Axis::Dp };
+    let fewer = halved(Axis::Ep).map(|half| half.with(other, 2 * mesh.size(other)));
+    let more = halved(other).map(|half| half.with(Axis::Ep, 2 * ep));
+    fewer.into_iter().chain(more).map(|mesh| (mesh.to_string(), Plan { mesh, ..*plan })).collect()
 }
 
 /// All divisors, ascending.

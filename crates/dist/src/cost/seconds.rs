@@ -4,7 +4,7 @@ use super::cluster::Cluster;
 use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
 use super::plan::Plan;
 use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, volume};
-use super::{Batch, ModelShape, Pair};
+use super::{Batch, ExpertFlows, MixtureShape, ModelShape, expert_flows, expert_products, experts};
 use crate::{Axis, ContextAttention, Moved, Scheme};
 
 /// Times each kept value passes through memory outside products, forward: written, read by the next
@@ -20,6 +20,8 @@ pub struct Seconds {
     pub tensor: f64,
     /// Messages of the context axis attention does not hide.
     pub context: f64,
+    /// Rows that go to experts and come back, and what routers need.
+    pub experts: f64,
     /// Stages that wait for others.
     pub bubble: f64,
     /// Messages between stages.
@@ -34,11 +36,12 @@ pub struct Seconds {
 
 impl Seconds {
     /// (name, seconds) of every part.
-    pub fn parts(&self) -> [(&'static str, f64); 8] {
+    pub fn parts(&self) -> [(&'static str, f64); 9] {
         [
             ("compute", self.compute),
             ("tensor messages", self.tensor),
             ("context messages", self.context),
+            ("expert messages", self.experts),
             ("pipeline bubble", self.bubble),
             ("pipeline messages", self.messages),
             ("gradients and shards", self.gradients),
@@ -66,17 +69,19 @@ pub(super) struct Phase {
     pub compute: f64,
     pub tensor: f64,
     pub context: f64,
+    pub experts: f64,
 }
 
 impl Phase {
     pub fn total(&self) -> f64 {
-        self.compute + self.tensor + self.context
+        self.compute + self.tensor + self.context + self.experts
     }
 
     pub fn add(&mut self, other: Phase, times: f64) {
         self.compute += times * other.compute;
         self.tensor += times * other.tensor;
         self.context += times * other.context;
+        self.experts += times * other.experts;
     }
 }
 
@@ -96,6 +101,8 @@ pub(super) struct LayerCost {
     pub flows: ([Flow; 3], [Flow; 3]),
     /// The same of the head, both together.
     pub head_flows: [Flow; 3],
+    /// Of a layer's experts, over all axes.
+    pub expert_flows: ExpertFlows,
 }
 
 impl LayerCost {
@@ -106,9 +113,10 @@ impl LayerCost {
             head: Phases::default(),
             flows: Default::default(),
             head_flows: Default::default(),
+            expert_flows: ExpertFlows::default(),
         };
-        for pair in [Pair::Attention, Pair::Mlp] {
-            for (half, product) in model.products(pair, m) {
+        for pair in model.pairs() {
+            for (half, product) in model.products(*pair, m) {
                 let (phases, flows) = product_seconds(cluster, plan, plan.scheme, (half, product));
                 cost.layer.add(phases);
                 for axis in 0..3 {
@@ -117,12 +125,36 @@ impl LayerCost {
                 }
             }
         }
+        if let Some(mixture) = &model.mixture {
+            cost.add_experts((model, mixture), cluster, plan, m);
+        }
         attention_seconds(&mut cost.layer, model, batch, cluster, plan);
         let bytes = ELEMENT_PASSES * ACTIVATION_BYTES * kept_elements(model, plan, m);
         cost.layer.forward.compute += bytes / cluster.pace.element_bytes_per_s;
         cost.layer.input.compute += 2.0 * bytes / cluster.pace.element_bytes_per_s;
         (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
         cost
+    }
+
+    fn add_experts(
+        &mut self,
+        (model, mixture): (&ModelShape, &MixtureShape),
+        cluster: &Cluster,
+        plan: &Plan,
+        m: f64,
+    ) {
+        let at = (plan.scheme, &plan.mesh);
+        let flows = expert_flows(mixture, model.width, at, m);
+        let seconds = |way| experts::seconds(cluster, &plan.mesh, way);
+        self.layer.forward.experts += seconds(&flows.forward);
+        self.layer.input.experts += seconds(&flows.backward);
+        self.expert_flows = flows;
+        for (times, product) in expert_products(mixture, model.width, at, m) {
+            let compute = times * gemm_seconds(cluster, product, 1.0);
+            for phase in [&mut self.layer.forward, &mut self.layer.input, &mut self.layer.weight] {
+                phase.compute += compute;
+            }
+        }
     }
 }
 
@@ -159,7 +191,7 @@ fn product_seconds(
             true => messages / panels + (messages - compute).max(0.0) * (1.0 - 1.0 / panels),
             false => messages,
         };
-        Phase { compute, tensor: shown, context: 0.0 }
+        Phase { compute, tensor: shown, ..Phase::default() }
     };
     let phases = Phases {
         forward: phase(volume.forward),

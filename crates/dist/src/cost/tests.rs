@@ -17,13 +17,13 @@ fn classic(h: usize) -> ModelShape {
         gated: false,
         vocab: 50257,
         tied: true,
+        mixture: None,
     }
 }
 
 /// Elements a rank receives for one layer, forward and backward.
 fn layer(model: &ModelShape, scheme: Scheme, grid: Grid, m: f64) -> f64 {
-    let pairs = [Pair::Attention, Pair::Mlp];
-    let products = pairs.into_iter().flat_map(|pair| model.products(pair, m));
+    let products = model.pairs().iter().flat_map(|pair| model.products(*pair, m));
     products.map(|(half, product)| volume(scheme, grid, product, half).elements()).sum()
 }
 

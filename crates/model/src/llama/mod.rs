@@ -10,9 +10,9 @@ pub use moe::MoeConfig;
 use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
-use dist::{Axis, Context, Dim, Flow, Table};
+use dist::{Context, Dim, Flow, Table};
 use std::sync::Arc;
-use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, RopeTable, Tape, Var};
+use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, Real, RopeTable, Tape, Var};
 
 /// Standard deviation of initial weights; projections back into the residual stream get it
 /// divided by sqrt(2 L), so that the stream's variance does not grow with depth (GPT-2 paper).
@@ -69,10 +69,6 @@ impl Llama {
         builder: &mut Builder,
     ) -> Result<Llama, ConfigError> {
         let (v, d) = (config.vocab, config.width);
-        let mesh = *builder.flow.mesh.shape();
-        if config.moe.is_some() && mesh.size(Axis::Cp) > 1 {
-            return Err(ConfigError::ExpertsOnContext { family: config.family.name(), mesh });
-        }
         let matrix = |name: &str| ParamSpec {
             name: name.to_string(),
             shape: vec![v, d],
@@ -128,9 +124,8 @@ impl Llama {
         tokens: &Tokens,
         recompute: Recompute,
     ) -> Result<Var, Fault> {
-        let real = tokens.ids.len();
+        let real = real_rows(&self.flow, tokens);
         let tokens = tokens.padded(&self.flow);
-        let real = real_rows(&self.flow, real, tokens.ids.len());
         let inner = tokens.local(&self.flow, self.flow.inner.rows);
         let mut x = match x {
             Some(x) => x.clone(),
@@ -140,10 +135,10 @@ impl Llama {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, &inner);
             x = if recompute.applies_to(block.layer) {
-                let block = block.clone();
-                tape.recompute(&x, move |tape, x| block.forward(tape, (x, real), &shape, None))?
+                let (block, real) = (block.clone(), real.clone());
+                tape.recompute(&x, move |tape, x| block.forward(tape, (x, &real), &shape, None))?
             } else {
-                block.forward(tape, (&x, real), &shape, None)?
+                block.forward(tape, (&x, &real), &shape, None)?
             };
         }
         if slice.last { self.end(tape, &x) } else { Ok(x) }
@@ -169,16 +164,19 @@ impl Llama {
         caches: &mut [KvCache],
     ) -> Result<Var, Fault> {
         let mut x = self.embed(tape, tokens)?;
+        let real = Real::first(tokens.ids.len());
         for (block, cache) in self.blocks.iter().zip(caches) {
             tape.set_layer(block.layer);
             let shape = self.attention_shape(block, tokens);
-            x = block.forward(tape, (&x, tokens.ids.len()), &shape, Some(cache))?;
+            x = block.forward(tape, (&x, &real), &shape, Some(cache))?;
         }
         self.end(tape, &x)
     }
 
+    /// Here or on other stages.
     pub(crate) fn has_experts(&self) -> bool {
-        self.blocks.iter().any(|block| matches!(block.mlp, Mlp::Experts(_)))
+        let moe = self.config.moe.as_ref();
+        moe.is_some_and(|moe| (0..self.config.layers).any(|layer| moe.applies_to(layer)))
     }
 
     pub(crate) fn stage(&self) -> &Stage {
@@ -275,11 +273,11 @@ impl Block {
         Ok(Block { layer, attention_norm, qkv, context, qk_norm, out, mlp_norm, mlp, heads, eps, window })
     }
 
-    /// x [M, D], of which the first `real` rows are no padding -> [M, D].
+    /// x [M, D], of which the rows in `real` are no padding -> [M, D].
     fn forward(
         &self,
         tape: &mut Tape<'_>,
-        (x, real): (&Var, usize),
+        (x, real): (&Var, &Real),
         shape: &AttentionShape,
         cache: Option<&mut KvCache>,
     ) -> Result<Var, Fault> {

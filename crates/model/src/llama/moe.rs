@@ -9,7 +9,7 @@ use crate::names::{Builder, Place};
 use dist::{Dim, Experts, Mixture};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use tensor::{Fault, Order, ParamRef, Router, Tape, Var};
+use tensor::{Fault, Order, ParamRef, Real, Router, Tape, Var};
 
 /// Sizes and switches of the experts.
 #[derive(Clone, Debug, PartialEq)]
@@ -178,15 +178,15 @@ impl Moe {
         Ok(Moe { experts, mixture, shared })
     }
 
-    /// h [M, D], the normed input, and residual [M, D] -> [M, D]; rows from `tokens` on are padding.
+    /// h [M, D], the normed input, and residual [M, D] -> [M, D]; rows that are not in `real` are padding.
     pub(super) fn forward(
         &self,
         tape: &mut Tape<'_>,
         h: &Var,
         residual: &Var,
-        tokens: usize,
+        real: &Real,
     ) -> Result<Var, Fault> {
-        let y = self.experts.forward(tape, (h, residual), &self.mixture, tokens)?;
+        let y = self.experts.forward(tape, (h, residual), &self.mixture, real)?;
         let Some(shared) = &self.shared else { return Ok(y) };
         let gate = self.experts.gate(tape, h, shared.gate)?;
         let gate_up = shared.gate_up.forward(tape, h, None)?;

@@ -97,8 +97,8 @@ impl Tape<'_> {
         }
         let (kept, starts) = (x.value.clone(), starts.clone());
         Ok(self.outside(&[x], y, move |tape, dy| {
-            tape.moment("experts", &[gate_up, down])?;
-            Ok(vec![Some(experts_backward(tape, (&kept, &inner), &starts, (gate_up, down), &dy)?)])
+            tape.moment_back("experts", &[gate_up, down])?;
+            Ok(vec![Some(experts_backward(tape, (kept, &inner), starts, (gate_up, down), dy)?)])
         }))
     }
 
@@ -149,16 +149,16 @@ fn runs(starts: &[usize]) -> impl Iterator<Item = (usize, usize, usize)> + '_ {
 
 fn experts_backward(
     tape: &mut Tape<'_>,
-    (x, inner): (&Tensor, &Tensor),
-    starts: &[usize],
+    (x, inner): (Tensor, &Tensor),
+    starts: Arc<[usize]>,
     (gate_up, down): (ParamRef, ParamRef),
-    dy: &Tensor,
+    dy: Tensor,
 ) -> Result<Tensor, Fault> {
     let (rows, d, f) = (x.rows(), x.cols(), inner.cols() / 2);
     let (device, dtype) = (dy.device(), dy.dtype());
     let mut dact = Tensor::new(device, dtype, &[rows, f])?;
     let w = tape.params.weight(down);
-    for (e, first, m) in runs(starts) {
+    for (e, first, m) in runs(&starts) {
         let a = Mat::new(dy.view().narrow(first * d, m * d), d);
         let out = MatMut { data: dact.view_mut().narrow(first * f, m * f), ld: f };
         gemm(m, f, d, a, Mat::new(w.narrow(e * d * f, d * f), f), out, false, Epilogue::default());
@@ -166,10 +166,9 @@ fn experts_backward(
     let mut act = Tensor::new(device, dtype, &[rows, f])?;
     let mut dinner = Tensor::new(device, dtype, inner.shape())?;
     kernels::swiglu::backward(inner.view(), f, dact.view(), dinner.view_mut(), Some(act.view_mut()));
-    add_weight_grads(tape, down, starts, (dy, &act));
     let mut dx = Tensor::new(device, dtype, &[rows, d])?;
     let w = tape.params.weight(gate_up);
-    for (e, first, m) in runs(starts) {
+    for (e, first, m) in runs(&starts) {
         let a = Mat::new(dinner.view().narrow(first * 2 * f, m * 2 * f), 2 * f);
         let out = MatMut { data: dx.view_mut().narrow(first * d, m * d), ld: d };
         gemm(
@@ -183,7 +182,11 @@ fn experts_backward(
             Epilogue::default(),
         );
     }
-    add_weight_grads(tape, gate_up, starts, (&dinner, x));
+    tape.weight_gradient("experts", &[gate_up, down], move |tape| {
+        add_weight_grads(tape, down, &starts, (&dy, &act));
+        add_weight_grads(tape, gate_up, &starts, (&dinner, &x));
+        Ok(())
+    })?;
     Ok(dx)
 }
 

@@ -14,7 +14,7 @@ pub use attention::{AttentionShape, KvCache};
 pub use experts::Order;
 pub use loss::{Targets, loss_slice_tokens};
 pub use norm::Norm;
-pub use route::{Load, Pool, Router};
+pub use route::{Load, Pool, Real, Router};
 
 use crate::Fault;
 use crate::filed::Saved;

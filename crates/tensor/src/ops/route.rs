@@ -6,6 +6,8 @@ use crate::tape::{Phase, Tape, Var};
 use crate::{Fault, ParamRef, Tensor};
 use device::DType;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
+use std::ops::Range;
+use std::sync::Arc;
 
 /// How a router chooses.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,6 +39,47 @@ pub struct Load {
     pub margin: f32,
 }
 
+/// Which rows of a value are tokens; the others are padding.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Real {
+    /// Ascending, none empty, no two that touch.
+    runs: Arc<[Range<usize>]>,
+}
+
+impl Real {
+    /// The first `tokens` rows.
+    pub fn first(tokens: usize) -> Real {
+        Real::of(std::iter::once(0..tokens))
+    }
+
+    /// The rows of `runs`, which ascend.
+    pub fn of(runs: impl IntoIterator<Item = Range<usize>>) -> Real {
+        let mut merged: Vec<Range<usize>> = Vec::new();
+        for run in runs.into_iter().filter(|run| !run.is_empty()) {
+            match merged.last_mut() {
+                Some(last) if last.end == run.start => last.end = run.end,
+                _ => merged.push(run),
+            }
+        }
+        Real { runs: merged.into() }
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.rows().count()
+    }
+
+    fn rows(&self) -> impl Iterator<Item = usize> + '_ {
+        self.runs.iter().cloned().flatten()
+    }
+
+    /// The other runs of `m` rows.
+    fn padding(&self, m: usize) -> impl Iterator<Item = Range<usize>> + '_ {
+        let starts = std::iter::once(0).chain(self.runs.iter().map(|run| run.end));
+        starts.zip(self.runs.iter().map(|run| run.start).chain([m])).map(|(start, end)| start..end)
+    }
+}
+
 /// Adds up over ranks what is given, f32: each expert's choices, the sums of its probabilities, and the
 /// tokens. [2 E + 1]
 pub type Pool<'a> = &'a dyn Fn(&mut Tensor) -> Result<(), Fault>;
@@ -52,13 +95,17 @@ impl Tape<'_> {
         gemm(m, n, d, Mat::new(x.value.view(), d), w.t(), out, false, Epilogue::default());
         let kept = x.value.clone();
         Ok(self.outside(&[x], scores, move |tape, ds| {
-            tape.moment("scores", &[weight])?;
+            tape.moment_back("scores", &[weight])?;
             let mut dx = Tensor::new(kept.device(), kept.dtype(), &[m, d])?;
-            let (w, dw, add) = tape.params.weight_and_grad(weight);
-            let (scores, out) = (Mat::new(ds.view(), n), MatMut { data: dx.view_mut(), ld: d });
-            gemm(m, d, n, scores, Mat::new(w, d), out, false, Epilogue::default());
-            let out = MatMut { data: dw, ld: d };
-            gemm(n, d, m, scores.t(), Mat::new(kept.view(), d), out, add, Epilogue::default());
+            let w = Mat::new(tape.params.weight(weight), d);
+            let out = MatMut { data: dx.view_mut(), ld: d };
+            gemm(m, d, n, Mat::new(ds.view(), n), w, out, false, Epilogue::default());
+            tape.weight_gradient("scores", &[weight], move |tape| {
+                let (_, dw, add) = tape.params.weight_and_grad(weight);
+                let (scores, out) = (Mat::new(ds.view(), n), MatMut { data: dw, ld: d });
+                gemm(n, d, m, scores.t(), Mat::new(kept.view(), d), out, add, Epilogue::default());
+                Ok(())
+            })?;
             Ok(vec![Some(dx)])
         }))
     }
@@ -67,12 +114,12 @@ impl Tape<'_> {
     /// Softmax in f32 over all experts, then the k likeliest (Shazeer et al. 2017). With it comes the
     /// load-balancing loss of Switch Transformers (Fedus et al. 2021, eq. 4): E times the sum over
     /// experts of (choices per token that fell on it) (its mean probability), times `balance`; of the
-    /// first `tokens` tokens, the others being padding, and of the other ranks' that `pool` adds.
+    /// tokens in `real` and those of the other ranks that `pool` adds.
     pub fn route(
         &mut self,
         scores: &Var,
         router: Router,
-        tokens: usize,
+        real: &Real,
         pool: Pool<'_>,
     ) -> Result<(Var, Vec<u32>), Fault> {
         let (m, e, k, normalise) = (scores.value.rows(), router.experts, router.choices, router.normalise);
@@ -81,19 +128,20 @@ impl Tape<'_> {
         let mut weights = Tensor::new(probabilities.device(), DType::F32, &[m, k])?;
         let mut ids = vec![0; m * k];
         kernels::experts::route(probabilities.view_mut(), e, &mut ids, weights.view_mut(), normalise);
-        let mut sums = sums(&probabilities, &ids[..tokens * k], tokens)?;
+        let mut sums = sums(&probabilities, &ids, real)?;
         if self.learns() {
             pool(&mut sums)?;
         }
-        let margin = margin(&probabilities, &ids, tokens);
+        let margin = margin(&probabilities, &ids, real);
         let pull = self.balance(sums.view().f32(), router, margin);
-        let chosen = ids.clone();
+        let (chosen, real) = (ids.clone(), real.clone());
         let out = self.outside(&[scores], weights, move |tape, dweights| {
             tape.moment("route", &[])?;
             let mut dlogits = Tensor::new(probabilities.device(), DType::F32, probabilities.shape())?;
             let (p, dw) = (probabilities.view(), dweights.view());
             kernels::experts::route_backward(p, &ids, dw, &pull, normalise, dlogits.view_mut());
-            dlogits.view_mut().f32()[tokens * e..].fill(0.0);
+            let all = dlogits.view_mut().f32();
+            real.padding(m).for_each(|rows| all[rows.start * e..rows.end * e].fill(0.0));
             Ok(vec![Some(dlogits)])
         });
         Ok((out, chosen))
@@ -135,28 +183,29 @@ impl Tape<'_> {
 
 /// Least difference between the probabilities of a token's last choice and of the likeliest expert it
 /// did not choose.
-fn margin(probabilities: &Tensor, ids: &[u32], tokens: usize) -> f32 {
-    let e = probabilities.cols();
-    let rows = probabilities.view().f32().chunks_exact(e).take(tokens);
-    let each = rows.zip(ids.chunks_exact((ids.len() / probabilities.rows().max(1)).max(1)));
-    let gap = |(row, ids): (&[f32], &[u32])| {
+fn margin(probabilities: &Tensor, ids: &[u32], real: &Real) -> f32 {
+    let (e, k) = (probabilities.cols(), ids.len() / probabilities.rows().max(1));
+    let all = probabilities.view().f32();
+    let gap = |token: usize| {
+        let (row, ids) = (&all[token * e..][..e], &ids[token * k..][..k]);
         let others = (0..e).filter(|expert| !ids.contains(&(*expert as u32)));
         let next = others.map(|expert| row[expert]).fold(f32::NEG_INFINITY, f32::max);
         ids.last().map_or(f32::INFINITY, |last| row[*last as usize] - next)
     };
-    each.map(gap).fold(f32::INFINITY, f32::min)
+    real.rows().map(gap).fold(f32::INFINITY, f32::min)
 }
 
-/// Choices that fell on each expert, the sums of its probabilities over the first `tokens` tokens, and
-/// their number. [2 E + 1] f32
-fn sums(probabilities: &Tensor, ids: &[u32], tokens: usize) -> Result<Tensor, Fault> {
-    let e = probabilities.cols();
+/// Choices of the tokens that fell on each expert, the sums of its probabilities over them, and their
+/// number. [2 E + 1] f32
+fn sums(probabilities: &Tensor, ids: &[u32], real: &Real) -> Result<Tensor, Fault> {
+    let (e, k) = (probabilities.cols(), ids.len() / probabilities.rows().max(1));
+    let all = probabilities.view().f32();
     let mut wide = vec![0f64; 2 * e + 1];
-    ids.iter().for_each(|id| wide[*id as usize] += 1.0);
-    for row in probabilities.view().f32().chunks_exact(e).take(tokens) {
-        wide[e..2 * e].iter_mut().zip(row).for_each(|(sum, p)| *sum += f64::from(*p));
+    for token in real.rows() {
+        ids[token * k..][..k].iter().for_each(|id| wide[*id as usize] += 1.0);
+        wide[e..2 * e].iter_mut().zip(&all[token * e..][..e]).for_each(|(sum, p)| *sum += f64::from(*p));
+        wide[2 * e] += 1.0;
     }
-    wide[2 * e] = tokens as f64;
     let mut sums = Tensor::new(probabilities.device(), DType::F32, &[2 * e + 1])?;
     sums.view_mut().f32().iter_mut().zip(wide).for_each(|(sum, wide)| *sum = wide as f32);
     Ok(sums)

@@ -13,12 +13,6 @@ pub(super) fn check(shape: &MeshShape, sharding: Sharding) -> Result<(), RecipeE
     if size(Axis::Pp) == 1 {
         return Ok(());
     }
-    if size(Axis::Ep) > 1 {
-        return impossible(
-            format!("mesh.ep = {} is given with mesh.pp = {}", size(Axis::Ep), size(Axis::Pp)),
-            "layers with experts run without a pipeline only; set mesh.pp = 1 or mesh.ep = 1",
-        );
-    }
     if size(Axis::Fsdp) > 1 && sharding.zero > Zero::One {
         return impossible(
             format!("mesh.zero above 1 is given with mesh.pp = {}", size(Axis::Pp)),
