@@ -6,8 +6,8 @@ use crate::learner::{Learner, LearnerOptions};
 use crate::recipe::Recipe;
 use data::Batch as Rows;
 use device::{Buffer, DType, Device, View, ViewMut};
-use dist::cost::{Batch, Cluster, Link, MeshShape, ModelShape, Offload, Pace, Pair, Plan, Zero, price};
-use dist::{Axis, CommError, Flow, Group, Mesh, Options, Scheme, launch};
+use dist::cost::{Batch, Cluster, Link, ModelShape, Offload, Pace, Pair, Plan, Zero, price};
+use dist::{Axis, CommError, Flow, Group, Mesh, MeshShape, Options, Scheme, launch};
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use model::{Config, Recompute};
 use std::time::Instant;
@@ -48,7 +48,7 @@ struct Reached {
 /// Speeds of `ranks` ranks on this machine for the model and the recipe, in about two seconds. Errors: the
 /// model cannot be built, a layer of it does not fit, a rank failed.
 pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cluster, TrainError> {
-    let line = dist::MeshShape::new(&[(Axis::X, ranks)]);
+    let line = MeshShape::new(&[(Axis::X, ranks)]);
     let line = line.map_err(|error| TrainError::Mesh { what: error.to_string() })?;
     let probe = Probe::new(config, recipe, ranks)?;
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));

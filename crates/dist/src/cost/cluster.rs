@@ -1,9 +1,8 @@
 //! What devices and links can do. Where numbers were not measured they are nominal, and whatever is
 //! computed from them is predicted.
 
-use super::MeshShape;
 use super::volume::Flow;
-use crate::Axis;
+use crate::{Axis, MeshShape};
 
 /// A link as seen by one device: a message of n bytes takes alpha + n / rate.
 #[derive(Clone, Copy, Debug, PartialEq)]

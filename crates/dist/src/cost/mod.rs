@@ -20,7 +20,7 @@ pub use every::every;
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, ModelShape, Pair};
 pub use picture::{layer_flows, pure_grids, svg, table, title};
-pub use plan::{MeshShape, Offload, Plan, PlanError, Zero};
+pub use plan::{Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
 pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};
 pub use seconds::Seconds;
