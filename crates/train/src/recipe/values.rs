@@ -298,7 +298,7 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
     let int = |key| need(get.int(key), key).map(|n| n as usize);
     let float = |key| need(get.float(key), key);
     let link = |latency, rate| -> Result<Link, RecipeError> {
-        Ok(Link { latency_s: float(latency)? * 1e-6, bytes_per_s: float(rate)? * 1e9 })
+        Ok(Link { latency_s: float(latency)? * 1e-6, call_s: 0.0, bytes_per_s: float(rate)? * 1e9 })
     };
     let (flops_per_s, bytes_per_s) = (float("cluster.compute")? * 1e12, float("cluster.memory_rate")? * 1e9);
     let cluster = Cluster {
