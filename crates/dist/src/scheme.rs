@@ -7,8 +7,8 @@
 
 use crate::pipeline::Schedule;
 use crate::{
-    Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, MeshShape, Product,
-    Side,
+    Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, MeshShape,
+    Product, Side,
 };
 
 /// How products are spread over the tensor axes.

@@ -325,7 +325,8 @@ fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample>, Fault> {
     for n in (2..=ranks).filter(|n| ranks.is_multiple_of(*n)) {
         let first = rank / n * n;
         let group = mesh.group_of(&format!("probe of {n}"), &(first..first + n).collect::<Vec<_>>());
-        for (size, dtype) in SIZES.into_iter().flat_map(|size| types.iter().map(move |dtype| (size, *dtype))) {
+        for (size, dtype) in SIZES.into_iter().flat_map(|size| types.iter().map(move |dtype| (size, *dtype)))
+        {
             all.barrier()?;
             exchange(&group, size, dtype, &mut samples)?;
         }

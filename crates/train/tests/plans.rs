@@ -74,9 +74,15 @@ fn what_a_search_finds_is_a_recipe_that_holds() {
         let case = case(text);
         for devices in [8, 48, 1024] {
             let space = Space { devices, mesh: None, offload: true };
-            let Ok(decision) = search(&case.config.shape(), case.batch, &case.cluster(), space) else { continue };
+            let Ok(decision) = search(&case.config.shape(), case.batch, &case.cluster(), space) else {
+                continue;
+            };
             case.follows(&decision.best);
-            decision.contenders.iter().filter_map(|found| found.best.as_ref()).for_each(|best| case.follows(best));
+            decision
+                .contenders
+                .iter()
+                .filter_map(|found| found.best.as_ref())
+                .for_each(|best| case.follows(best));
             let changed = decision.variations.iter().filter_map(|changed| changed.price.as_ref().ok());
             changed.for_each(|price| case.follows(price));
         }

@@ -2,9 +2,7 @@
 
 use super::{GIB, Question};
 use crate::show;
-use dist::cost::{
-    Contender, Decision, Grid, Price, Variation, Zero, layer_flows, peers, pure_grids, title,
-};
+use dist::cost::{Contender, Decision, Grid, Price, Variation, Zero, layer_flows, peers, pure_grids, title};
 use dist::{Axis, MeshShape, Scheme};
 use train::bytes;
 

@@ -85,7 +85,9 @@ impl Pace {
 impl Link {
     /// Seconds of a flow of `element_bytes` elements.
     pub fn seconds(&self, flow: Flow, element_bytes: f64) -> f64 {
-        flow.hops * self.latency_s + flow.calls * self.call_s + flow.elements * element_bytes / self.bytes_per_s
+        flow.hops * self.latency_s
+            + flow.calls * self.call_s
+            + flow.elements * element_bytes / self.bytes_per_s
     }
 }
 

@@ -264,8 +264,7 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
         }
         (phases, flows)
     });
-    let (mut phases, flows) =
-        priced.min_by(|a, b| a.0.total().total_cmp(&b.0.total())).unwrap_or_default();
+    let (mut phases, flows) = priced.min_by(|a, b| a.0.total().total_cmp(&b.0.total())).unwrap_or_default();
     // Loss and gradient of a logit are computed together, on the way up.
     phases.forward.compute +=
         m * model.vocab as f64 / plan.mesh.grid().size() as f64 / cluster.pace.logits_per_s;

@@ -83,11 +83,8 @@ fn rectangles_move_each_operand_by_its_own_axis() {
 
 /// An H100-like node of eight.
 pub(super) fn cluster() -> Cluster {
-    let link = |latency_us: f64, gb: f64| Link {
-        latency_s: latency_us * 1e-6,
-        call_s: 0.0,
-        bytes_per_s: gb * 1e9,
-    };
+    let link =
+        |latency_us: f64, gb: f64| Link { latency_s: latency_us * 1e-6, call_s: 0.0, bytes_per_s: gb * 1e9 };
     Cluster {
         node_devices: 8,
         device_bytes: 80.0 * (1u64 << 30) as f64,
