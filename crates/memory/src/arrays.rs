@@ -156,14 +156,21 @@ impl Arrays {
         Arrays { shared, ..Arrays::new(device, len) }
     }
 
-    /// The same over tiers, with all its arrays.
+    /// The same over tiers, with all its arrays. With `stripes`, of which we have every granule: chunks
+    /// are granules.
     pub fn paged(
         device: Device,
         len: usize,
         setup: Setup,
         classes: &[(Class, DType)],
+        stripes: Option<Stripes>,
     ) -> Result<Arrays, PagerError> {
         let mut arrays = Arrays::new(device, len);
+        if let Some(stripes) = stripes {
+            let chunk = setup.chunk_elements;
+            assert!(stripes.ranks == 1 && stripes.granule == chunk, "{stripes:?}, chunks of {chunk}");
+            arrays.shared = Some(Shared { stripes, away: Vec::new() });
+        }
         let mut sizes = Vec::new();
         let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
         let filed =
@@ -291,6 +298,7 @@ impl Arrays {
     /// Lend a stripe of a class to a collective.
     pub fn lend_stripe(&mut self, class: Class, stripe: usize) -> Stretch {
         let granules = self.stripes().expect("ranks share the arrays").granules(stripe);
+        assert!(self.pager.is_none(), "chunks that come and go are opened in a moment, not lent");
         let at = At { class: class as usize, depth: 0, i: granules.start };
         self.regions.region(at).lend_run(granules)
     }

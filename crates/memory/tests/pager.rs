@@ -31,7 +31,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
         chunk_elements: CHUNK,
         filed: None,
     };
-    Arrays::paged(Device::Cpu, LEN, setup, &CLASSES.map(|class| (class, DType::F32))).unwrap()
+    Arrays::paged(Device::Cpu, LEN, setup, &CLASSES.map(|class| (class, DType::F32)), None).unwrap()
 }
 
 /// A budget that leaves room for `chunks` beside `others`.

@@ -43,7 +43,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, budgets: Budgets) -> Arrays {
         chunk_elements: CHUNK,
         filed: None,
     };
-    Arrays::paged(Device::Cpu, LEN as usize, setup, &CLASSES).unwrap()
+    Arrays::paged(Device::Cpu, LEN as usize, setup, &CLASSES, None).unwrap()
 }
 
 fn visit(arrays: &mut Arrays, phase: Phase, op: &'static str, needs: &[(Class, Access)], layer: usize) {

@@ -210,20 +210,25 @@ impl ParamStore {
     }
 
     /// Storage over tiers, for weights, gradients and optimizer state, whose moments are `moments`
-    /// (f32 or u8).
+    /// (f32 or u8). A `striped` one is that of a rank among others, who share none of its state.
     pub fn paged(
         device: Device,
         (dtype, moments): (DType, DType),
         list: &ParamList,
-        setup: Setup,
+        mut setup: Setup,
+        striped: bool,
     ) -> Result<ParamStore, PagerError> {
         let (starts, total) = lay_out(&list.specs);
+        let stripes = striped.then(|| Stripes::new(total, 1, 0));
+        if let Some(stripes) = stripes {
+            setup.chunk_elements = stripes.granule;
+        }
         let mut classes = vec![(Class::Param, dtype), (Class::Grad, DType::F32)];
         if dtype != DType::F32 {
             classes.push((Class::Master, DType::U16));
         }
         classes.extend([(Class::M, moments), (Class::V, moments)]);
-        let arrays = Arrays::paged(device, total, setup, &classes)?;
+        let arrays = Arrays::paged(device, total, setup, &classes, stripes)?;
         Ok(Self::of(list, dtype, starts, arrays))
     }
 

@@ -50,7 +50,7 @@ pub(crate) struct Begun {
     pub meta: StateMeta,
     /// On rank 0.
     pub files: Option<Files>,
-    /// On rank 0 of a run with tiers.
+    /// Of a run with tiers.
     pub budgets: Option<LiveBudgets>,
     pub skipped_states: Vec<(PathBuf, String)>,
 }
@@ -75,12 +75,9 @@ pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result
     let meta = state.as_ref().map(|state| meta_of(state, &identity)).transpose()?;
     let mut learner = prepared.learner(recipe, flow)?;
     // Before the first weight: loading keeps to it, too.
-    let budgets = match &found {
-        Some(found) if recipe.memory.is_some() => {
-            Some(LiveBudgets::begin(found.folder.path(), &mut learner)?)
-        }
-        _ => None,
-    };
+    let paged = learner.store.arrays().is_paged();
+    let folder = found.as_ref().map(|found| found.folder.path());
+    let budgets = paged.then(|| LiveBudgets::begin(folder, &mut learner)).transpose()?;
     match (&state, whole) {
         (Some(state), None) => restore(&mut learner, state)?,
         (Some(state), Some(whole)) => whole.restore(&mut learner, state)?,

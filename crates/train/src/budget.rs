@@ -3,8 +3,10 @@
 //! a loss, takes it up before its first weight. What was refused does not stay in the file.
 
 use crate::learner::Learner;
+use crate::ranks::{self, first_says};
 use crate::{TrainError, bytes};
 use checkpoint::write_file;
+use dist::{Axis, Mesh};
 use memory::Tier;
 use memory::pager::{PagerError, key_of};
 use memory::plan::Budgets;
@@ -95,59 +97,44 @@ struct Stamp {
     len: u64,
 }
 
-/// Looks at the file of a run.
+/// What was asked for while a run is set up or goes on. Every rank has one.
 pub(crate) struct LiveBudgets {
+    /// On the first rank.
+    file: Option<Watched>,
+    /// What was found while the run was set up, to be told by the first look.
+    found: Option<BudgetChange>,
+}
+
+/// The file of a run.
+struct Watched {
     run: PathBuf,
     /// As the run was set up.
     recipe: Budgets,
     seen: Option<Stamp>,
-    /// What the first look found, to be told by the next.
-    found: Option<BudgetChange>,
 }
 
-impl LiveBudgets {
-    /// Take up what stands in the folder of a run that is being set up.
-    pub fn begin(run: &Path, learner: &mut Learner) -> Result<LiveBudgets, TrainError> {
-        let recipe = learner.store.arrays().budgets().unwrap_or_default();
-        let mut live = LiveBudgets { run: run.into(), recipe, seen: None, found: None };
-        live.found = live.look(learner)?;
-        Ok(live)
-    }
-
-    /// Between two steps: apply what is new. Errors: those of the drive and the folder; budgets that
-    /// are refused are an answer.
-    pub fn look(&mut self, learner: &mut Learner) -> Result<Option<BudgetChange>, TrainError> {
-        if self.found.is_some() {
-            return Ok(self.found.take());
-        }
+impl Watched {
+    /// What stands there now, if that is new; an error is a refusal or one of the folder.
+    fn wanted(&mut self, before: Budgets) -> Result<Option<Budgets>, TrainError> {
         let stamp = self.stamp()?;
         if stamp == self.seen {
             return Ok(None);
         }
         self.seen = stamp;
-        let before = learner.store.arrays().budgets().unwrap_or_default();
-        match self.apply(before, learner) {
-            Ok(budgets) if budgets == before => Ok(None),
-            Ok(budgets) => Ok(Some(BudgetChange { budgets, refused: None })),
-            Err(error) if is_refusal(&error) => {
-                // Unless there is a newer one already.
-                if self.stamp()? == stamp {
-                    BudgetFile::between(self.recipe, before).write(&self.run)?;
-                    self.seen = self.stamp()?;
-                }
-                Ok(Some(BudgetChange { budgets: before, refused: Some(error.to_string()) }))
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn apply(&self, before: Budgets, learner: &mut Learner) -> Result<Budgets, TrainError> {
         let wanted = BudgetFile::read(&self.run)?.over(self.recipe);
         if wanted != before {
             check_available(before, wanted)?;
-            learner.set_budget(wanted)?;
         }
-        Ok(wanted)
+        Ok((wanted != before).then_some(wanted))
+    }
+
+    /// Put back what counts, unless something newer stands there already.
+    fn refuse(&mut self, before: Budgets) -> Result<(), TrainError> {
+        if self.stamp()? == self.seen {
+            BudgetFile::between(self.recipe, before).write(&self.run)?;
+            self.seen = self.stamp()?;
+        }
+        Ok(())
     }
 
     fn stamp(&self) -> Result<Option<Stamp>, TrainError> {
@@ -162,6 +149,112 @@ impl LiveBudgets {
             Err(source) => Err(TrainError::Folder { path, source }),
         }
     }
+}
+
+/// What the first rank found.
+enum Found {
+    Nothing,
+    /// It asks for these.
+    Wanted(Budgets),
+    /// It could not ask for what stands there.
+    Refused(TrainError),
+}
+
+impl LiveBudgets {
+    /// While a run is set up: take up what stands in its folder, which is given on the first rank.
+    pub fn begin(run: Option<&Path>, learner: &mut Learner) -> Result<LiveBudgets, TrainError> {
+        let recipe = learner.budgets().unwrap_or_default();
+        let file = run.map(|run| Watched { run: run.into(), recipe, seen: None });
+        let mut live = LiveBudgets { file, found: None };
+        live.found = live.look(learner)?;
+        Ok(live)
+    }
+
+    /// Between two steps: apply what is new, on all ranks or on none. Errors: those of the drive and the
+    /// folder; budgets that are refused are an answer.
+    pub fn look(&mut self, learner: &mut Learner) -> Result<Option<BudgetChange>, TrainError> {
+        if self.found.is_some() {
+            return Ok(self.found.take());
+        }
+        let before = learner.budgets().unwrap_or_default();
+        let found = match &mut self.file {
+            None => Found::Nothing,
+            Some(file) => match file.wanted(before) {
+                Ok(None) => Found::Nothing,
+                Ok(Some(wanted)) => Found::Wanted(wanted),
+                Err(error) if is_refusal(&error) => Found::Refused(error),
+                Err(error) => return Err(error),
+            },
+        };
+        let mesh = learner.mesh.clone();
+        let set = match tell(&mesh, found)? {
+            Found::Nothing => return Ok(None),
+            Found::Wanted(wanted) => set_on_all(&mesh, learner, (before, wanted))?,
+            Found::Refused(error) => Err(error),
+        };
+        match set {
+            Ok(budgets) => Ok(Some(BudgetChange { budgets, refused: None })),
+            Err(error) if is_refusal(&error) => {
+                if let Some(file) = &mut self.file {
+                    file.refuse(before)?;
+                }
+                Ok(Some(BudgetChange { budgets: before, refused: Some(error.to_string()) }))
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// What the first rank found, on every rank.
+fn tell(mesh: &Mesh, found: Found) -> Result<Found, TrainError> {
+    let (kind, budgets) = match &found {
+        Found::Nothing => (0, Budgets::default()),
+        Found::Wanted(budgets) => (1, *budgets),
+        Found::Refused(_) => (2, Budgets::default()),
+    };
+    let given = [budgets.hbm, budgets.dram, budgets.nvme];
+    let numbers = given.map(Option::unwrap_or_default);
+    let there = given.map(|bytes| u16::from(bytes.is_some()));
+    let mut words = [0; 16];
+    words[12..].copy_from_slice(&[kind, there[0], there[1], there[2]]);
+    (0..12).for_each(|i| words[i] = (numbers[i / 4] >> (16 * (i % 4))) as u16);
+    first_says(mesh, &mut words)?;
+    if mesh.rank() == 0 {
+        return Ok(found);
+    }
+    let number = |at: usize| {
+        let words = words[4 * at..4 * at + 4].iter().rev();
+        words.fold(0, |number, word| number << 16 | u64::from(*word))
+    };
+    let [hbm, dram, nvme] = [0, 1, 2].map(|at| (words[13 + at] != 0).then(|| number(at)));
+    Ok(match words[12] {
+        0 => Found::Nothing,
+        1 => Found::Wanted(Budgets { hbm, dram, nvme }),
+        _ => Found::Refused(elsewhere()),
+    })
+}
+
+fn elsewhere() -> TrainError {
+    TrainError::Budget {
+        what: "these budgets cannot work on another rank".into(),
+        remedy: "ask for others; the budgets stay as they were".into(),
+    }
+}
+
+/// The inner error is that of this rank, or says that it is another's.
+fn set_on_all(
+    mesh: &Mesh,
+    learner: &mut Learner,
+    (before, wanted): (Budgets, Budgets),
+) -> Result<Result<Budgets, TrainError>, TrainError> {
+    let set = learner.set_budget(wanted).map_err(TrainError::Tiers);
+    if ranks::sum_over(mesh, &Axis::ALL, f64::from(u8::from(set.is_err())))? == 0.0 {
+        return Ok(Ok(wanted));
+    }
+    if set.is_ok() {
+        learner.set_budget(before)?;
+    }
+    Ok(Err(set.err().unwrap_or_else(elsewhere)))
 }
 
 /// Refuse to promise memory the system does not have beside what is held.

@@ -4,8 +4,9 @@ use crate::TrainError;
 use crate::prepare::Prepared;
 use crate::recipe::{ModelRecipe, Recipe};
 use crate::run_folder::RunFolder;
+use crate::whole::Reader;
 use checkpoint::{OutTensor, save_folder};
-use device::{DType, View};
+use device::{Buffer, DType, Device, View};
 use half::bf16;
 use memory::pager::About;
 use memory::trace::{Access, Phase};
@@ -13,22 +14,99 @@ use memory::{Class, Need};
 use model::StoredWeight;
 use serde_json::json;
 use std::io::{self, Write};
-use tensor::ParamStore;
+use std::ops::Range;
+use tensor::{ParamRef, ParamStore};
 
 /// Above this a folder is cut into shards, as `transformers` does.
 const SHARD_BYTES: u64 = 5_000_000_000;
 
+/// Whose weights are written.
+pub(crate) enum Weights<'a, 'b> {
+    /// Of a store that has all of them, by their names in files.
+    One(&'a mut ParamStore, &'a [StoredWeight]),
+    /// Of all ranks.
+    Ranks(&'a mut Reader<'b>),
+}
+
+impl Weights<'_, '_> {
+    fn dtype(&self) -> DType {
+        match self {
+            Weights::One(store, _) => store.dtype(),
+            Weights::Ranks(reader) => reader.dtype(),
+        }
+    }
+
+    fn parameter_count(&self) -> usize {
+        match self {
+            Weights::One(store, _) => store.parameter_count(),
+            Weights::Ranks(reader) => reader.params().specs().iter().map(|spec| spec.len()).sum(),
+        }
+    }
+
+    fn stored(&self) -> Vec<StoredWeight> {
+        match self {
+            Weights::One(_, stored) => stored.to_vec(),
+            Weights::Ranks(reader) => reader.stored().to_vec(),
+        }
+    }
+
+    fn range(&self, param: ParamRef) -> Range<usize> {
+        match self {
+            Weights::One(store, _) => store.range(param),
+            Weights::Ranks(reader) => reader.range(param),
+        }
+    }
+
+    /// Hand `elements` of the flat array of all weights to `put`, piece by piece unless they are wanted
+    /// `whole`.
+    fn each(
+        &mut self,
+        elements: Range<usize>,
+        whole: bool,
+        mut put: impl FnMut(View<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        match self {
+            Weights::One(store, _) => {
+                let pieces: Vec<_> = match whole {
+                    true => vec![elements],
+                    false => store.arrays().pieces(elements).collect(),
+                };
+                pieces.into_iter().try_for_each(|piece| {
+                    let need = Need { class: Class::Param, elements: piece.clone(), access: Access::Read };
+                    store.bring(EXPORT, &[need]).map_err(io::Error::other)?;
+                    put(store.arrays().view(Class::Param, piece))
+                })
+            }
+            Weights::Ranks(reader) => {
+                let (dtype, most) = (reader.dtype(), if whole { elements.len() } else { PIECE });
+                let mut part = Buffer::new(Device::Cpu, most.min(elements.len()).max(1) * dtype.size_bytes())
+                    .map_err(io::Error::other)?;
+                for first in elements.clone().step_by(most.max(1)) {
+                    let len = most.min(elements.end - first);
+                    let bytes = part.view_mut(dtype, 0, len).bytes();
+                    reader.weights(first, bytes).map_err(io::Error::other)?;
+                    put(part.view(dtype, 0, len))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Elements that ranks are asked for at once.
+const PIECE: usize = 4 << 20;
+
 /// Write config, weights, tokenizer, generation config and model card into the run's folder. They
 /// are written whole aside first, then moved in one by one, the weights last.
-pub fn write(
+pub(crate) fn write(
     folder: &RunFolder,
     recipe: &Recipe,
     prepared: &Prepared,
-    (store, stored): (&mut ParamStore, &[StoredWeight]),
+    mut weights: Weights<'_, '_>,
     step: u64,
 ) -> Result<(), TrainError> {
     let aside = folder.path().join(".export");
-    let dtype = store.dtype();
+    let (dtype, stored) = (weights.dtype(), weights.stored());
     let tensors: Vec<OutTensor> = stored
         .iter()
         .map(|weight| OutTensor { name: weight.name.clone(), shape: weight.shape.clone(), dtype })
@@ -50,13 +128,13 @@ pub fn write(
     }
     files.push(("config.json".into(), pretty(&config)));
     files.push(("generation_config.json".into(), pretty(&generation)));
-    files.push(("README.md".into(), card(recipe, prepared, store.parameter_count(), step).into_bytes()));
+    files.push(("README.md".into(), card(recipe, prepared, weights.parameter_count(), step).into_bytes()));
     // A folder left by a run that was killed right here.
     std::fs::remove_dir_all(&aside).ok();
     save_folder(
         &aside,
         &tensors,
-        |index, out| write_tensor(store, &stored[index], out),
+        |index, out| write_tensor(&mut weights, &stored[index], out),
         &files,
         SHARD_BYTES,
     )?;
@@ -67,25 +145,14 @@ fn pretty(json: &serde_json::Value) -> Vec<u8> {
     format!("{json:#}\n").into_bytes()
 }
 
-fn write_tensor(store: &mut ParamStore, weight: &StoredWeight, out: &mut dyn Write) -> io::Result<()> {
-    let start = store.range(weight.param).start + weight.first;
-    let elements = start..start + weight.len();
+fn write_tensor(weights: &mut Weights<'_, '_>, weight: &StoredWeight, out: &mut dyn Write) -> io::Result<()> {
+    let param = weights.range(weight.param);
     // What lies as in the file goes piece by piece; what must be turned is brought whole.
-    let pieces: Vec<_> = match weight.transposed {
-        false => store.arrays().pieces(elements).collect(),
-        true => vec![store.range(weight.param)],
-    };
-    for piece in pieces {
-        let need = Need { class: Class::Param, elements: piece.clone(), access: Access::Read };
-        store.bring(EXPORT, &[need]).map_err(io::Error::other)?;
-        let view = store.arrays().view(Class::Param, piece);
-        if weight.transposed {
-            write_turned(weight, view, out)?;
-        } else {
-            out.write_all(view.bytes())?;
-        }
+    if weight.transposed {
+        return weights.each(param, true, |view| write_turned(weight, view, out));
     }
-    Ok(())
+    let start = param.start + weight.first;
+    weights.each(start..start + weight.len(), false, |view| out.write_all(view.bytes()))
 }
 
 const EXPORT: About = About { phase: Phase::Optimizer, op: "export", layer: 0 };

@@ -4,7 +4,9 @@ use crate::TrainError;
 use crate::learner::Learner;
 use crate::metrics::Metrics;
 use crate::run_folder::{Identity, RunFolder, StateMeta};
-use checkpoint::{Array, Saver, StateDir, StateError};
+use crate::whole::Reader;
+use checkpoint::{Saver, StateDir, StateError};
+use tensor::Fault;
 
 /// Files of a run.
 pub(crate) struct Files {
@@ -20,8 +22,36 @@ enum Writer {
     Inline(StateDir),
 }
 
-/// Named arrays of a state.
-type Arrays = Vec<(String, Vec<u8>)>;
+/// Bytes that are copied at once: ranks send each other no more.
+const PART_BYTES: usize = 16 << 20;
+
+/// Whose state is saved.
+pub(crate) enum Source<'a, 'b> {
+    /// Of a learner that holds all of it.
+    One(&'a mut Learner),
+    /// Of all ranks.
+    Ranks(&'a mut Reader<'b>),
+}
+
+impl Source<'_, '_> {
+    fn arrays(&self) -> Vec<(&'static str, u64)> {
+        match self {
+            Source::One(learner) => learner.optimizer.arrays(&learner.store),
+            Source::Ranks(reader) => reader.arrays(),
+        }
+    }
+
+    fn read(&mut self, array: usize, first: u64, out: &mut [u8]) -> Result<(), Fault> {
+        match self {
+            Source::One(learner) => {
+                let Learner { optimizer, store, .. } = learner;
+                let name = optimizer.arrays(store)[array].0;
+                optimizer.read(store, name, first, out)
+            }
+            Source::Ranks(reader) => reader.read(array, first, out),
+        }
+    }
+}
 
 impl Files {
     pub fn new(
@@ -45,17 +75,20 @@ impl Files {
         Ok(serde_json::json!(meta))
     }
 
-    /// Save the state of a learner that holds all of it.
-    pub fn save(&mut self, step: u64, meta: &mut StateMeta, learner: &mut Learner) -> Result<(), TrainError> {
+    /// Save the state that `source` has.
+    pub fn save(
+        &mut self,
+        step: u64,
+        meta: &mut StateMeta,
+        mut source: Source<'_, '_>,
+    ) -> Result<(), TrainError> {
         let meta = self.meta(meta)?;
-        let Learner { optimizer, store, .. } = learner;
-        let arrays = optimizer.arrays(store);
+        let arrays = source.arrays();
         match &mut self.saver {
             Writer::Inline(states) => {
                 let mut cause = None;
                 let read = |array: usize, first: u64, out: &mut [u8]| {
-                    let read = optimizer.read(store, arrays[array].0, first, out);
-                    read.map_err(|error| {
+                    source.read(array, first, out).map_err(|error| {
                         let what = error.to_string();
                         cause = Some(error);
                         StateError::Source { what }
@@ -72,29 +105,14 @@ impl Files {
                 saver.poll()?;
                 let mut buffers = saver.take_buffers();
                 buffers.resize_with(arrays.len(), Default::default);
-                for ((name, bytes), (array, length)) in buffers.iter_mut().zip(&arrays) {
+                for (i, ((name, bytes), (array, length))) in buffers.iter_mut().zip(&arrays).enumerate() {
                     *name = array.to_string();
                     bytes.resize(*length as usize, 0);
-                    optimizer.read(store, array, 0, bytes)?;
+                    for (part, out) in bytes.chunks_mut(PART_BYTES).enumerate() {
+                        source.read(i, (part * PART_BYTES) as u64, out)?;
+                    }
                 }
                 saver.save(step, meta, buffers)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Save arrays that were put together from several ranks.
-    pub fn save_arrays(&mut self, step: u64, meta: &mut StateMeta, arrays: Arrays) -> Result<(), TrainError> {
-        let meta = self.meta(meta)?;
-        match &mut self.saver {
-            Writer::Inline(states) => {
-                let arrays: Vec<_> =
-                    arrays.iter().map(|(name, bytes)| Array::new(name.as_str(), bytes)).collect();
-                states.save(step, &meta, &arrays)?;
-            }
-            Writer::Background(saver) => {
-                saver.poll()?;
-                saver.save(step, meta, arrays)?;
             }
         }
         Ok(())

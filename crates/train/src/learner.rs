@@ -6,6 +6,7 @@ use crate::pending::Pending;
 use crate::ranks;
 use crate::shards::{self, Sharding, Shards};
 use crate::step::Pass;
+use crate::tiers;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
 use dist::pipeline::Schedule;
@@ -99,7 +100,10 @@ impl Learner {
         let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
         let share = (mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
         let mut store = match tiers {
-            Some(setup) => ParamStore::paged(Device::Cpu, (dtype, adamw.moments.dtype()), &params, setup)?,
+            Some(setup) => {
+                let (dtypes, striped) = ((dtype, adamw.moments.dtype()), mesh.world_size() > 1);
+                ParamStore::paged(Device::Cpu, dtypes, &params, setup, striped)?
+            }
             None if mesh.world_size() == 1 => ParamStore::new(Device::Cpu, dtype, &params)?,
             None => ParamStore::striped(Device::Cpu, dtype, &params, share, sharding.away())?,
         };
@@ -132,9 +136,17 @@ impl Learner {
     }
 
     /// Other budgets of the tiers from now on, between two steps; see `Arrays::set_budget`. No bit of
-    /// the run changes.
+    /// the run changes. Of several ranks each sets its own.
     pub fn set_budget(&mut self, budgets: Budgets) -> Result<(), PagerError> {
-        self.store.arrays_mut().set_budget(budgets)
+        let parts = ranks::processes(&self.mesh);
+        self.store.arrays_mut().set_budget(tiers::part(budgets, parts))
+    }
+
+    /// The budgets there are, those of all ranks together; none where everything stays in memory.
+    pub fn budgets(&self) -> Option<Budgets> {
+        let Budgets { hbm, dram, nvme } = self.store.arrays().budgets()?;
+        let all = |bytes: Option<u64>| bytes.map(|bytes| bytes.saturating_mul(ranks::processes(&self.mesh)));
+        Some(Budgets { hbm: all(hbm), dram: all(dram), nvme: all(nvme) })
     }
 
     /// Random initial weights from `seed`.

@@ -5,6 +5,7 @@ use crate::TrainError;
 use crate::estimate::Estimate;
 use crate::learner::{Learner, LearnerError, LearnerOptions};
 use crate::outlook::Speeds;
+use crate::ranks;
 use crate::recipe::{ModelRecipe, Recipe, TrainRecipe};
 use crate::rerun::{NOMINAL_RATES, Rerun};
 use crate::tiers::{self, Links};
@@ -56,8 +57,10 @@ pub struct Prepared {
     pub links: Option<Links>,
     /// Which layers run again, where the recipe leaves that open.
     pub rerun: Option<Rerun>,
-    /// Parameters that all ranks of this process hold together, copies counted.
+    /// Parameters that all ranks hold together, copies counted.
     held: usize,
+    /// Parameters of the first rank.
+    of_rank: ParamList,
     /// The model to start from.
     files: Option<ModelFiles>,
 }
@@ -72,10 +75,13 @@ impl Prepared {
         let tokenizer = tokenizer(recipe, files.as_ref(), resume, report)?;
         let config = config(recipe, files.as_ref(), &tokenizer)?;
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
-        let held = check_mesh(recipe, &config)?;
+        let of_rank = check_mesh(recipe, &config)?;
+        let of_one: usize = of_rank.specs().iter().map(|spec| spec.len()).sum();
+        let held = of_one * recipe.mesh.shape.world_size();
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
         let (links, rerun) = (None, None);
-        let mut prepared = Prepared { config, params, tokenizer, train, valid, links, rerun, held, files };
+        let mut prepared =
+            Prepared { config, params, tokenizer, train, valid, links, rerun, held, of_rank, files };
         let tiers = prepared.tiers(recipe);
         prepared.links = tiers.map(|setup| Links::measure(&setup, prepared.estimate(recipe).state_bytes));
         if recipe.train.recompute_auto {
@@ -113,7 +119,7 @@ impl Prepared {
     pub fn check_memory(&self, recipe: &Recipe) -> Result<(), TrainError> {
         let estimate = self.estimate(recipe);
         if let Some(setup) = self.tiers(recipe) {
-            return tiers::check(recipe, &self.params, &estimate, &setup);
+            return tiers::check(recipe, &self.of_rank, &estimate, &setup);
         }
         let Some(available) = device::available_bytes() else { return Ok(()) };
         let (needs, available) = (estimate.total_bytes(), available as u64);
@@ -145,7 +151,8 @@ impl Prepared {
     pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
         let TrainRecipe { context, dtype, adamw, .. } = recipe.train;
         let recompute = self.recompute(recipe);
-        let tiers = self.tiers(recipe);
+        let processes = ranks::processes(&flow.mesh);
+        let tiers = self.tiers(recipe).map(|setup| tiers::apart(setup, processes));
         let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
         Learner::sharded(flow, &self.config, options, recipe.mesh.sharding).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),
@@ -190,14 +197,12 @@ fn choose_rerun(recipe: &Recipe, config: &Config, rates: &Rates) -> Result<Rerun
 }
 
 /// Refuse a model that cannot lie on the recipe's mesh before the run's folder is touched.
-/// Returns the parameters all its ranks hold together.
-fn check_mesh(recipe: &Recipe, config: &Config) -> Result<usize, TrainError> {
+/// Returns the parameters of its first rank.
+fn check_mesh(recipe: &Recipe, config: &Config) -> Result<ParamList, TrainError> {
     let shape = recipe.mesh.shape;
     let mesh = Mesh::new(shape, Communicator::null(0, shape.world_size()))
         .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
-    let built = Model::build_on(config, recipe.train.context, &recipe.mesh.flow(&mesh)?)?;
-    let of_one: usize = built.params.specs().iter().map(|spec| spec.len()).sum();
-    Ok(of_one * shape.world_size())
+    Ok(Model::build_on(config, recipe.train.context, &recipe.mesh.flow(&mesh)?)?.params)
 }
 
 fn tokenizer(

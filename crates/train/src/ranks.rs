@@ -3,7 +3,7 @@
 //! one axis at a time, so that a rank meets its own lines of the mesh only, and sums have one order.
 
 use device::{Buffer, DType, Device, ViewMut};
-use dist::{Axis, Mesh};
+use dist::{Axis, Communicator, Mesh};
 use model::Spread;
 use tensor::{Fault, Tensor};
 
@@ -13,6 +13,14 @@ pub(crate) const ROWS: [Axis; 3] = [Axis::Dp, Axis::Fsdp, Axis::Ep];
 /// Axes whose ranks see other tokens of the batch: gradients of what they hold copies of are
 /// summands. In the order of sums.
 const TOKENS: [Axis; 4] = [Axis::Fsdp, Axis::Dp, Axis::Ep, Axis::Cp];
+
+/// Processes that the ranks of a mesh are.
+pub(crate) fn processes(mesh: &Mesh) -> u64 {
+    match mesh.communicator() {
+        Communicator::Processes(_) => mesh.world_size() as u64,
+        _ => 1,
+    }
+}
 
 /// Which of how many shares of the rows of a batch this rank has.
 pub(crate) fn replica(mesh: &Mesh) -> (usize, usize) {

@@ -7,11 +7,14 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::squared_norm;
+use crate::step::NORM;
 use crate::{ranks, shards};
 use data::Batch;
 use device::{Buffer, DType, Device};
 use dist::pipeline::{Action, Message, Payload, Pipeline, PipelineError, Schedule, Unit, Work};
 use dist::{Array, Axis, Group, Mesh, Pending, Sending};
+use memory::trace::Access;
+use memory::{Class, Need};
 use model::{Model, Recompute, Spread, Tokens};
 use std::collections::HashMap;
 use tensor::{Fault, Later, Moment, ParamStore, Recorded, Tape, Targets, Tensor};
@@ -78,11 +81,13 @@ impl Learner {
 
     /// Squared norm of the whole gradient, parameter by parameter: every rank adds the pieces it is the
     /// first to hold.
-    pub(crate) fn squared_norm_of_stages(&self) -> Result<f64, Fault> {
+    pub(crate) fn squared_norm_of_stages(&mut self) -> Result<f64, Fault> {
         let (places, len) = &self.places;
         let mut squares = vec![0.0; *len];
         for ((param, spread), place) in self.store.refs().zip(&self.spreads).zip(places) {
             if ranks::is_first_but(&self.mesh, spread, Axis::Fsdp) {
+                let elements = self.store.range(param);
+                self.store.bring(NORM, &[Need { class: Class::Grad, elements, access: Access::Read }])?;
                 squares[*place] = squared_norm(&self.store, param);
             }
         }
@@ -314,7 +319,9 @@ pub(crate) fn sum_ends(mesh: &Mesh, store: &mut ParamStore, spreads: &[Spread]) 
     let ends = mesh.group_of("ends", &[stages[0], stages[stages.len() - 1]]);
     for (param, _) in shared {
         let elements = store.range(param);
-        let grads = store.arrays_mut().view_mut(memory::Class::Grad, elements);
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        store.bring(NORM, &[need])?;
+        let grads = store.arrays_mut().view_mut(Class::Grad, elements);
         ends.all_reduce_sum(grads)?;
     }
     Ok(())

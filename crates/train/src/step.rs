@@ -56,14 +56,17 @@ pub(crate) struct Pass {
     final_after: Vec<Vec<ParamRef>>,
 }
 
-const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
+pub(crate) const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
 
 impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
         if self.shards.is_some() {
             self.store.clear_grads()?;
-            return self.step_over_ranks(batches, plan);
+            self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
+            let done = self.step_over_ranks(batches, plan)?;
+            self.store.arrays_mut().end_step().map_err(Fault::outside)?;
+            return Ok(done);
         }
         let deferred = self.defers(plan);
         self.begin_grads(deferred)?;
@@ -168,11 +171,11 @@ impl Learner {
     /// parameters in the order of the whole model, so that a pipeline changes no bit; granules of shared
     /// state are added in their own order, so that sharing changes none.
     fn squared_norm_over_ranks(&mut self) -> Result<f64, Fault> {
-        let shards = self.shards.as_ref().expect("ranks share the state");
-        match self.is_staged() && self.mesh.size(Axis::Fsdp) == 1 {
-            true => self.squared_norm_of_stages(),
-            false => shards.squared_norm(&self.store, &self.spreads),
+        if self.is_staged() && self.mesh.size(Axis::Fsdp) == 1 {
+            return self.squared_norm_of_stages();
         }
+        let Learner { shards, store, spreads, .. } = self;
+        shards.as_ref().expect("ranks share the state").squared_norm(store, spreads)
     }
 
     fn shared(&mut self) -> (&mut Shards, &mut ParamStore) {

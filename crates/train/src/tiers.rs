@@ -6,10 +6,10 @@ use crate::bytes;
 use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
-use memory::Tier;
 use memory::disk::{self, DriveFigures, Effort, Options};
 use memory::pager::{self, Filed, Setup, chunk_elements, free_for_chunks, key_of};
 use memory::plan::{Budgets, LinkRate, Rates};
+use memory::{Stripes, Tier};
 use std::path::Path;
 use std::time::Duration;
 use tensor::ParamList;
@@ -37,7 +37,7 @@ pub(crate) fn budgets(recipe: &Recipe) -> Budgets {
 }
 
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
-/// `held` parameters are those of all ranks together.
+/// `held` parameters are those of all ranks together, which share the budgets.
 pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
     let memory = recipe.memory.as_ref()?;
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
@@ -52,9 +52,13 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         return None;
     }
     // From here on chunks come and go, and inputs of layers that run again are chunks, too.
-    let chunk_elements = chunk_elements(held / ranks, device_bytes.unwrap_or(dram_bytes) / ranks as u64)
-        // A chunk of 8-bit moments is whole pages, too.
-        .max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes());
+    let chunk_elements = match ranks {
+        1 => chunk_elements(held, device_bytes.unwrap_or(dram_bytes)),
+        // The granules in which ranks add gradients up.
+        _ => Stripes::new(held / ranks, 1, 0).granule,
+    };
+    // A chunk of 8-bit moments is whole pages, too.
+    let chunk_elements = chunk_elements.max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes());
     let filed = filed(recipe, estimate);
     let other_bytes = match filed {
         Some(_) => others(estimate.activation_bytes - estimate.filed_bytes),
@@ -122,7 +126,20 @@ fn filed_bytes(filed: &Filed, chunk_elements: usize) -> u64 {
     (filed.len(chunk_elements) * filed.dtype.size_bytes()) as u64
 }
 
-/// Refuse budgets no plan can work within.
+/// The same for one of so many processes: it takes its part and knows of no other.
+pub(crate) fn apart(setup: Setup, processes: u64) -> Setup {
+    let budgets = part(setup.budgets, processes);
+    let other_bytes = setup.other_bytes / processes;
+    Setup { budgets, other_bytes, ranks: setup.ranks / processes, ..setup }
+}
+
+/// What each of several has.
+pub(crate) fn part(budgets: Budgets, parts: u64) -> Budgets {
+    let part = |bytes: Option<u64>| bytes.map(|bytes| bytes / parts);
+    Budgets { hbm: part(budgets.hbm), dram: part(budgets.dram), nvme: part(budgets.nvme) }
+}
+
+/// Refuse budgets no plan can work within. `params` are those of one rank.
 pub(crate) fn check(
     recipe: &Recipe,
     params: &ParamList,

@@ -1,9 +1,11 @@
 //! The training loop as a machine that is advanced: each call does one thing and says what it was.
 //! Whoever advances it shows progress, draws samples and decides when to stop.
 
+use crate::TrainError;
 use crate::begin::{self, Begin, Begun, Start};
 use crate::budget::{BudgetChange, LiveBudgets};
-use crate::files::Files;
+use crate::export::{self, Weights};
+use crate::files::{Files, Source};
 use crate::learner::Learner;
 use crate::metrics::{Messages, StepMetrics};
 use crate::predicted::Predicted;
@@ -13,7 +15,6 @@ use crate::recipe::Recipe;
 use crate::run_folder::StateMeta;
 use crate::step::{StepDone, StepPlan};
 use crate::whole::{Assembled, Whole};
-use crate::{TrainError, export};
 use data::{Batch, Loader, Samples};
 use dist::{Flow, Mesh};
 use std::collections::VecDeque;
@@ -80,7 +81,7 @@ pub struct Trainer {
     valid: Option<Samples>,
     /// On rank 0.
     files: Option<Files>,
-    /// On rank 0 of a run with tiers.
+    /// Of a run with tiers.
     budgets: Option<LiveBudgets>,
     /// Puts the pieces of ranks together; none on a mesh of one.
     whole: Option<Whole>,
@@ -365,28 +366,39 @@ impl Trainer {
     }
 
     fn save(&mut self) -> Result<Progress, TrainError> {
-        let (step, learner) = (self.step, &mut self.learner);
-        let arrays = self.whole.as_ref().map(|whole| whole.gather(learner, &self.flow)).transpose()?;
-        if let Some(files) = &mut self.files {
-            match arrays.flatten() {
-                Some(arrays) => files.save_arrays(step, &mut self.meta, arrays)?,
-                None => files.save(step, &mut self.meta, learner)?,
+        let Trainer { step, learner, files, meta, .. } = self;
+        match (&self.whole, files) {
+            (None, Some(files)) => files.save(*step, meta, Source::One(learner))?,
+            (None, None) => {}
+            (Some(whole), files) => {
+                whole.read_by(learner, &self.flow, |reader| match files {
+                    Some(files) => files.save(*step, meta, Source::Ranks(reader)),
+                    None => Ok(()),
+                })?;
             }
         }
-        Ok(Progress::Saved { step })
+        Ok(Progress::Saved { step: self.step })
     }
 
     fn end(&mut self) -> Result<Progress, TrainError> {
-        if let Some(whole) = &self.whole {
-            self.assembled = whole.assemble(&mut self.learner, &self.flow)?;
-        }
         if let Some(files) = &mut self.files {
             files.finish()?;
-            let weights = match &mut self.assembled {
-                Some(assembled) => (&mut assembled.store, assembled.stored.as_slice()),
-                None => (&mut self.learner.store, self.learner.stored.as_slice()),
-            };
-            export::write(&files.folder, &self.recipe, &self.prepared, weights, self.step)?;
+        }
+        let Trainer { recipe, prepared, learner, files, step, .. } = self;
+        match (&self.whole, files) {
+            (None, Some(files)) => {
+                let weights = Weights::One(&mut learner.store, &learner.stored);
+                export::write(&files.folder, recipe, prepared, weights, *step)?;
+            }
+            (None, None) => {}
+            (Some(whole), files) => {
+                whole.read_by(learner, &self.flow, |reader| match files {
+                    Some(files) => {
+                        export::write(&files.folder, recipe, prepared, Weights::Ranks(reader), *step)
+                    }
+                    None => Ok(()),
+                })?;
+            }
         }
         self.ended = true;
         let complete = self.step >= self.recipe.train.steps;

@@ -163,8 +163,6 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3, the product of mesh.dp"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
     assert!(idle.contains("no use for mesh.z"), "{idle}");
-    let tiers = refused(&["mesh.x=2", "memory.dram=auto"]);
-    assert!(tiers.contains("memory.dram is given for mesh `x=2`"), "{tiers}");
     let context = refused(&["mesh.cp=13"]);
     assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;

@@ -11,6 +11,7 @@ use super::types::{Budgets, DoesNotFit, Move, MoveKind, Plan, Rates, seconds};
 use crate::Tier;
 use crate::trace::{Access, ChunkId, Runs, Trace};
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// What there is to plan.
 #[derive(Clone, Copy)]
@@ -41,6 +42,8 @@ pub(super) struct Course {
     pub(super) rule: Rule,
     /// Share of the room that is not rested in: it takes what is on its way.
     pub(super) reserve: f64,
+    /// By moment: whether that is so there; none: always.
+    pub(super) busy: Option<Arc<[bool]>>,
     /// By moment.
     pub(super) runs: Vec<Tier>,
     /// Chunks that can be made again are, instead of leaving.
@@ -179,7 +182,9 @@ impl<'a> Problem<'a> {
         }
         let most = level.room.iter().copied().max().unwrap_or(0);
         let aside = (most as f64 * course.reserve) as i64;
-        let room: Vec<i64> = level.room.iter().map(|room| (room - aside).max(0)).collect();
+        let takes = |moment: usize| course.busy.as_ref().is_none_or(|busy| busy[moment]);
+        let left = |(moment, room): (usize, &i64)| if takes(moment) { (room - aside).max(0) } else { *room };
+        let room: Vec<i64> = level.room.iter().enumerate().map(left).collect();
         let up_per_s = self.rates.below(upper).up_per_s;
         Ok(match course.rule {
             Rule::Best => best(level, &room, up_per_s),

@@ -8,6 +8,7 @@ use super::replay::{Replay, replay};
 use super::types::{Budgets, DoesNotFit, MoveKind, Plan, Rates, Refusal};
 use crate::Tier;
 use crate::trace::{Runs, Trace};
+use std::sync::Arc;
 
 /// How it is decided what stays in a tier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -55,7 +56,7 @@ impl Default for Ask {
 }
 
 /// Shares of a tier's room set aside for what is on its way.
-const RESERVES: [f64; 7] = [0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5];
+const RESERVES: [f64; 6] = [0.02, 0.05, 0.1, 0.2, 0.35, 0.5];
 
 /// Step times closer than this are the same: fewer bytes decide.
 const SAME_TIME: f64 = 0.02;
@@ -121,7 +122,7 @@ impl Search<'_> {
 
     fn course(&self, rule: Inner, on_fastest: usize) -> Course {
         let runs = self.problem.runs(on_fastest);
-        Course { rule, reserve: 0.0, runs, recompute: false, overlap: true }
+        Course { rule, reserve: 0.0, busy: None, runs, recompute: false, overlap: true }
     }
 
     /// A rule that is not ours; transfers are scheduled as for ours.
@@ -149,12 +150,18 @@ impl Search<'_> {
         let scouts = self.scout()?;
         let mut found = Vec::new();
         for (scout, _) in &scouts {
-            let reserves: &[f64] = if self.ask.aim == Aim::Bytes { &RESERVES[..1] } else { &RESERVES };
-            for reserve in reserves {
-                let next = Course { rule: Inner::Best, reserve: *reserve, ..scout.clone() };
-                // Less overlap is only worth trying where what is on its way finds no room.
-                let plain = Course { overlap: false, ..next.clone() };
-                found.extend(self.try_course(next).or_else(|_| self.try_course(plain)).ok());
+            let frugal = Course { rule: Inner::Best, reserve: 0.0, ..scout.clone() };
+            let first = self.with_or_without_overlap(frugal.clone());
+            // Room is set aside always, or only while much is on its way.
+            let busy = first.as_ref().map(|(_, plan)| self.busy(plan));
+            found.extend(first);
+            let reserves: &[f64] = if self.ask.aim == Aim::Bytes { &[] } else { &RESERVES };
+            for (reserve, busy) in
+                reserves.iter().flat_map(|reserve| [(reserve, None), (reserve, Some(&busy))])
+            {
+                let busy = busy.cloned().flatten();
+                let course = Course { reserve: *reserve, busy, ..frugal.clone() };
+                found.extend(self.with_or_without_overlap(course));
             }
         }
         found.extend(scouts);
@@ -164,6 +171,28 @@ impl Search<'_> {
         let fewest = found.iter().map(|(_, plan)| plan.moved_bytes()).min().unwrap_or(0);
         found.retain(|(_, plan)| plan.moved_bytes() as f64 <= fewest as f64 * (1.0 + SPENT));
         Ok(self.best_of(found))
+    }
+
+    /// Less overlap is only worth trying where what is on its way finds no room.
+    fn with_or_without_overlap(&self, course: Course) -> Option<Found> {
+        let plain = Course { overlap: false, ..course.clone() };
+        self.try_course(course).or_else(|_| self.try_course(plain)).ok()
+    }
+
+    /// Moments around which a plan has much on its way: a quarter of the most and more, in a window of a
+    /// sixteenth of the step.
+    fn busy(&self, plan: &Plan) -> Arc<[bool]> {
+        let moments = self.problem.trace.moments.len();
+        let mut bytes = vec![0u64; moments];
+        plan.moves.iter().for_each(|action| bytes[action.before as usize] += action.bytes);
+        let half = moments / 32;
+        let around = |moment: usize| {
+            let window = (0..=2 * half).map(|i| bytes[(moment + moments + i - half) % moments]);
+            window.sum::<u64>()
+        };
+        let windows: Vec<u64> = (0..moments).map(around).collect();
+        let most = windows.iter().copied().max().unwrap_or(0);
+        windows.into_iter().map(|bytes| 4 * bytes >= most.max(1)).collect()
     }
 
     /// Where the optimizer runs, by a quick rule, once without recomputing and, if that is possible,

@@ -450,11 +450,8 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         );
     }
     let scheme = Scheme::from_name(&get.text("mesh.scheme").unwrap_or_default());
-    if shape.world_size() > 1 && get.text("memory.dram").is_some() {
-        return impossible(
-            format!("memory.dram is given for mesh `{shape}`"),
-            "tiers count the memory of a process, which its ranks share; drop memory.dram or the mesh",
-        );
+    if get.text("memory.dram").is_some() {
+        tiers_of_ranks(get, &shape)?;
     }
     let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
     let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
@@ -469,4 +466,23 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     let schedule = stages::schedule(get, &shape, train)?;
     let auto = auto::asked(get, &shape, scheme)?;
     Ok(MeshRecipe { auto, shape, scheme, attention, deadline, sharding, schedule })
+}
+
+/// What runs of several ranks over tiers cannot do.
+fn tiers_of_ranks(get: &Get<'_>, shape: &MeshShape) -> Result<(), RecipeError> {
+    let fsdp = shape.size(Axis::Fsdp);
+    if fsdp > 1 {
+        return impossible(
+            format!("memory.dram is given for mesh.fsdp = {fsdp}"),
+            "ranks that share the state have no tiers of their own; set mesh.fsdp = 1 (and mesh.dp instead), or drop memory.dram",
+        );
+    }
+    let every = need(get.int("sample.every"), "sample.every")?;
+    if shape.world_size() > 1 && every > 0 {
+        return impossible(
+            format!("sample.every = {every} with memory.dram for mesh `{shape}`"),
+            "a sample needs the whole model on one rank, beyond the budget; set sample.every = 0 and talk to the model that the run leaves (trilith chat)",
+        );
+    }
+    Ok(())
 }

@@ -13,11 +13,15 @@ use device::DType;
 use dist::cost::Zero;
 use dist::{Array, Axis, CommError, Group, Underway, start_beside};
 use kernels::rank_sum::{Part, rank_sum};
-use memory::Class;
+use memory::pager::About;
+use memory::trace::{self, Access};
+use memory::{Class, Need};
 use model::Spread;
 use std::ops::Range;
 use std::sync::Arc;
 use tensor::{Fault, Moment, ParamRef, ParamStore, Phase};
+
+const SUM: About = About { phase: trace::Phase::Optimizer, op: "rank_sum", layer: 0 };
 
 /// A run of our granule that is added up over the same axes, by their places in `Sums::axes`.
 #[derive(Debug)]
@@ -63,7 +67,8 @@ pub(super) struct Buckets {
     /// Whether this pass is the last of its step.
     last: bool,
     /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
-    /// under way: a gradient is final when all of them have had their way back.
+    /// under way: a gradient is final when all of them have had their way back. Over tiers a stripe that
+    /// is under way could not leave: they are added up one by one when the pass has ended.
     early: bool,
     /// Gradients the moment at hand writes, and whether it goes back.
     writing: (Vec<ParamRef>, bool),
@@ -87,7 +92,7 @@ impl Buckets {
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
             last: true,
-            early: common.mesh.size(Axis::Pp) == 1,
+            early: common.mesh.size(Axis::Pp) == 1 && !store.arrays().is_paged(),
             writing: Default::default(),
             layer: 0,
             set_out: Default::default(),
@@ -192,6 +197,9 @@ impl Buckets {
             (0..self.states.len()).filter(|stripe| matches!(self.states[*stripe], State::Open)).collect();
         open.iter().for_each(|stripe| self.bring(*stripe, store));
         store.settle_grads()?;
+        if store.arrays().is_paged() {
+            return open.into_iter().try_for_each(|stripe| self.add_up_here(stripe, store));
+        }
         open.into_iter().try_for_each(|stripe| self.start(stripe, store))?;
         for stripe in 0..self.states.len() {
             self.finish(stripe)?;
@@ -233,6 +241,21 @@ impl Buckets {
             true => Ok(()),
             false => self.finish(stripe),
         }
+    }
+
+    /// The same where chunks come and go, of which our granule is one.
+    fn add_up_here(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+        self.states[stripe] = State::Done;
+        let sums = &self.sums[stripe];
+        if sums.runs.is_empty() {
+            return Ok(());
+        }
+        let own = self.common.stripes.own(stripe);
+        let elements = own.start..own.end.min(store.flat_len());
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        store.bring(SUM, &[need])?;
+        let groups: Vec<Group> = sums.axes.iter().map(|axis| self.common.mesh.group(*axis)).collect();
+        Ok(sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements))?)
     }
 
     fn finish(&mut self, stripe: usize) -> Result<(), Fault> {

@@ -1,33 +1,22 @@
 //! The norm of a gradient of which every rank has its granules.
 
 use super::Shards;
+use crate::step::NORM;
 use crate::{ranks, stages};
 use dist::Axis;
-use memory::Class;
+use memory::trace::Access;
+use memory::{Class, Need};
 use model::Spread;
-use tensor::{Fault, ParamStore};
+use tensor::{Fault, ParamRef, ParamStore};
 
 impl Shards {
     /// Squared norm of the whole gradient. Summed granule by granule in their order, so that it has
     /// the same bits on any number of ranks that share them.
-    pub fn squared_norm(&self, store: &ParamStore, spreads: &[Spread]) -> Result<f64, Fault> {
+    pub fn squared_norm(&self, store: &mut ParamStore, spreads: &[Spread]) -> Result<f64, Fault> {
         let (mesh, stripes) = (&self.common.mesh, self.common.stripes);
         let count = stripes.count(store.flat_len());
-        let own: Vec<f64> = (0..count)
-            .map(|stripe| {
-                let own = stripes.own(stripe);
-                let params = store.params_in(&own);
-                let counted =
-                    params.filter(|param| ranks::is_first_but(mesh, &spreads[param.index()], Axis::Fsdp));
-                let squares = counted.map(|param| {
-                    let range = store.range(param);
-                    let (start, end) = (range.start.max(own.start), range.end.min(own.end));
-                    let grad = store.arrays().view(Class::Grad, start..end.max(start));
-                    kernels::global_norm::sum_of_squares(grad)
-                });
-                squares.sum()
-            })
-            .collect();
+        let own: Vec<f64> =
+            (0..count).map(|stripe| self.squares_of(stripe, store, spreads)).collect::<Result<_, Fault>>()?;
         let all = ranks::gather_all(mesh, Axis::Fsdp, &own)?;
         let granules =
             (0..count).flat_map(|stripe| (0..stripes.ranks).map(move |rank| rank * count + stripe));
@@ -35,5 +24,22 @@ impl Shards {
         let squares = stages::over_stages(mesh, &[squares])?.into_iter().flatten().sum();
         let others = Axis::ALL.into_iter().filter(|axis| ![Axis::Fsdp, Axis::Pp].contains(axis));
         ranks::sum_over(mesh, &others.collect::<Vec<_>>(), squares)
+    }
+
+    /// Of our granule of a stripe: what we are the first to hold.
+    fn squares_of(&self, stripe: usize, store: &mut ParamStore, spreads: &[Spread]) -> Result<f64, Fault> {
+        let own = self.common.stripes.own(stripe);
+        let elements = own.start..own.end.min(store.flat_len()).max(own.start);
+        let need = Need { class: Class::Grad, elements, access: Access::Read };
+        store.bring(NORM, &[need])?;
+        let first =
+            |param: &ParamRef| ranks::is_first_but(&self.common.mesh, &spreads[param.index()], Axis::Fsdp);
+        let squares = store.params_in(&own).filter(first).map(|param| {
+            let range = store.range(param);
+            let (start, end) = (range.start.max(own.start), range.end.min(own.end));
+            let grad = store.arrays().view(Class::Grad, start..end.max(start));
+            kernels::global_norm::sum_of_squares(grad)
+        });
+        Ok(squares.sum())
     }
 }

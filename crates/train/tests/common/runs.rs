@@ -17,6 +17,9 @@ pub fn begin(place: &Place, dir: &str, sets: &[&str], start: Start) -> Begin {
 pub fn run(place: &Place, dir: &str, sets: &[&str], start: Start, stop: bool) {
     let begin = begin(place, dir, sets, start);
     let shape = begin.recipe.mesh.shape;
+    // Ranks over tiers cannot tell whose step they saw: for them the most that was ever held counts.
+    device::release_cached();
+    device::reset_peak();
     launch(&shape, &Options::default(), |mesh| {
         let mut trainer = Trainer::on(mesh, begin.clone())?;
         if stop && mesh.rank() == 0 {
