@@ -54,8 +54,8 @@ impl Ranking {
         let link = match self.ranks {
             1 => String::new(),
             _ => format!(
-                ", {:.1} us and {:.1} GB/s between ranks",
-                intra.latency_s * 1e6,
+                ", {:.1} us a call and {:.1} GB/s between ranks",
+                intra.call_s * 1e6,
                 intra.bytes_per_s / 1e9
             ),
         };

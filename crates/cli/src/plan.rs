@@ -1,13 +1,13 @@
 //! `trilith plan`: a run on devices nobody here has, from shapes alone. Everything it prints is
 //! predicted.
 
-mod mesh_argument;
 mod report;
 
 use crate::auto::Ranking;
 use crate::plan_memory::{self, Machine};
 use anyhow::{Context, Result, bail};
-use dist::cost::{Batch, Cluster, MeshShape, ModelShape, NoFit, Space, fewer, search};
+use dist::cost::{Batch, Cluster, ModelShape, NoFit, Space, fewer, search};
+use dist::{Axis, MeshShape};
 use model::Config;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -29,7 +29,7 @@ pub struct Args {
     #[arg(long)]
     node_devices: Option<usize>,
     /// Plan on this mesh only, as in pp=8,fsdp=16,x=8; axes are pp dp fsdp cp ep x y z
-    #[arg(long, value_parser = mesh_argument::parse)]
+    #[arg(long)]
     mesh: Option<MeshShape>,
     /// Also run one layer of the model dry on a rank of each tensor mesh, and count what it exchanges
     #[arg(long)]
@@ -120,7 +120,13 @@ fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
     if cluster.node_devices == 0 {
         bail!("--node-devices 0: a node has at least one device");
     }
+    if let Some(mesh) = args.mesh.filter(|mesh| mesh.size(Axis::Ep) > 1) {
+        bail!("--mesh {mesh}: axis `ep` is for models with experts; leave it away");
+    }
     let devices = match (args.devices, args.mesh) {
+        (_, Some(mesh)) if mesh.world_size() > MOST_DEVICES => {
+            bail!("--mesh {mesh} has {} ranks; a plan is for 1 to {MOST_DEVICES} devices", mesh.world_size())
+        }
         (Some(devices), _) if !(1..=MOST_DEVICES).contains(&devices) => {
             bail!("--devices {devices}: a plan is for 1 to {MOST_DEVICES} devices")
         }

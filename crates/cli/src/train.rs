@@ -216,6 +216,7 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
     bar.reset_eta();
     let (started, first) = (Instant::now(), trainer.step());
     let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default(), outcome };
+    let mut told = false;
     while let Some(progress) = trainer.advance()? {
         match progress {
             Progress::Step(metrics) => screen.step(&metrics),
@@ -242,9 +243,10 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
                 return Ok(complete);
             }
         }
-        if stop.load(Ordering::Relaxed) {
+        if !told && stop.load(Ordering::Relaxed) {
             screen.line("saving before the end");
             trainer.stop();
+            told = true;
         }
     }
     Err(anyhow!("the run ended without saying so"))

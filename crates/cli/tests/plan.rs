@@ -41,7 +41,7 @@ fn what_ranks_exchange_is_counted_on_request() {
 fn a_mesh_can_be_pinned() {
     let place = Place::new();
     let plan = place.succeeds(&["plan", &gpt3(), "--mesh", "pp=8,fsdp=8,x=2,y=4"]);
-    assert!(plan.contains("512 in nodes of 8") && plan.contains("pp = 8, fsdp = 8, x = 2, y = 4"), "{plan}");
+    assert!(plan.contains("512 in nodes of 8") && plan.contains("pp=8,fsdp=8,x=2,y=4"), "{plan}");
 }
 
 #[test]
@@ -90,6 +90,8 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         (&["--devices", "0"], "--devices 0"),
         (&["--mesh", "x=2", "--devices", "4"], "--mesh has 2 ranks"),
         (&["--mesh", "x=128"], "no plan can be run on this mesh"),
+        (&["--mesh", "ep=2"], "axis `ep` is for models with experts"),
+        (&["--mesh", "x=1048576,y=2"], "a plan is for 1 to 1048576 devices"),
         (&["--set", "train.context=4096", "--set", "model.from=nowhere"], "model.from"),
     ] {
         let said = place.fails(&[&["plan", &gpt3], arguments].concat());

@@ -225,6 +225,7 @@ fn told_to_stop_the_supervisor_saves_and_leaves_nobody() {
     let (id, stderr) = (child.id(), said(child.stderr.take()));
     assert_eq!(child.wait().unwrap().code(), Some(75), "{stderr}");
     assert!(stderr.contains("--resume to go on"), "{stderr}");
+    assert_eq!(stderr.matches("saving before the end").count(), 1, "{stderr}");
     assert_gone(&place, id);
     // What was saved is gone on with, here as threads.
     let done = train(&place, "run", "dp=2", &["--resume"]).output().unwrap();

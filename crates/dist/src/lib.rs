@@ -8,6 +8,7 @@
 mod bell;
 mod beside;
 mod call;
+mod combination;
 mod communicator;
 mod context;
 pub mod cost;
@@ -35,6 +36,7 @@ mod wire;
 
 pub use beside::{Array, Pending, Sending, Underway, start_beside};
 pub use call::{Call, Members, Op};
+pub use combination::{Clash, Combination};
 pub use communicator::{Communicator, NullRank};
 pub use context::{Context, ContextAttention, HeadShare, Moved, ZigZag, gather_context};
 pub use dim::{Dim, Held, crossing};

@@ -7,7 +7,8 @@
 
 use crate::pipeline::Schedule;
 use crate::{
-    Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, Product, Side,
+    Algorithm, Axis, ContextAttention, Cut, Dim, Held, Keep, Layout, LayoutError, Leave, Mesh, MeshShape,
+    Product, Side,
 };
 
 /// How products are spread over the tensor axes.
@@ -73,6 +74,16 @@ impl Scheme {
             Scheme::TwoPointFiveD | Scheme::ThreeD => &[Axis::X, Axis::Y, Axis::Z],
         }
     }
+
+    /// Refuses tensor axes that it would leave idle.
+    pub fn check(self, mesh: &MeshShape) -> Result<(), FlowError> {
+        for axis in [Axis::X, Axis::Y, Axis::Z] {
+            if mesh.size(axis) > 1 && !self.axes().contains(&axis) {
+                return Err(FlowError { scheme: self.name(), axis: axis.name(), size: mesh.size(axis) });
+            }
+        }
+        Ok(())
+    }
 }
 
 impl std::fmt::Display for Scheme {
@@ -113,12 +124,7 @@ impl Flow {
     /// Refuses axes that the scheme would leave idle.
     pub fn new(mesh: &Mesh, scheme: Scheme) -> Result<Flow, FlowError> {
         use Axis::{X, Y, Z};
-        for axis in [X, Y, Z] {
-            if mesh.size(axis) > 1 && !scheme.axes().contains(&axis) {
-                let (scheme, size) = (scheme.name(), mesh.size(axis));
-                return Err(FlowError { scheme, axis: axis.name(), size });
-            }
-        }
+        scheme.check(mesh.shape())?;
         let cut = |axes: &[Axis]| Cut::over(mesh, axes);
         let lay = |rows: &[Axis], cols: &[Axis]| Layout::new(cut(rows), cut(cols));
         let (outer, inner) = match scheme {

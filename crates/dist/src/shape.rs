@@ -125,14 +125,30 @@ impl MeshShape {
         Ok(shape)
     }
 
+    /// The same with one axis of another size, at least 1.
+    pub fn with(mut self, axis: Axis, size: usize) -> MeshShape {
+        self.sizes[axis as usize] = size;
+        self
+    }
+
     /// Ranks along an axis.
     pub fn size(&self, axis: Axis) -> usize {
         self.sizes[axis as usize]
     }
 
+    /// Ranks between two neighbours of an axis.
+    pub fn stride(&self, axis: Axis) -> usize {
+        self.sizes[axis as usize + 1..].iter().product()
+    }
+
     /// All ranks.
     pub fn world_size(&self) -> usize {
         self.sizes.iter().product()
+    }
+
+    /// Replicas that see different rows: dp x fsdp x ep.
+    pub fn replicas(&self) -> usize {
+        [Axis::Dp, Axis::Fsdp, Axis::Ep].iter().map(|axis| self.size(*axis)).product()
     }
 
     /// The rank at a place: the last axis runs fastest.

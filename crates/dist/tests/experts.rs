@@ -188,7 +188,7 @@ const WIDTH: usize = 48;
 fn priced(scheme: Scheme, text: &str) -> u64 {
     let shape: MeshShape = text.parse().unwrap();
     let sizes = Axis::ALL.iter().map(|axis| (*axis, shape.size(*axis)));
-    let mesh = sizes.fold(cost::MeshShape::SOLO, |mesh, (axis, size)| mesh.with(axis, size));
+    let mesh = sizes.fold(MeshShape::SOLO, |mesh, (axis, size)| mesh.with(axis, size));
     let mixture = cost::MixtureShape { experts: E, choices: K, ffn: F, shared_ffn: 0 };
     let flows = cost::expert_flows(&mixture, WIDTH, (scheme, &mesh), M as f64);
     let both = flows.forward.iter().chain(&flows.backward);

@@ -4,12 +4,13 @@
 use crate::TrainError;
 use crate::learner::{Learner, LearnerOptions};
 use crate::recipe::Recipe;
+use crate::step::StepPlan;
 use data::Batch as Rows;
-use device::{Buffer, DType, Device, View, ViewMut};
+use device::{Buffer, DType, Device};
 use dist::cost::{
-    Batch, Cluster, Link, MeshShape, ModelShape, Offload, Pace, Plan, Product, Zero, expert_products, price,
+    Batch, Cluster, Link, ModelShape, Offload, Pace, Plan, Product, Zero, expert_products, price,
 };
-use dist::{Axis, CommError, Flow, Group, Mesh, Options, Scheme, launch};
+use dist::{Axis, CommError, Flow, Group, Mesh, MeshShape, Options, Scheme, launch};
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use model::{Config, Recompute};
 use std::time::Instant;
@@ -21,10 +22,11 @@ const TOKENS: usize = 512;
 const CONTEXT: usize = 2048;
 /// Vocabulary of the probe at most: a logit costs the same in any.
 const VOCAB: usize = 4096;
-/// Layers of the probe.
-const LAYERS: usize = 1;
-/// Times a product or a pass is measured, after one that warms up.
-const RUNS: usize = 2;
+/// Bytes that the layers of the probe have in use at once, all ranks together: several times what caches
+/// hold, for a step finds little of what it left there.
+const IN_USE: f64 = (128 << 20) as f64;
+/// Times a product or a step is measured, after one that warms up.
+const RUNS: usize = 3;
 /// Times a collective is.
 const CALLS: usize = 12;
 /// Bytes of the whole array in collectives.
@@ -37,20 +39,22 @@ type Sample = (f64, f64, f64);
 struct Reached {
     /// FLOPs, bytes packed.
     products: Vec<Sample>,
-    /// Hops, bytes received.
+    /// Calls, bytes received.
     messages: Vec<Sample>,
-    /// Seconds of attention, of the rest of the layers, of head and loss, of the optimizer.
+    /// Seconds of attention, of the rest of the layers, of embedding, head and loss, of the optimizer.
     attention: f64,
     layers: f64,
     head: f64,
     update: f64,
+    /// Of a whole step, by one clock.
+    step: f64,
     params: usize,
 }
 
-/// Speeds of `ranks` ranks on this machine for the model and the recipe, in about two seconds. Errors: the
+/// Speeds of `ranks` ranks on this machine for the model and the recipe, in a few seconds. Errors: the
 /// model cannot be built, a layer of it does not fit, a rank failed.
 pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cluster, TrainError> {
-    let line = dist::MeshShape::new(&[(Axis::X, ranks)]);
+    let line = MeshShape::new(&[(Axis::X, ranks)]);
     let line = line.map_err(|error| TrainError::Mesh { what: error.to_string() })?;
     let probe = Probe::new(config, recipe, ranks)?;
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));
@@ -71,11 +75,12 @@ struct Probe<'a> {
 
 impl<'a> Probe<'a> {
     fn new(config: &Config, recipe: &'a Recipe, ranks: usize) -> Result<Probe<'a>, TrainError> {
-        let mut json = config.with_layers(LAYERS).to_json("bfloat16");
-        json["vocab_size"] = config.vocab().min(VOCAB).into();
-        let config = Config::from_json(&json)?;
         let context = recipe.train.context.min(CONTEXT);
         let rows = (TOKENS / context).max(1);
+        let layers = layers(&config.shape(), rows * context, ranks);
+        let mut json = config.with_layers(layers).to_json("bfloat16");
+        json["vocab_size"] = config.vocab().min(VOCAB).into();
+        let config = Config::from_json(&json)?;
         Ok(Probe { shape: config.shape(), config, recipe, rows, context, ranks })
     }
 
@@ -86,9 +91,9 @@ impl<'a> Probe<'a> {
     fn run(&self, mesh: &Mesh) -> Result<Reached, TrainError> {
         let group = mesh.group(Axis::X);
         let products = self.products(&group)?;
-        let messages = if self.ranks > 1 { messages(&group)? } else { Vec::new() };
-        let mut reached =
-            Reached { products, messages, attention: 0.0, layers: 0.0, head: 0.0, update: 0.0, params: 0 };
+        let messages = messages(mesh, self.recipe.train.dtype)?;
+        let (attention, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0);
+        let mut reached = Reached { products, messages, attention, layers, head, update, step, params };
         self.pass(&group, &mut reached)?;
         Ok(reached)
     }
@@ -127,7 +132,7 @@ impl<'a> Probe<'a> {
         plain.map(|(_, product)| product).chain(experts).collect()
     }
 
-    /// A step of a model of one layer, op by op.
+    /// Steps of a model of few layers: as a run makes them, and op by op.
     fn pass(&self, group: &Group, reached: &mut Reached) -> Result<(), TrainError> {
         let train = &self.recipe.train;
         let options = LearnerOptions {
@@ -141,15 +146,20 @@ impl<'a> Probe<'a> {
             .map_err(|error| TrainError::Mesh { what: format!("measuring speeds: {error}") })?;
         learner.initialise(self.recipe.run.seed)?;
         let batch = self.batch();
+        // Weights stay as they are.
+        let plan = StepPlan { lr: 0.0, clip: train.clip };
+        learner.step(std::slice::from_ref(&batch), plan)?;
         learner.profile(&batch)?;
         group.barrier().map_err(Fault::outside)?;
         for _ in 0..RUNS {
+            let started = Instant::now();
+            learner.step(std::slice::from_ref(&batch), plan)?;
+            reached.step += started.elapsed().as_secs_f64() / RUNS as f64;
             for (_, op, seconds) in learner.profile(&batch)? {
                 let part = match op.as_str() {
                     "attention" => &mut reached.attention,
-                    "head_loss" => &mut reached.head,
+                    "head_loss" | "embedding" => &mut reached.head,
                     "adamw" => &mut reached.update,
-                    "embedding" => continue,
                     _ => &mut reached.layers,
                 };
                 *part += seconds / RUNS as f64;
@@ -173,21 +183,23 @@ impl<'a> Probe<'a> {
         let mean = |of: fn(&Reached) -> f64| reached.iter().map(of).sum::<f64>() / reached.len() as f64;
         let all = |of: fn(&Reached) -> &Vec<Sample>| reached.iter().flat_map(of).copied().collect::<Vec<_>>();
         let (flop_s, packed_s) = fit(&all(|r| &r.products));
-        let (hop_s, byte_s) = fit(&all(|r| &r.messages));
-        let link = match self.ranks {
-            1 => Link { latency_s: 0.0, bytes_per_s: f64::INFINITY },
-            _ => Link { latency_s: hop_s, bytes_per_s: 1.0 / byte_s },
-        };
+        let (call_s, byte_s) = fit(&all(|r| &r.messages));
+        // No messages: no time, at an infinite rate.
+        let link = Link { latency_s: 0.0, call_s, bytes_per_s: 1.0 / byte_s };
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
-        let update_bytes_per_s = UPDATE_BYTES * reached[0].params as f64 / mean(|r| r.update);
+        // What a step has beside its layers and its head: the update, the norm of all gradients, what is
+        // cleared and counted. It goes with the parameters.
+        let beside = mean(|r| (r.step - r.attention - r.layers - r.head).max(r.update));
+        let per_s = |seconds: f64| UPDATE_BYTES * reached[0].params as f64 / seconds;
+        let (memory_bytes_per_s, update_bytes_per_s) = (per_s(mean(|r| r.update)), per_s(beside));
         let endless = f64::INFINITY;
         let cluster = Cluster {
             node_devices: self.ranks,
             device_bytes: free / self.ranks as f64,
             flops_per_s: 1.0 / flop_s,
-            device_bytes_per_s: update_bytes_per_s,
+            device_bytes_per_s: memory_bytes_per_s,
             host_bytes: 0.0,
-            host_bytes_per_s: update_bytes_per_s,
+            host_bytes_per_s: memory_bytes_per_s,
             host_link: link,
             intra: link,
             inter: link,
@@ -272,11 +284,6 @@ struct Operands {
 
 impl Operands {
     fn new(dtype: DType, (m, k, n): (usize, usize, usize)) -> Result<Operands, Fault> {
-        let zeros = |dtype: DType, len: usize| -> Result<Buffer, Fault> {
-            let mut buffer = Buffer::new(Device::Cpu, len * dtype.size_bytes())?;
-            buffer.view_mut(dtype, 0, len).bytes().fill(0);
-            Ok(buffer)
-        };
         let (x, w, y) = (zeros(dtype, m * k)?, zeros(dtype, n * k)?, zeros(dtype, m * n)?);
         Ok(Operands { sizes: (m, k, n), dtype, x, w, y, dw: zeros(DType::F32, n * k)? })
     }
@@ -304,28 +311,53 @@ impl Operands {
     }
 }
 
-/// Collectives of f32 over all ranks, at two sizes.
-fn messages(group: &Group) -> Result<Vec<Sample>, Fault> {
-    let n = group.size();
+fn zeros(dtype: DType, len: usize) -> Result<Buffer, Fault> {
+    let mut buffer = Buffer::new(Device::Cpu, len * dtype.size_bytes())?;
+    buffer.view_mut(dtype, 0, len).bytes().fill(0);
+    Ok(buffer)
+}
+
+/// Layers of the probe: as many as have `IN_USE` bytes in use on all ranks, of those the model has.
+fn layers(shape: &ModelShape, tokens: usize, ranks: usize) -> usize {
+    // Weight and gradient; what is kept of a token, in two bytes each.
+    let kept = shape.qkv() + shape.attended() + shape.up() + 4.0 * shape.width as f64;
+    let each = 6.0 * shape.layer_params() + 2.0 * kept * tokens as f64;
+    let wanted = (IN_USE / (each * ranks as f64)).ceil() as usize;
+    wanted.clamp(1, shape.layers.max(1))
+}
+
+/// Collectives of gradients and of activations over groups of every size that ranks divide into, all groups
+/// of a size at once.
+fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample>, Fault> {
+    let (ranks, rank) = (mesh.world_size(), mesh.rank());
+    let all = mesh.group(Axis::X);
+    let types = if dtype == DType::F32 { vec![dtype] } else { vec![DType::F32, dtype] };
     let mut samples = Vec::new();
-    for size in SIZES {
-        let piece = size / DType::F32.size_bytes() / n;
-        let (mut whole, mut part) = (vec![1f32; piece * n], vec![1f32; piece]);
-        let bytes = (piece * (n - 1) * DType::F32.size_bytes()) as f64;
-        let hops = (n - 1) as f64;
-        let mut add =
-            |times: f64, hops: f64, seconds: f64| samples.push((times * hops, times * bytes, seconds));
-        let seconds = calls(group, || group.all_reduce_sum(ViewMut::of_f32(&mut whole)))?;
-        add(2.0, hops, seconds);
-        let seconds = calls(group, || group.all_gather(View::of_f32(&part), ViewMut::of_f32(&mut whole)))?;
-        add(1.0, hops, seconds);
-        let seconds =
-            calls(group, || group.reduce_scatter_sum(View::of_f32(&whole), ViewMut::of_f32(&mut part)))?;
-        add(1.0, hops, seconds);
-        let seconds = calls(group, || group.broadcast(ViewMut::of_f32(&mut whole), 0))?;
-        add(1.0, hops.log2().ceil().max(1.0), seconds);
+    for n in (2..=ranks).filter(|n| ranks.is_multiple_of(*n)) {
+        let first = rank / n * n;
+        let group = mesh.group_of(&format!("probe of {n}"), &(first..first + n).collect::<Vec<_>>());
+        for (size, dtype) in SIZES.into_iter().flat_map(|size| types.iter().map(move |dtype| (size, *dtype)))
+        {
+            all.barrier()?;
+            exchange(&group, size, dtype, &mut samples)?;
+        }
     }
     Ok(samples)
+}
+
+/// Of `size` bytes in the whole array. A sum on all ranks counts as two calls: it is priced as one to scatter
+/// the sums and one to gather them.
+fn exchange(group: &Group, size: usize, dtype: DType, samples: &mut Vec<Sample>) -> Result<(), Fault> {
+    let (n, len) = (group.size(), size / dtype.size_bytes() / group.size());
+    let bytes = (len * (n - 1) * dtype.size_bytes()) as f64;
+    let (mut whole, mut part) = (zeros(dtype, n * len)?, zeros(dtype, len)?);
+    let mut add = |times: f64, seconds: f64| samples.push((times, times * bytes, seconds));
+    add(2.0, calls(group, || group.all_reduce_sum(whole.view_mut(dtype, 0, n * len)))?);
+    add(1.0, calls(group, || group.all_gather(part.view(dtype, 0, len), whole.view_mut(dtype, 0, n * len)))?);
+    let scatter = || group.reduce_scatter_sum(whole.view(dtype, 0, n * len), part.view_mut(dtype, 0, len));
+    add(1.0, calls(group, scatter)?);
+    add(1.0, calls(group, || group.broadcast(whole.view_mut(dtype, 0, n * len), 0))?);
+    Ok(())
 }
 
 fn calls(group: &Group, mut call: impl FnMut() -> Result<(), CommError>) -> Result<f64, Fault> {

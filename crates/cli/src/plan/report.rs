@@ -2,12 +2,11 @@
 
 use super::{GIB, Question};
 use crate::show;
-use dist::Axis;
-use dist::Scheme;
 use dist::cost::{
-    Contender, Decision, Grid, MeshShape, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows,
-    peers, pure_grids, title,
+    Contender, Decision, Grid, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows, peers,
+    pure_grids, title,
 };
+use dist::{Axis, MeshShape, Scheme};
 use train::bytes;
 
 /// Bytes of an activation and of a weight as messages carry them.
@@ -109,7 +108,7 @@ fn padding(question: &Question) -> String {
 }
 
 fn counted_row(question: &Question, scheme: Scheme, grid: Grid) -> Result<Vec<String>, train::TrainError> {
-    let shape = dist::MeshShape::new(&[(Axis::X, grid.x), (Axis::Y, grid.y), (Axis::Z, grid.z)]);
+    let shape = MeshShape::new(&[(Axis::X, grid.x), (Axis::Y, grid.y), (Axis::Z, grid.z)]);
     let shape = shape.map_err(|error| train::TrainError::Mesh { what: error.to_string() })?;
     let dry = train::dry_layer(&question.config, shape, scheme)?;
     let peers: Vec<String> = dry.peers.iter().map(|(_, count)| count.to_string()).collect();

@@ -1,15 +1,18 @@
 //! What devices and links can do. Where numbers were not measured they are nominal, and whatever is
 //! computed from them is predicted.
 
-use super::MeshShape;
 use super::volume::Flow;
-use crate::Axis;
+use crate::{Axis, MeshShape};
 
-/// A link as seen by one device: a message of n bytes takes alpha + n / rate.
+/// A link as seen by one device: a message of n bytes takes alpha + n / rate, and a call of several devices
+/// something beside its messages.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Link {
     /// Seconds until the first byte arrives, alpha.
     pub latency_s: f64,
+    /// Seconds of a call beside its hops, however many ranks it has: what ranks that read each other's memory
+    /// take to meet.
+    pub call_s: f64,
     /// Bytes a second each way, 1 / beta.
     pub bytes_per_s: f64,
 }
@@ -82,7 +85,9 @@ impl Pace {
 impl Link {
     /// Seconds of a flow of `element_bytes` elements.
     pub fn seconds(&self, flow: Flow, element_bytes: f64) -> f64 {
-        flow.hops * self.latency_s + flow.elements * element_bytes / self.bytes_per_s
+        flow.hops * self.latency_s
+            + flow.calls * self.call_s
+            + flow.elements * element_bytes / self.bytes_per_s
     }
 }
 

@@ -1,13 +1,13 @@
 //! Every plan for a few ranks, cheapest first: where ranks are threads or processes of the machines at
 //! hand, a run takes the first that training accepts.
 
-use super::plan::{MeshShape, Offload, Plan, Zero};
+use super::plan::{Offload, Plan, Zero};
 use super::price::{Price, price};
 use super::search::variants;
 use super::volume::Grid;
 use super::{Batch, Cluster, ModelShape};
 use crate::pipeline::Schedule;
-use crate::{Axis, Scheme};
+use crate::{Axis, MeshShape, Scheme};
 
 /// All plans that fit on `ranks` ranks and split the rows of a step into equal microbatches of whole
 /// rows, by step time; ties keep one order. Thousands for dozens of ranks; for more use `search`.

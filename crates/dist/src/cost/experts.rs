@@ -3,9 +3,10 @@
 //! compares the flows with the counters of `dist::Experts`.
 
 use super::cluster::Cluster;
-use super::plan::{MeshShape, Plan};
+use super::plan::Plan;
 use super::volume::{Flow, Product};
 use super::{MixtureShape, ModelShape};
+use crate::MeshShape;
 use crate::{Axis, Scheme};
 
 /// What a rank receives over one axis.

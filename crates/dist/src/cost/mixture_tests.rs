@@ -2,6 +2,7 @@
 
 use super::tests::cluster;
 use super::*;
+use crate::MeshShape;
 use crate::pipeline::Schedule;
 use crate::{Axis, Scheme};
 

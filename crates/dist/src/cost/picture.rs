@@ -2,7 +2,8 @@
 //! there are this file's output, which a test compares.
 
 use super::volume::{Flow, Grid, peers, volume};
-use super::{MeshShape, ModelShape, expert_flows, pool_flows};
+use super::{ModelShape, expert_flows, pool_flows};
+use crate::MeshShape;
 use crate::{Axis, Scheme};
 use std::fmt::Write;
 

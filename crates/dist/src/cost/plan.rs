@@ -2,16 +2,9 @@
 
 use super::volume::{Grid, inner_cut};
 use super::{Batch, ModelShape};
-use crate::Axis;
-use crate::Scheme;
 use crate::pipeline::{Pipeline, PipelineError, Schedule};
+use crate::{Axis, Clash, Combination, MeshShape, Scheme};
 use std::fmt;
-
-/// Sizes of all mesh axes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct MeshShape {
-    sizes: [usize; Axis::ALL.len()],
-}
 
 /// What the ranks of `fsdp` share: each stage what the one before does, and more (Rajbhandari et
 /// al. 2019, arXiv:1910.02054).
@@ -104,66 +97,18 @@ pub enum PlanError {
         /// Experts of a layer, 0 without a mixture.
         experts: usize,
     },
-    /// A sequence cannot be cut.
-    #[error("cp = {cp} cuts rows of {context} tokens; lower cp")]
-    Context {
-        /// Ranks of the context axis.
-        cp: usize,
-        /// Tokens a row.
-        context: usize,
-    },
-    /// A scheme on a mesh it is not made for.
-    #[error(
-        "scheme {scheme} does not go with x = {x}, y = {y}, z = {z}: 1d uses x, summa and weight-stationary x and y, 2.5d and 3d all three; take another scheme or mesh"
-    )]
-    Grid {
-        /// Which scheme.
-        scheme: Scheme,
-        /// First axis.
-        x: usize,
-        /// Second axis.
-        y: usize,
-        /// Third axis.
-        z: usize,
-    },
+    /// Choices that do not go together.
+    #[error(transparent)]
+    Clash(#[from] Clash),
     /// A schedule that does not fit.
     #[error(transparent)]
     Pipeline(#[from] PipelineError),
 }
 
 impl MeshShape {
-    /// A mesh of one.
-    pub const SOLO: MeshShape = MeshShape { sizes: [1; Axis::ALL.len()] };
-
-    /// The same with one axis of another size.
-    pub fn with(mut self, axis: Axis, size: usize) -> MeshShape {
-        self.sizes[axis as usize] = size;
-        self
-    }
-
-    /// Ranks along an axis.
-    pub fn size(&self, axis: Axis) -> usize {
-        self.sizes[axis as usize]
-    }
-
-    /// Ranks between two neighbours of an axis.
-    pub fn stride(&self, axis: Axis) -> usize {
-        self.sizes[axis as usize + 1..].iter().product()
-    }
-
-    /// All ranks.
-    pub fn world_size(&self) -> usize {
-        self.sizes.iter().product()
-    }
-
     /// The tensor axes.
     pub fn grid(&self) -> Grid {
         Grid { x: self.size(Axis::X), y: self.size(Axis::Y), z: self.size(Axis::Z) }
-    }
-
-    /// Replicas that see different rows: dp x fsdp x ep.
-    pub fn replicas(&self) -> usize {
-        self.size(Axis::Dp) * self.size(Axis::Fsdp) * self.size(Axis::Ep)
     }
 }
 
@@ -178,8 +123,8 @@ impl Plan {
         Pipeline::new(self.mesh.size(Axis::Pp), self.microbatches(batch), self.schedule)
     }
 
-    /// Whether it can be run at all.
-    pub fn check(&self, model: &ModelShape, batch: Batch) -> Result<(), PlanError> {
+    /// Whether it can be run at all; its pipeline.
+    pub fn check(&self, model: &ModelShape, batch: Batch) -> Result<Pipeline, PlanError> {
         let (mesh, grid) = (&self.mesh, self.mesh.grid());
         let (replicas, rows) = (mesh.replicas(), batch.rows);
         if replicas > rows {
@@ -189,16 +134,8 @@ impl Plan {
         if slices > layers {
             return Err(PlanError::Layers { slices, layers });
         }
-        let scheme = self.scheme;
-        let Grid { x, y, z } = grid;
-        let has_use = match scheme {
-            Scheme::OneD | Scheme::OneDSequence => y == 1 && z == 1,
-            Scheme::Summa | Scheme::WeightStationary => z == 1,
-            Scheme::TwoPointFiveD | Scheme::ThreeD => true,
-        };
-        if !has_use {
-            return Err(PlanError::Grid { scheme, x, y, z });
-        }
+        let Plan { mesh, scheme, zero, .. } = *self;
+        Combination { mesh, scheme: Some(scheme), zero, context: batch.context }.check()?;
         let (heads, rows) = (model.heads, self.microbatch_rows);
         let (token_cut, head_cut) = inner_cut(scheme, grid);
         if head_cut > heads {
@@ -211,24 +148,7 @@ impl Plan {
         if ep > experts.max(1) {
             return Err(PlanError::Experts { ep, experts });
         }
-        let (cp, context) = (mesh.size(Axis::Cp), batch.context);
-        if cp > context {
-            return Err(PlanError::Context { cp, context });
-        }
-        self.pipeline(batch)?;
-        Ok(())
-    }
-}
-
-impl fmt::Display for MeshShape {
-    /// "pp 8 x dp 4 x x 2": axes of more than one rank.
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let axes: Vec<String> = Axis::ALL
-            .iter()
-            .filter(|axis| self.size(**axis) > 1)
-            .map(|axis| format!("{} = {}", axis.name(), self.size(*axis)))
-            .collect();
-        f.write_str(&if axes.is_empty() { "one rank".to_string() } else { axes.join(", ") })
+        Ok(self.pipeline(batch)?)
     }
 }
 

@@ -2,15 +2,15 @@
 
 use super::cluster::Cluster;
 use super::memory::{
-    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, stage_layers, tokens,
+    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, stage_layers,
+    tokens, weight_cut,
 };
 use super::plan::{Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};
 use super::volume::Flow;
 use super::{Batch, ExpertFlow, ExpertFlows, ModelShape, experts, pool_flows};
-use crate::Axis;
-use crate::Scheme;
 use crate::pipeline::{Pipeline, Times};
+use crate::{Axis, Scheme};
 
 /// Bytes of a parameter the optimizer reads and writes: gradient, weight, master, two moments.
 const OPTIMIZER_TRAFFIC: f64 = 28.0;
@@ -61,10 +61,17 @@ impl Price {
 
 /// Price a plan.
 pub fn price(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> Result<Price, PlanError> {
-    plan.check(model, batch)?;
+    let pipeline = plan.check(model, batch)?;
     let layer = LayerCost::new(model, batch, cluster, plan);
-    let pipeline = plan.pipeline(batch)?;
     Ok(Run { model, batch, cluster, plan, pipeline }.price(&layer))
+}
+
+/// Phases of one chunk for one microbatch.
+struct Chunks {
+    /// Of the stage that has most to do.
+    longest: Phases,
+    /// Of all stages.
+    mean: Phases,
 }
 
 /// A checked plan with all it is priced from.
@@ -78,9 +85,9 @@ pub(super) struct Run<'a> {
 
 impl Run<'_> {
     pub fn price(&self, layer: &LayerCost) -> Price {
-        let chunk = self.chunk(layer);
-        let (seconds, times) = self.pipeline_seconds(&chunk);
-        let mut seconds = seconds;
+        let chunks = self.chunks(layer);
+        let mut seconds = self.pipeline_seconds(&chunks);
+        let times = chunks.longest.times();
         let mut traffic = self.tensor_traffic(layer);
         self.pass_messages(&mut seconds, &mut traffic, times);
         self.reduce_gradients(&mut seconds, &mut traffic, times);
@@ -99,34 +106,33 @@ impl Run<'_> {
         }
     }
 
-    /// Phases of one chunk of the slowest stage for one microbatch.
-    fn chunk(&self, cost: &LayerCost) -> Phases {
-        let (slices, v) = (self.pipeline.stages() * self.pipeline.chunks(), self.pipeline.chunks() as f64);
+    /// One chunk for one microbatch: of the stage that has most to do, and the mean of all.
+    fn chunks(&self, cost: &LayerCost) -> Chunks {
+        let (p, v) = (self.pipeline.stages() as f64, self.pipeline.chunks() as f64);
+        let slices = self.pipeline.stages() * self.pipeline.chunks();
         // The last slice has the head, and fewer layers for it.
         let (layers, last) = self.model.slice_layers(self.batch.context, slices);
-        let spare = (layers - last) as f64;
         let mut layer = cost.layer;
         if self.model.mixture.is_some() {
             layer.forward.experts += experts::seconds(self.cluster, &self.plan.mesh, &self.pooled());
         }
-        let phase = |layer: Phase, head: Phase| {
-            let mut sum = Phase::default();
-            sum.add(layer, layers as f64);
-            let more = (head.total() - spare * layer.total()).max(0.0) / v;
-            if head.total() > 0.0 {
-                sum.add(head, more / head.total());
+        let part = |layers: f64, head: f64| {
+            let mut sum = Phases::default();
+            sum.add(layer, layers);
+            sum.add(cost.head, head);
+            if self.plan.recompute {
+                sum.input.add(layer.forward, layers);
             }
             sum
         };
-        let mut chunk = Phases {
-            forward: phase(layer.forward, cost.head.forward),
-            input: phase(layer.input, cost.head.input),
-            weight: phase(layer.weight, cost.head.weight),
-        };
-        if self.plan.recompute {
-            chunk.input.add(layer.forward, layers as f64);
-        }
-        chunk
+        let (inner, end) = (part(layers as f64, 0.0), part(last as f64, 1.0));
+        // Of the last stage one chunk has the head.
+        let mut with_head = Phases::default();
+        with_head.add(inner, 1.0 - 1.0 / v);
+        with_head.add(end, 1.0 / v);
+        let longest = if end.total() > inner.total() { with_head } else { inner };
+        let mean = part(self.model.layers as f64 / (p * v), 1.0 / (p * v));
+        Chunks { longest, mean }
     }
 
     /// What the balance of a layer's experts makes a rank receive; it asks more axes than those that layers
@@ -137,27 +143,24 @@ impl Run<'_> {
         self.model.mixture.map(flows).unwrap_or_default().map(words)
     }
 
-    fn pipeline_seconds(&self, chunk: &Phases) -> (Seconds, Times) {
-        let times = Times {
-            forward: chunk.forward.total(),
-            backward_input: chunk.input.total(),
-            backward_weight: chunk.weight.total(),
-        };
+    /// A step is as long as its longest chain of work that waits for other work, or as all work takes the
+    /// processors there are. The second counts only where ranks share them: then those at work have the
+    /// processors of those that wait, and each goes faster than when all are busy.
+    fn pipeline_seconds(&self, chunks: &Chunks) -> Seconds {
         let runs = (self.pipeline.microbatches() * self.pipeline.chunks()) as f64;
         let mut sum = Phase::default();
-        for phase in [chunk.forward, chunk.input, chunk.weight] {
+        for phase in [chunks.mean.forward, chunks.mean.input, chunks.mean.weight] {
             sum.add(phase, runs);
         }
-        let seconds = Seconds {
+        let chain = self.pipeline.makespan_of_uneven(chunks.mean.times(), chunks.longest.times());
+        Seconds {
             compute: sum.compute,
             tensor: sum.tensor,
             context: sum.context,
             experts: sum.experts,
-            // Where ranks share cores, those that work have the cores of those that wait.
-            bubble: (self.pipeline.makespan(times) / self.cluster.pace.sharing - sum.total()).max(0.0),
+            bubble: (chain / self.cluster.pace.sharing - sum.total()).max(0.0),
             ..Seconds::default()
-        };
-        (seconds, times)
+        }
     }
 
     fn tensor_traffic(&self, cost: &LayerCost) -> [AxisTraffic; Axis::ALL.len()] {
@@ -219,7 +222,8 @@ impl Run<'_> {
         );
         let behind =
             (each - times.forward).max(0.0) + (each - times.backward_input - times.backward_weight).max(0.0);
-        seconds.messages = 2.0 * (slices as f64 - 1.0) * each + runs * behind;
+        // Whoever waits for a message leaves its processor to others.
+        seconds.messages = (2.0 * (slices as f64 - 1.0) * each + runs * behind) / self.cluster.pace.sharing;
         traffic[Axis::Pp as usize].add(flow, ACTIVATION_BYTES, 2.0 * runs);
     }
 
@@ -279,6 +283,21 @@ impl Run<'_> {
         // Buckets go while the last microbatch's backward still runs, but for its last layer.
         let hides = backward * (layers - 1.0) / layers;
         seconds.gradients += (once - hides).max(once / layers);
+        seconds.gradients *= self.evened();
+    }
+
+    /// What counts of the seconds that the rank with most parameters spends on them: where ranks share
+    /// processors it has more of them when the others are done.
+    fn evened(&self) -> f64 {
+        let stages = self.pipeline.stages() as f64;
+        if stages == 1.0 {
+            return 1.0;
+        }
+        let held = RankParams::of(self.model, self.batch, self.plan);
+        let fullest = stage_layers(self.model, self.batch, self.plan) as f64;
+        let layers = (held.all() - held.tables) * self.model.layers as f64 / (fullest * stages);
+        let tables = 2.0 * self.model.table_params() / weight_cut(self.plan) / stages;
+        ((layers + tables) / held.all()).max(1.0 / self.cluster.pace.sharing)
     }
 
     /// Parameters of a rank whose gradients are summed over `axis`: those it holds copies of while its ranks
@@ -304,7 +323,7 @@ impl Run<'_> {
             RankParams::of(self.model, self.batch, self.plan).all() / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
         seconds.optimizer = match self.plan.offload.optimizer {
-            false => traffic / self.cluster.pace.update_bytes_per_s,
+            false => self.evened() * traffic / self.cluster.pace.update_bytes_per_s,
             true => {
                 // Gradients down, the update and weights up run beside each other.
                 let link = self.cluster.host_link.bytes_per_s;

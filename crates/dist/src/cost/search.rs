@@ -7,14 +7,13 @@
 //! gets the same answer.
 
 use super::cluster::Cluster;
-use super::plan::{MeshShape, Offload, Plan, PlanError, Zero};
+use super::plan::{Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
 use super::seconds::LayerCost;
 use super::volume::{Grid, inner_cut};
 use super::{Batch, ModelShape};
-use crate::Axis;
-use crate::Scheme;
 use crate::pipeline::Schedule;
+use crate::{Axis, MeshShape, Scheme};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -238,14 +237,14 @@ impl<'a> Hunt<'a> {
         let (model, batch, cluster) = (self.model, self.batch, self.cluster);
         let layer = self.layers.entry(key).or_insert_with(|| LayerCost::new(model, batch, cluster, &plan));
         let found = self.bests.entry(family).or_default();
-        let each = layer.layer.forward.total() + layer.layer.input.total() + layer.layer.weight.total();
+        let each = layer.layer.total() / cluster.pace.sharing;
         let layers = self.model.layers.div_ceil(plan.mesh.size(Axis::Pp));
         let bound = plan.microbatches(self.batch) as f64 * layers as f64 * each;
         if bound >= found.best.map_or(self.limit, |best| best.step().min(self.limit)) {
             return;
         }
         for plan in variants(&plan, self.model, self.batch, self.space.offload) {
-            let Ok(pipeline) = plan.pipeline(self.batch) else { continue };
+            let Ok(pipeline) = plan.check(self.model, self.batch) else { continue };
             let run =
                 Run { model: self.model, batch: self.batch, cluster: self.cluster, plan: &plan, pipeline };
             let price = run.price(layer);

@@ -5,6 +5,7 @@ use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
 use super::plan::Plan;
 use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, volume};
 use super::{Batch, ExpertFlows, MixtureShape, ModelShape, expert_flows, expert_products, experts};
+use crate::pipeline::Times;
 use crate::{Axis, ContextAttention, Moved, Scheme};
 
 /// Times each kept value passes through memory outside products, forward: written, read by the next
@@ -118,7 +119,7 @@ impl LayerCost {
         for pair in model.pairs() {
             for (half, product) in model.products(*pair, m) {
                 let (phases, flows) = product_seconds(cluster, plan, plan.scheme, (half, product));
-                cost.layer.add(phases);
+                cost.layer.add(phases, 1.0);
                 for axis in 0..3 {
                     cost.flows.0[axis].add(flows.0[axis]);
                     cost.flows.1[axis].add(flows.1[axis]);
@@ -159,10 +160,22 @@ impl LayerCost {
 }
 
 impl Phases {
-    fn add(&mut self, other: Phases) {
-        self.forward.add(other.forward, 1.0);
-        self.input.add(other.input, 1.0);
-        self.weight.add(other.weight, 1.0);
+    pub fn add(&mut self, other: Phases, times: f64) {
+        self.forward.add(other.forward, times);
+        self.input.add(other.input, times);
+        self.weight.add(other.weight, times);
+    }
+
+    pub fn times(&self) -> Times {
+        Times {
+            forward: self.forward.total(),
+            backward_input: self.input.total(),
+            backward_weight: self.weight.total(),
+        }
+    }
+
+    pub fn total(&self) -> f64 {
+        self.times().total()
     }
 }
 
@@ -283,9 +296,7 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
         }
         (phases, flows)
     });
-    let seconds = |p: &Phases| p.forward.total() + p.input.total() + p.weight.total();
-    let (mut phases, flows) =
-        priced.min_by(|a, b| seconds(&a.0).total_cmp(&seconds(&b.0))).unwrap_or_default();
+    let (mut phases, flows) = priced.min_by(|a, b| a.0.total().total_cmp(&b.0.total())).unwrap_or_default();
     // Loss and gradient of a logit are computed together, on the way up.
     phases.forward.compute +=
         m * model.vocab as f64 / plan.mesh.grid().size() as f64 / cluster.pace.logits_per_s;

@@ -1,9 +1,8 @@
 //! Formulas per transformer layer, rectangles, memory and choices.
 
 use super::*;
-use crate::Axis;
-use crate::Scheme;
 use crate::pipeline::Schedule;
+use crate::{Axis, MeshShape, Scheme};
 
 /// The layer all published formulas are for: four h x 4h-like products, 12 h^2 weights.
 fn classic(h: usize) -> ModelShape {
@@ -84,7 +83,8 @@ fn rectangles_move_each_operand_by_its_own_axis() {
 
 /// An H100-like node of eight.
 pub(super) fn cluster() -> Cluster {
-    let link = |latency_us: f64, gb: f64| Link { latency_s: latency_us * 1e-6, bytes_per_s: gb * 1e9 };
+    let link =
+        |latency_us: f64, gb: f64| Link { latency_s: latency_us * 1e-6, call_s: 0.0, bytes_per_s: gb * 1e9 };
     Cluster {
         node_devices: 8,
         device_bytes: 80.0 * (1u64 << 30) as f64,
@@ -164,6 +164,27 @@ fn memory_falls_with_what_each_choice_gives_away() {
 }
 
 #[test]
+fn a_stage_that_waits_leaves_its_processor_to_others() {
+    // Of 8 layers' worth of work the last stage has 5: the head is as large as 4 layers.
+    let (model, batch) = (ModelShape { layers: 4, ..small().0 }, Batch { rows: 8, context: 1024 });
+    let mesh = MeshShape::SOLO.with(Axis::Pp, 4);
+    let plan = Plan { mesh, microbatch_rows: 1, ..solo() };
+    let on = |sharing: f64| {
+        let mut shared = cluster();
+        shared.pace.sharing = sharing;
+        price(&model, batch, &shared, &plan).unwrap().seconds
+    };
+    let (own, two, four) = (on(1.0), on(2.0), on(4.0));
+    assert!(own.compute == two.compute && own.compute == four.compute, "the work is the same");
+    assert!(own.bubble > own.compute, "one of four works nearly all the time: {own:?}");
+    // Two processors: the longest chain goes at twice the pace, and is still longer than all work.
+    close(two.compute + two.bubble, (own.compute + own.bubble) / 2.0);
+    // One processor: it is never idle.
+    assert_eq!(four.bubble, 0.0);
+    assert!(four.optimizer < own.optimizer, "ends have an embedding more than the stages between");
+}
+
+#[test]
 fn plans_that_cannot_run_say_why() {
     let (model, batch) = small();
     let refused = |plan: Plan| price(&model, batch, &cluster(), &plan).unwrap_err().to_string();
@@ -174,7 +195,7 @@ fn plans_that_cannot_run_say_why() {
     let many = MeshShape::SOLO.with(Axis::Dp, 128);
     assert!(refused(Plan { mesh: many, ..solo() }).contains("share 64 rows"));
     let plane = MeshShape::SOLO.with(Axis::X, 2).with(Axis::Y, 2);
-    assert!(refused(Plan { mesh: plane, ..solo() }).contains("scheme 1d does not go with x = 2, y = 2"));
+    assert!(refused(Plan { mesh: plane, ..solo() }).contains("scheme `1d` has no use for mesh axis y = 2"));
     let rows = MeshShape::SOLO.with(Axis::X, 8).with(Axis::Y, 2);
     let plan = Plan { mesh: rows, scheme: Scheme::Summa, ..solo() };
     assert!(refused(plan).contains("cuts the 4 rows"));

@@ -14,7 +14,7 @@ mod transfers;
 mod zero_bubble;
 
 pub use balance::{balance, balance_alike};
-pub use simulate::{Deadlock, Span, Times, Transport, Walk, simulate};
+pub use simulate::{Deadlock, Span, Times, Transport, Walk, simulate, simulate_uneven};
 
 use std::fmt;
 
@@ -245,6 +245,20 @@ impl Pipeline {
             Schedule::ZeroBubble => zero_bubble::makespan(self, times),
             _ => (m * v + p - 1.0) * times.total(),
         }
+    }
+
+    /// The same where stages take different times: `mean` of all of them for a chunk, `longest` for one of
+    /// the stage that has most to do. That stage waits while the first microbatch comes to it and the last
+    /// one leaves it, through chunks of the others. Where the last stage is the longest (it has the head) no
+    /// order is shorter, and none of ours takes longer than a pipeline of such stages.
+    pub fn makespan_of_uneven(&self, mean: Times, longest: Times) -> f64 {
+        if self.stages == 1 {
+            return self.makespan(longest);
+        }
+        let (p, runs) = (self.stages as f64, (self.microbatches * self.chunks()) as f64);
+        // What one other stage makes a stage wait.
+        let wait = |times: Times| (self.makespan(times) - runs * times.total()) / (p - 1.0);
+        runs * longest.total() + (p * wait(mean) - wait(longest)).max(0.0)
     }
 
     /// Share of the step a stage stands idle.

@@ -75,7 +75,7 @@ pub struct Deadlock {
 
 struct Machine<'a> {
     lists: &'a [Vec<Action>],
-    times: Times,
+    times: &'a [Times],
     transport: Transport,
     next: Vec<usize>,
     clocks: Vec<f64>,
@@ -86,6 +86,15 @@ struct Machine<'a> {
 
 /// Run every stage's list to its end.
 pub fn simulate(lists: &[Vec<Action>], times: Times, transport: Transport) -> Result<Walk, Deadlock> {
+    simulate_uneven(lists, &vec![times; lists.len()], transport)
+}
+
+/// The same for stages whose units take different times.
+pub fn simulate_uneven(
+    lists: &[Vec<Action>],
+    times: &[Times],
+    transport: Transport,
+) -> Result<Walk, Deadlock> {
     let stages = lists.len();
     let (next, clocks, spans) = (vec![0; stages], vec![0.0; stages], vec![Vec::new(); stages]);
     let mut machine = Machine { lists, times, transport, next, clocks, mail: HashMap::new(), spans };
@@ -121,7 +130,7 @@ impl Machine<'_> {
         match action {
             Action::Run(unit) => {
                 let start = self.clocks[stage];
-                let end = start + self.times.of(unit.work);
+                let end = start + self.times[stage].of(unit.work);
                 self.spans[stage].push(Span { unit, start, end });
                 self.clocks[stage] = end;
             }

@@ -94,6 +94,45 @@ proptest! {
     }
 }
 
+/// Times of stages, the last one's longest.
+fn uneven(p: usize, others: &[(u32, u32, u32)], last: (u32, u32, u32)) -> Vec<Times> {
+    let times = |(f, i, w): (u32, u32, u32)| Times {
+        forward: f64::from(f),
+        backward_input: f64::from(i),
+        backward_weight: f64::from(w),
+    };
+    let others = others.iter().cycle().take(p - 1).copied();
+    let more = |(f, i, w): (u32, u32, u32)| (f + 4, i + 4, w + 4);
+    others.chain([more(last)]).map(times).collect()
+}
+
+fn mean_of(times: &[Times]) -> Times {
+    let mean = |of: fn(&Times) -> f64| times.iter().map(of).sum::<f64>() / times.len() as f64;
+    Times {
+        forward: mean(|t| t.forward),
+        backward_input: mean(|t| t.backward_input),
+        backward_weight: mean(|t| t.backward_weight),
+    }
+}
+
+proptest! {
+    #[test]
+    fn a_step_of_uneven_stages_takes_what_the_longest_and_the_others_way_take(
+        p in 1usize..7, m in 1usize..20, early in any::<bool>(),
+        others in prop::collection::vec((1u32..4, 1u32..4, 1u32..4), 1..6),
+        last in (0u32..4, 0u32..4, 0u32..4),
+    ) {
+        let schedule = if early { Schedule::OneFOneB } else { Schedule::GPipe };
+        let pipeline = Pipeline::new(p, m, schedule).unwrap();
+        let times = uneven(p, &others, last);
+        let (lists, last) = (pipeline.actions_for(times[p - 1]).unwrap(), times[p - 1]);
+        let walk = simulate_uneven(&lists, &times, Transport::Buffered).unwrap();
+        let (said, most) = (pipeline.makespan_of_uneven(mean_of(&times), last), pipeline.makespan(last));
+        prop_assert!(walk.makespan > said - 1e-6, "{} is less than {said}", walk.makespan);
+        prop_assert!(walk.makespan < most + 1e-6, "{} is more than {most}", walk.makespan);
+    }
+}
+
 /// What a reader checks by eye, and the share of bubble.
 fn timeline(p: usize, m: usize, schedule: Schedule) -> String {
     let pipeline = Pipeline::new(p, m, schedule).unwrap();

@@ -42,8 +42,10 @@ impl Settings {
         sets
     }
 
+    /// "auto" leaves it open.
     fn says_recompute(&self) -> bool {
-        self.gives("train.recompute") || self.gives("train.recompute_layers")
+        let auto = self.get("train.recompute").is_some_and(|word| word.as_str() == Some("auto"));
+        self.gives("train.recompute_layers") || self.gives("train.recompute") && !auto
     }
 
     /// The recipe that follows `price`, if training can: every rule of recipes holds for it too.

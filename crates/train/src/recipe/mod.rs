@@ -1,7 +1,6 @@
 //! Recipes: TOML in, checked values out. Unknown keys are refused, every value has one type.
 
 mod auto;
-mod context;
 mod experts;
 pub mod keys;
 mod kind;
@@ -71,6 +70,9 @@ pub enum RecipeError {
         /// What would do.
         remedy: String,
     },
+    /// Parts of a mesh that do not go together.
+    #[error(transparent)]
+    Clash(#[from] dist::Clash),
     /// `--set` without a value.
     #[error("`--set {0}` has no value; write `--set key=value`, as in `--set train.lr=3e-4`")]
     NoValue(String),

@@ -2,25 +2,8 @@
 
 use super::RecipeError;
 use super::values::{Get, TrainRecipe, impossible};
-use crate::shards::Sharding;
-use dist::cost::Zero;
 use dist::pipeline::{Pipeline, Schedule};
 use dist::{Axis, MeshShape};
-
-/// Refuses axes that do not go beside stages.
-pub(super) fn check(shape: &MeshShape, sharding: Sharding) -> Result<(), RecipeError> {
-    let size = |axis| shape.size(axis);
-    if size(Axis::Pp) == 1 {
-        return Ok(());
-    }
-    if size(Axis::Fsdp) > 1 && sharding.zero > Zero::One {
-        return impossible(
-            format!("mesh.zero above 1 is given with mesh.pp = {}", size(Axis::Pp)),
-            "stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1",
-        );
-    }
-    Ok(())
-}
 
 /// In which order the stages of the mesh work, for the microbatches of a step.
 pub(super) fn schedule(

@@ -1,16 +1,15 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, auto, context, new_model, stages};
+use super::{RecipeError, Settings, auto, new_model, stages};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
-use crate::ranks::ROWS;
 use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
 use device::DType;
 use dist::cost::{Cluster, Link, Pace, Zero};
 use dist::pipeline;
-use dist::{Axis, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
+use dist::{Axis, Combination, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use std::path::PathBuf;
@@ -299,7 +298,7 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
     let int = |key| need(get.int(key), key).map(|n| n as usize);
     let float = |key| need(get.float(key), key);
     let link = |latency, rate| -> Result<Link, RecipeError> {
-        Ok(Link { latency_s: float(latency)? * 1e-6, bytes_per_s: float(rate)? * 1e9 })
+        Ok(Link { latency_s: float(latency)? * 1e-6, call_s: 0.0, bytes_per_s: float(rate)? * 1e9 })
     };
     let (flops_per_s, bytes_per_s) = (float("cluster.compute")? * 1e12, float("cluster.memory_rate")? * 1e9);
     let cluster = Cluster {
@@ -440,8 +439,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         Ok(shape) => shape,
         Err(error) => return impossible(error.to_string(), "lower the sizes in [mesh]"),
     };
-    context::check(&shape, train.context)?;
-    let replicas: usize = ROWS.iter().map(|axis| shape.size(*axis)).product();
+    let replicas = shape.replicas();
     if !train.batch.is_multiple_of(replicas) {
         return impossible(
             format!(
@@ -452,15 +450,6 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
         );
     }
     let scheme = Scheme::from_name(&get.text("mesh.scheme").unwrap_or_default());
-    for axis in [Axis::X, Axis::Y, Axis::Z] {
-        let idle = |scheme: &Scheme| shape.size(axis) > 1 && !scheme.axes().contains(&axis);
-        if let Some(scheme) = scheme.filter(idle) {
-            return impossible(
-                format!("mesh.scheme = \"{}\" has no use for mesh.{}", scheme.name(), axis.name()),
-                "set that axis to 1, or choose another scheme",
-            );
-        }
-    }
     if get.text("memory.dram").is_some() {
         tiers_of_ranks(get, &shape)?;
     }
@@ -473,7 +462,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
     let attention = attention.unwrap_or_default();
-    stages::check(&shape, sharding)?;
+    Combination { mesh: shape, scheme, zero, context: train.context }.check()?;
     let schedule = stages::schedule(get, &shape, train)?;
     let auto = auto::asked(get, &shape, scheme)?;
     Ok(MeshRecipe { auto, shape, scheme, attention, deadline, sharding, schedule })

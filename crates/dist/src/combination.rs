@@ -1,0 +1,110 @@
+//! What goes together in one run. Recipes and plans ask the same rules, so that nothing is planned that
+//! training refuses.
+
+use crate::cost::Zero;
+use crate::{Axis, FlowError, MeshShape, Scheme};
+
+/// What a run is spread by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Combination {
+    /// Ranks along each axis.
+    pub mesh: MeshShape,
+    /// How products are distributed; none: as the axes say.
+    pub scheme: Option<Scheme>,
+    /// What `fsdp` shares.
+    pub zero: Zero,
+    /// Tokens a row.
+    pub context: usize,
+}
+
+/// Choices that no run combines.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Clash {
+    /// An axis the scheme would leave idle.
+    #[error(transparent)]
+    Idle(#[from] FlowError),
+    /// Rows that are too short to be cut.
+    #[error(
+        "mesh.cp = {ranks} cuts rows of train.context = {context} tokens into {runs} runs: lower mesh.cp, or train longer rows"
+    )]
+    Context {
+        /// Ranks of the context axis.
+        ranks: usize,
+        /// Tokens a row.
+        context: usize,
+        /// Pieces of a row: each rank takes an early and a late one.
+        runs: usize,
+    },
+    /// Shared experts, and stages.
+    #[error(
+        "mesh.ep = {experts} is given with mesh.pp = {stages}: layers with experts run without a pipeline only; set mesh.pp = 1 or mesh.ep = 1"
+    )]
+    ExpertsInStages {
+        /// Ranks that share experts.
+        experts: usize,
+        /// Ranks of the pipeline.
+        stages: usize,
+    },
+    /// Shared gradients or weights, and stages.
+    #[error(
+        "mesh.zero = {zero} is given with mesh.pp = {stages}: stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1"
+    )]
+    SharingStages {
+        /// Stage of ZeRO.
+        zero: usize,
+        /// Ranks of the pipeline.
+        stages: usize,
+    },
+}
+
+impl Combination {
+    /// Refuses what no run combines, whatever the model.
+    pub fn check(&self) -> Result<(), Clash> {
+        let size = |axis| self.mesh.size(axis);
+        if let Some(scheme) = self.scheme {
+            scheme.check(&self.mesh)?;
+        }
+        let (ranks, context) = (size(Axis::Cp), self.context);
+        let runs = 2 * ranks;
+        if ranks > 1 && runs > context {
+            return Err(Clash::Context { ranks, context, runs });
+        }
+        let (stages, experts, zero) = (size(Axis::Pp), size(Axis::Ep), self.zero);
+        if stages > 1 && experts > 1 {
+            return Err(Clash::ExpertsInStages { experts, stages });
+        }
+        if stages > 1 && size(Axis::Fsdp) > 1 && zero > Zero::One {
+            return Err(Clash::SharingStages { zero: zero as usize + 1, stages });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn said(mesh: &str, scheme: Option<Scheme>, zero: Zero) -> String {
+        let mesh = mesh.parse().unwrap();
+        let checked = Combination { mesh, scheme, zero, context: 8 }.check();
+        checked.map_or_else(|clash| clash.to_string(), |()| "runs".to_string())
+    }
+
+    #[test]
+    fn what_clashes_is_named() {
+        for (mesh, scheme, zero, want) in [
+            ("solo", None, Zero::Three, "runs"),
+            ("pp=2,dp=2", None, Zero::Three, "runs"),
+            ("pp=2,fsdp=2", None, Zero::One, "runs"),
+            ("pp=2,fsdp=2", None, Zero::Two, "mesh.zero = 2 is given with mesh.pp = 2"),
+            ("pp=2,ep=2", None, Zero::One, "mesh.ep = 2 is given with mesh.pp = 2"),
+            ("cp=4", None, Zero::One, "runs"),
+            ("cp=5", None, Zero::One, "mesh.cp = 5 cuts rows of train.context = 8 tokens into 10 runs"),
+            ("x=2,y=2", Some(Scheme::Summa), Zero::One, "runs"),
+            ("x=2,y=2", Some(Scheme::OneD), Zero::One, "has no use for mesh axis y = 2"),
+        ] {
+            let said = said(mesh, scheme, zero);
+            assert!(said.contains(want), "{mesh}: {said}");
+        }
+    }
+}
