@@ -7,7 +7,7 @@ use crate::auto::Ranking;
 use crate::plan_memory::{self, Machine};
 use anyhow::{Context, Result, bail};
 use dist::cost::{Batch, Cluster, ModelShape, NoFit, Space, fewer, search};
-use dist::{Axis, MeshShape};
+use dist::MeshShape;
 use model::Config;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -119,9 +119,6 @@ fn question(args: &Args, recipe: &Recipe) -> Result<Question> {
     }
     if cluster.node_devices == 0 {
         bail!("--node-devices 0: a node has at least one device");
-    }
-    if let Some(mesh) = args.mesh.filter(|mesh| mesh.size(Axis::Ep) > 1) {
-        bail!("--mesh {mesh}: axis `ep` is for models with experts; leave it away");
     }
     let devices = match (args.devices, args.mesh) {
         (_, Some(mesh)) if mesh.world_size() > MOST_DEVICES => {

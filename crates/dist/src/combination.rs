@@ -35,16 +35,6 @@ pub enum Clash {
         /// Pieces of a row: each rank takes an early and a late one.
         runs: usize,
     },
-    /// Shared experts, and stages.
-    #[error(
-        "mesh.ep = {experts} is given with mesh.pp = {stages}: layers with experts run without a pipeline only; set mesh.pp = 1 or mesh.ep = 1"
-    )]
-    ExpertsInStages {
-        /// Ranks that share experts.
-        experts: usize,
-        /// Ranks of the pipeline.
-        stages: usize,
-    },
     /// Shared gradients or weights, and stages.
     #[error(
         "mesh.zero = {zero} is given with mesh.pp = {stages}: stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1"
@@ -69,10 +59,7 @@ impl Combination {
         if ranks > 1 && runs > context {
             return Err(Clash::Context { ranks, context, runs });
         }
-        let (stages, experts, zero) = (size(Axis::Pp), size(Axis::Ep), self.zero);
-        if stages > 1 && experts > 1 {
-            return Err(Clash::ExpertsInStages { experts, stages });
-        }
+        let (stages, zero) = (size(Axis::Pp), self.zero);
         if stages > 1 && size(Axis::Fsdp) > 1 && zero > Zero::One {
             return Err(Clash::SharingStages { zero: zero as usize + 1, stages });
         }
@@ -97,7 +84,7 @@ mod tests {
             ("pp=2,dp=2", None, Zero::Three, "runs"),
             ("pp=2,fsdp=2", None, Zero::One, "runs"),
             ("pp=2,fsdp=2", None, Zero::Two, "mesh.zero = 2 is given with mesh.pp = 2"),
-            ("pp=2,ep=2", None, Zero::One, "mesh.ep = 2 is given with mesh.pp = 2"),
+            ("pp=2,ep=2", None, Zero::One, "runs"),
             ("cp=4", None, Zero::One, "runs"),
             ("cp=5", None, Zero::One, "mesh.cp = 5 cuts rows of train.context = 8 tokens into 10 runs"),
             ("x=2,y=2", Some(Scheme::Summa), Zero::One, "runs"),
