@@ -149,7 +149,7 @@ fn a_mixtral_finds_its_mesh_with_ep_among_the_axes() {
         }
     }
     assert!(fit > 4, "{fit} meshes of replicas fit");
-    let towards = decision.variations.iter().filter(|variation| variation.what.contains(" = "));
+    let towards = decision.variations.iter().filter(|variation| variation.what.contains('='));
     assert!(towards.clone().count() > 0, "{:?}", decision.variations);
     for variation in towards {
         let better = variation.price.as_ref().is_ok_and(|p| p.fits(&cluster()) && p.step() < best.step());
