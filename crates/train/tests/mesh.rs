@@ -162,7 +162,7 @@ fn what_cannot_be_spread_is_refused_with_a_remedy() {
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
     assert!(refused(&["mesh.dp=3"]).contains("train.batch = 2 does not divide by 3, the product of mesh.dp"));
     let idle = refused(&["mesh.scheme=summa", "mesh.z=2"]);
-    assert!(idle.contains("no use for mesh.z"), "{idle}");
+    assert!(idle.contains("no use for mesh axis z = 2"), "{idle}");
     let context = refused(&["mesh.cp=13"]);
     assert!(context.contains("mesh.cp = 13 cuts rows of train.context = 24 tokens"), "{context}");
     let shape = place.settings("run", &["mesh.x=2", "mesh.y=3"]).recipe().unwrap().mesh.shape;
