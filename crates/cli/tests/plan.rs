@@ -90,7 +90,7 @@ fn what_cannot_be_is_refused_with_a_remedy() {
         (&["--devices", "0"], "--devices 0"),
         (&["--mesh", "x=2", "--devices", "4"], "--mesh has 2 ranks"),
         (&["--mesh", "x=128"], "no plan can be run on this mesh"),
-        (&["--mesh", "ep=2"], "ep = 2 ranks share the 0 experts of a layer"),
+        (&["--mesh", "ep=2"], "rows or experts into more pieces than there are"),
         (&["--mesh", "x=1048576,y=2"], "a plan is for 1 to 1048576 devices"),
         (&["--set", "train.context=4096", "--set", "model.from=nowhere"], "model.from"),
     ] {
