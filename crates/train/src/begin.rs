@@ -8,7 +8,7 @@ use crate::learner::Learner;
 use crate::metrics::Metrics;
 use crate::moments;
 use crate::prepare::Prepared;
-use crate::ranks::first_says;
+use crate::ranks::{first_says, numbers_of, words_of};
 use crate::recipe::Recipe;
 use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
 use crate::whole::Whole;
@@ -144,8 +144,8 @@ fn same_run(flow: &Flow, resolved: &str, identity: &Identity) -> Result<(), Trai
         text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
     };
     let own: [u64; 4] = ours.map(|(_, text)| hash(text));
-    let mut words: [u16; 16] = std::array::from_fn(|i| (own[i / 4] >> (16 * (i % 4))) as u16);
-    let mine = words;
+    let mut words = words_of(&own);
+    let mine = words.clone();
     first_says(&flow.mesh, &mut words)?;
     let Some(at) = (0..16).find(|i| words[*i] != mine[*i]) else { return Ok(()) };
     let (rank, name) = (flow.mesh.rank(), ours[at / 4].0);
@@ -165,9 +165,9 @@ fn agree(recipe: &Recipe, flow: &Flow, found: Option<&mut Found>) -> Result<Opti
         return Ok(state);
     }
     let step = state.as_ref().map_or(u64::MAX, |state| state.step);
-    let mut words: [u16; 4] = std::array::from_fn(|i| (step >> (16 * i)) as u16);
+    let mut words = words_of(&[step]);
     first_says(&flow.mesh, &mut words)?;
-    let step = words.iter().rev().fold(0, |step, word| step << 16 | u64::from(*word));
+    let step = numbers_of(&words)[0];
     match (state, step) {
         (_, u64::MAX) => Ok(None),
         (Some(state), _) => Ok(Some(state)),

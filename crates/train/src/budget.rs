@@ -3,7 +3,7 @@
 //! a loss, takes it up before its first weight. What was refused does not stay in the file.
 
 use crate::learner::Learner;
-use crate::ranks::{self, first_says};
+use crate::ranks::{self, first_says, numbers_of, words_of};
 use crate::{TrainError, bytes};
 use checkpoint::write_file;
 use dist::{Axis, Mesh};
@@ -213,21 +213,15 @@ fn tell(mesh: &Mesh, found: Found) -> Result<Found, TrainError> {
         Found::Refused(_) => (2, Budgets::default()),
     };
     let given = [budgets.hbm, budgets.dram, budgets.nvme];
-    let numbers = given.map(Option::unwrap_or_default);
-    let there = given.map(|bytes| u16::from(bytes.is_some()));
-    let mut words = [0; 16];
-    words[12..].copy_from_slice(&[kind, there[0], there[1], there[2]]);
-    (0..12).for_each(|i| words[i] = (numbers[i / 4] >> (16 * (i % 4))) as u16);
+    let there = given.map(|bytes| u64::from(bytes.is_some()));
+    let mut words = words_of(&[&[kind], &there[..], &given.map(Option::unwrap_or_default)].concat());
     first_says(mesh, &mut words)?;
     if mesh.rank() == 0 {
         return Ok(found);
     }
-    let number = |at: usize| {
-        let words = words[4 * at..4 * at + 4].iter().rev();
-        words.fold(0, |number, word| number << 16 | u64::from(*word))
-    };
-    let [hbm, dram, nvme] = [0, 1, 2].map(|at| (words[13 + at] != 0).then(|| number(at)));
-    Ok(match words[12] {
+    let numbers = numbers_of(&words);
+    let [hbm, dram, nvme] = [0, 1, 2].map(|i| (numbers[1 + i] != 0).then_some(numbers[4 + i]));
+    Ok(match numbers[0] {
         0 => Found::Nothing,
         1 => Found::Wanted(Budgets { hbm, dram, nvme }),
         _ => Found::Refused(elsewhere()),

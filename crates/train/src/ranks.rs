@@ -94,6 +94,17 @@ pub(crate) fn sum_of_losses(mesh: &Mesh, losses: &Tensor) -> Result<f64, Fault> 
     Ok(sum(&all))
 }
 
+/// Numbers as the words that ranks send each other, the low ones first.
+pub(crate) fn words_of(numbers: &[u64]) -> Vec<u16> {
+    numbers.iter().flat_map(|number| (0..4).map(move |i| (number >> (16 * i)) as u16)).collect()
+}
+
+/// The numbers of `words_of`.
+pub(crate) fn numbers_of(words: &[u16]) -> Vec<u64> {
+    let number = |words: &[u16]| words.iter().rev().fold(0, |number, word| number << 16 | u64::from(*word));
+    words.chunks(4).map(number).collect()
+}
+
 /// `words` become what they are on rank 0, on every rank.
 pub(crate) fn first_says(mesh: &Mesh, words: &mut [u16]) -> Result<(), Fault> {
     for axis in Axis::ALL.into_iter().filter(|axis| mesh.size(*axis) > 1) {

@@ -6,7 +6,7 @@ use crate::TrainError;
 use crate::begin::saved_size;
 use crate::learner::Learner;
 use crate::moments;
-use crate::ranks::is_first_but;
+use crate::ranks::{is_first_but, numbers_of, words_of};
 use checkpoint::Checkpoint;
 use device::{Buffer, DType, Device, ViewMut};
 use dist::{Axis, Communicator, Flow, Group, Mesh};
@@ -121,21 +121,20 @@ type Ask = Option<(usize, Range<usize>)>;
 
 const ASK_WORDS: usize = 12;
 
-fn words_of(ask: &Ask) -> [u16; ASK_WORDS] {
+fn said(ask: &Ask) -> Vec<u16> {
     let (array, elements) = ask.clone().unwrap_or((usize::MAX, 0..0));
-    let numbers = [array, elements.start, elements.end];
-    std::array::from_fn(|i| (numbers[i / 4] >> (16 * (i % 4))) as u16)
+    words_of(&[array, elements.start, elements.end].map(|number| number as u64))
 }
 
-fn ask_of(words: &[u16; ASK_WORDS]) -> Ask {
-    let number =
-        |i: usize| (0..4).rev().fold(0usize, |number, at| number << 16 | usize::from(words[4 * i + at]));
-    (number(0) != usize::MAX).then(|| (number(0), number(1)..number(2)))
+fn heard(words: &[u16]) -> Ask {
+    let numbers = numbers_of(words);
+    let [array, start, end] = [0, 1, 2].map(|i| numbers[i] as usize);
+    (array != usize::MAX).then_some((array, start..end))
 }
 
 /// Tell all other ranks of `world`.
 fn tell_all(world: &Group, ask: &Ask) -> Result<(), Fault> {
-    let mut words = words_of(ask);
+    let mut words = said(ask);
     (1..world.size()).try_for_each(|rank| Ok(world.send(ViewMut::of_u16(&mut words).as_view(), rank)?))
 }
 
@@ -275,7 +274,7 @@ impl Whole {
         loop {
             let mut words = [0u16; ASK_WORDS];
             world.receive(ViewMut::of_u16(&mut words), 0).map_err(Fault::from)?;
-            let Some((array, elements)) = ask_of(&words) else { return Ok(()) };
+            let Some((array, elements)) = heard(&words) else { return Ok(()) };
             let size = self.size(learner, array);
             let bytes = give(learner, array, size, &here.parts(self, &elements))?;
             if !bytes.is_empty() {
