@@ -61,9 +61,9 @@ fn ask(rule: Rule, aim: Aim) -> Ask {
     Ask { rule, aim, recompute: false }
 }
 
-/// The machine as it is, or with the remedies of its refusals taken.
+/// The machine as it is, or with the remedies of its refusals taken: each names one tier and one moment.
 fn remedied(trace: &Trace, mut budgets: Budgets, ask: &Ask) -> Result<(Budgets, Plan), String> {
-    for _ in 0..4 {
+    for _ in 0..8 {
         match plan_with(trace, &budgets, &RATES, ask) {
             Ok(plan) => return Ok((budgets, plan)),
             Err(Refusal::DoesNotFit(short)) => {
@@ -76,7 +76,7 @@ fn remedied(trace: &Trace, mut budgets: Budgets, ask: &Ask) -> Result<(Budgets, 
             Err(error) => return Err(error.to_string()),
         }
     }
-    Err(format!("four remedies did not help: {budgets:?}"))
+    Err(format!("eight remedies did not help: {budgets:?}"))
 }
 
 proptest! {
@@ -111,8 +111,8 @@ proptest! {
                 prop_assert!(fewer || (fast && shorter), "{:?} moves less", rule);
                 // A rule that moves much more than the fewest bytes may be quicker.
                 let frugal = other.moved_bytes() <= plan.moved_bytes();
-                let slack = 1.0 + 1e-9 + if fast { 0.02 } else { f64::INFINITY };
-                prop_assert!(!frugal || plan.step_s() <= other.step_s() * slack, "{:?} is quicker", rule);
+                let quick = plan.step_s() <= other.step_s() * 1.02 + 1e-9;
+                prop_assert!(!fast || !frugal || quick, "{:?} is quicker", rule);
             }
         }
     }
