@@ -67,9 +67,12 @@ pub(crate) fn transformer(
         _ => StateLayout::SPLIT,
     };
     let moment = recipe.adamw.moments.dtype().size_bytes() as u64;
-    let state = StateLayout { m: moment, v: moment, ..state };
+    let grad16 = if recipe.adamw.gradients == DType::Bf16 { 2 } else { 0 };
+    let state = StateLayout { m: moment, v: moment, grad16, ..state };
     // An update reads the gradient, reads and writes the rest.
-    let update_bytes = (2 * state.per_param() - state.grad) as f64;
+    let (kept, read) =
+        (state.param + state.master + 2 * moment, if grad16 > 0 { grad16 } else { state.grad });
+    let update_bytes = (2 * kept + read) as f64;
     let activations = Activations::new(config, recipe);
     let tokens = (recipe.batch * recipe.context) as f64;
     let flops = config.flops().per_token(recipe.context) * tokens;

@@ -215,6 +215,7 @@ impl Buckets {
         let groups: Vec<Group> = fsdp.into_iter().chain(beyond).collect();
         let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
         let (own, shared, last) = (stripes.index, self.common.shares(Zero::Two), self.last);
+        let rounds = store.rounds_grads();
         let (scatters, kept) = (stripes.ranks > 1, self.kept[stripe].take());
         let under = start_beside(&groups, move |groups| {
             if scatters {
@@ -232,7 +233,10 @@ impl Buckets {
                 sum.view_mut().bytes().copy_from_slice(granule.as_view().bytes());
                 return Ok(Some(sum));
             }
-            sums.over(&groups[usize::from(scatters)..], granule)?;
+            sums.over(&groups[usize::from(scatters)..], granule.reborrow())?;
+            if rounds {
+                kernels::elementwise::round_to_bf16(granule);
+            }
             Ok(None)
         })?;
         self.states[stripe] = State::Under(under);
@@ -246,16 +250,22 @@ impl Buckets {
     /// The same where chunks come and go, of which our granule is one.
     fn add_up_here(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
         self.states[stripe] = State::Done;
-        let sums = &self.sums[stripe];
-        if sums.runs.is_empty() {
+        let (sums, rounds) = (&self.sums[stripe], store.rounds_grads());
+        if sums.runs.is_empty() && !rounds {
             return Ok(());
         }
         let own = self.common.stripes.own(stripe);
         let elements = own.start..own.end.min(store.flat_len());
-        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-        store.bring(SUM, &[need])?;
+        let need = |class| Need { class, elements: elements.clone(), access: Access::ReadWrite };
+        let needs = [need(Class::Grad), need(Class::Grad16)];
+        store.bring(SUM, &needs[..1 + usize::from(rounds)])?;
         let groups: Vec<Group> = sums.axes.iter().map(|axis| self.common.mesh.group(*axis)).collect();
-        Ok(sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements))?)
+        sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements.clone()))?;
+        if rounds {
+            store.round(elements.clone());
+            store.forget_sums(elements)?;
+        }
+        Ok(())
     }
 
     fn finish(&mut self, stripe: usize) -> Result<(), Fault> {
