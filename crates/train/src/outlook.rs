@@ -40,7 +40,7 @@ pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Tran
     Ok(transformer(config, count, (&recipe.train, updates), speeds))
 }
 
-/// When a run makes its updates. Ranks add gradients up when the way back is over. On one, clipping
+/// When a run makes its updates. Ranks do when the way back is over. On one, clipping
 /// waits for the norm of all gradients, and updates then wait for the next step.
 pub(crate) fn updates(ranks: usize, clip: f64) -> Updates {
     match ranks {

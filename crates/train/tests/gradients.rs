@@ -8,7 +8,7 @@ mod common;
 use common::runs::run;
 use common::{Place, budget, moved};
 use std::sync::Mutex;
-use train::{Prepared, Start};
+use train::{Prepared, Start, TrainError};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -131,6 +131,25 @@ fn what_ranks_share_changes_no_bit() {
     }
 }
 
+/// What cannot be applied is skipped over tiers as in memory, and so is what comes after it.
+#[test]
+fn steps_that_are_not_finite_are_skipped_over_tiers_too() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    // Runs away within a few steps; so high a clip only makes updates wait.
+    let wild =
+        ["train.lr=10", "train.clip=1e9", "train.warmup=0", "train.eps=1e-30", "train.weight_decay=10"];
+    let sets = [&MODEL[..], &wild, &[ROUNDED, "train.steps=400", "train.max_skipped=2"]].concat();
+    let dram = format!("memory.dram={}B", budget(&place, &sets, 0.3));
+    for (dir, tiers) in [("whole", &[][..]), ("tiers", &[dram.as_str()])] {
+        device::release_cached();
+        device::reset_peak();
+        let end = place.run(dir, &[&sets[..], tiers].concat(), Start::New, None);
+        assert!(matches!(end, Err(TrainError::NotFinite { count: 3, .. })), "{dir}: {end:?}");
+    }
+    assert_eq!(common::log(&place.path("whole")), common::log(&place.path("tiers")));
+}
+
 /// With everything but the widest op off the device: 2 bytes of weight there, 2(1 - r) back, 2 of
 /// gradient down, where r rested in between. With f32 gradients 4 come down.
 #[test]
@@ -142,6 +161,8 @@ fn the_host_link_carries_at_most_six_less_two_r_bytes_a_parameter_and_step() {
             let sets = [&MODEL[..], &["model.tied=false", "train.steps=6", "eval.every=0", clip]].concat();
             let recipe = place.settings("probe", &sets).recipe().unwrap();
             let params = Prepared::new(&recipe, false, &mut |_| {}).unwrap().params.layout().1 as u64;
+            // The last chunk is whole pages.
+            let params = params.next_multiple_of(2048);
             let device = format!("memory.simulate_device={}B", budget(&place, &sets, part));
             let host = format!("memory.dram={}B", 2 * state_bytes(&place, &sets));
             let sets = [&sets[..], &[&device, &host]].concat();
@@ -207,5 +228,26 @@ fn a_run_learns_as_with_f32() {
     for dir in ["whole", "changed"] {
         println!("{dir}: {} after {f32s} with f32", last(dir));
         assert!((last(dir) - f32s).abs() < 0.02 * learnt, "{dir}: {} for {f32s}", last(dir));
+    }
+}
+
+/// Ranks add a granule up, and round it, while it is on the device.
+#[test]
+fn of_ranks_a_gradient_crosses_the_host_link_in_two_bytes_too() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let sets = [&MODEL[..], &["mesh.dp=2", "train.batch=4", "model.tied=false", "eval.every=0"]].concat();
+    let recipe = place.settings("probe", &sets).recipe().unwrap();
+    let params = Prepared::new(&recipe, false, &mut |_| {}).unwrap().params.layout().1 as u64;
+    let device = format!("memory.simulate_device={}B", budget(&place, &sets, 0.35));
+    let host = format!("memory.dram={}B", 2 * state_bytes(&place, &sets));
+    for (gradients, bytes) in [(ROUNDED, 2), ("train.gradients=f32", 4)] {
+        let sets = [&sets[..], &[&device, &host, gradients]].concat();
+        run(&place, "run", &sets, Start::Overwrite, false);
+        let (up, down, _) = moved(&place.path("run"));
+        let (a, b) = (up as f64 / params as f64, down as f64 / params as f64);
+        println!("{gradients}: {a:.3} up, {b:.3} down a parameter");
+        assert!(up <= 4 * params.next_multiple_of(2048), "{gradients}: {up} of {params} parameters");
+        assert_eq!(down, bytes * params.next_multiple_of(2048), "{gradients}");
     }
 }

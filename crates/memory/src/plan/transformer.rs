@@ -61,7 +61,7 @@ impl StateLayout {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Updates {
     /// When the whole backward pass is over: the state streams by while nothing else computes. So do
-    /// runs whose gradients ranks add up at the end.
+    /// runs of several ranks.
     #[default]
     AfterBackward,
     /// As soon as the layer's gradient is whole. Clipping by the global norm is not possible.
