@@ -40,7 +40,7 @@ pub enum TrainError {
     #[error(transparent)]
     Tiers(#[from] memory::pager::PagerError),
     /// The drive lost bytes too often in a row.
-    #[error("{0}; that was failure {} in a row: find the drive's fault, then go on with --resume", .0.nth)]
+    #[error("{0}; that was failure {nth} in a row: find the drive's fault, then go on with --resume", nth = .0.nth)]
     Lost(Box<crate::recovery::Lost>),
     /// A step could not be run.
     #[error(transparent)]

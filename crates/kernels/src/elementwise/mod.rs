@@ -168,9 +168,9 @@ mod tests {
         let mut x = random(70_001, 1);
         let special = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff, 0x7f80_0000, 0x8000_0001u32];
         x.iter_mut().zip(special).for_each(|(x, bits)| *x = f32::from_bits(bits));
-        let mut short = vec![half::bf16::ZERO; x.len()];
+        let mut short = vec![bf16::ZERO; x.len()];
         copy(ViewMut::of_bf16(&mut short), View::of_f32(&x));
-        assert!(x.iter().zip(&short).all(|(x, short)| half::bf16::from_f32(*x) == *short));
+        assert!(x.iter().zip(&short).all(|(x, short)| bf16::from_f32(*x) == *short));
         round_to_bf16(ViewMut::of_f32(&mut x));
         assert!(x.iter().zip(&short).all(|(x, short)| x.to_bits() == short.to_f32().to_bits()));
         assert_eq!(x[..5], [1.0, 1.015625, 1.0078125, f32::INFINITY, f32::INFINITY]);
