@@ -60,10 +60,6 @@ impl Regions {
         self.region(at).bring(at.i);
     }
 
-    pub fn send_away(&mut self, at: At) {
-        self.region(at).send_away(at.i);
-    }
-
     pub fn lend(&mut self, at: At) -> device::Loan {
         self.region(at).lend(at.i)
     }

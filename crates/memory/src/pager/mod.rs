@@ -263,7 +263,8 @@ impl Pager {
             Some(nvme_bytes) => Some(offload_file(&setup, nvme_bytes / setup.ranks, chunk_bytes)?),
             None => None,
         };
-        let mover = Mover::start(tiers.len() - 1, disk);
+        let all_bytes = setup.ranks * chunks.iter().map(|chunk| chunk.bytes).sum::<u64>();
+        let mover = Mover::start(tiers.len() - 1, disk, all_bytes);
         let mover = mover.map_err(|error| PagerError::Threads(error.to_string()))?;
         let mut pager = Pager {
             setup,
