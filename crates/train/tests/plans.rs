@@ -96,6 +96,7 @@ fn a_clash_is_the_same_to_planner_and_recipe() {
     let plan = Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Default::default(),
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 1,

@@ -11,9 +11,9 @@ use super::plan::{Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
 use super::seconds::LayerCost;
 use super::volume::{Grid, inner_cut};
-use super::{Batch, ModelShape};
+use super::{Batch, ModelShape, Pair};
 use crate::pipeline::Schedule;
-use crate::{Axis, MeshShape, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -45,6 +45,8 @@ pub enum Family {
     Summa,
     /// Weight-stationary everywhere.
     WeightStationary,
+    /// On a plane, attention by the one and the feed-forward part by the other.
+    Mixed,
     /// 2.5D.
     TwoPointFiveD,
     /// 3D.
@@ -149,7 +151,12 @@ struct Found {
 }
 
 /// What a layer's cost depends on: the tensor mesh, cp, ep, rows of a microbatch.
-type LayerKey = (Grid, Scheme, usize, usize, usize);
+type LayerKey = (Grid, Scheme, Parts, usize, usize, usize);
+
+fn key(plan: &Plan) -> LayerKey {
+    let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
+    (grid, plan.scheme, plan.parts, cp, ep, plan.microbatch_rows)
+}
 
 struct Hunt<'a> {
     model: &'a ModelShape,
@@ -206,25 +213,52 @@ impl<'a> Hunt<'a> {
         if mesh.replicas() > self.batch.rows {
             return;
         }
-        let rows = self.batch.rows.div_ceil(mesh.replicas());
-        for (family, scheme) in schemes(mesh.grid()) {
-            let (tokens, heads) = inner_cut(scheme, mesh.grid());
-            if heads > self.model.heads {
+        let rows = microbatches(self.batch.rows.div_ceil(mesh.replicas()));
+        let one = schemes(mesh.grid()).into_iter().map(|(family, scheme)| (family, scheme, Parts::default()));
+        let parts = mixed(mesh.grid()).into_iter().map(|(scheme, parts)| (Family::Mixed, scheme, parts));
+        for (family, scheme, parts) in one.chain(parts) {
+            let mut plan = Plan {
+                mesh,
+                scheme,
+                parts,
+                zero: Zero::One,
+                schedule: Schedule::OneFOneB,
+                microbatch_rows: 1,
+                recompute: false,
+                offload: Offload::default(),
+            };
+            let attention = plan.laid(Pair::Attention);
+            if inner_cut(attention.scheme, attention.grid).1 > self.model.heads {
                 continue;
             }
-            for microbatch_rows in microbatches(rows).into_iter().filter(|rows| *rows >= tokens) {
-                let plan = Plan {
-                    mesh,
-                    scheme,
-                    zero: Zero::One,
-                    schedule: Schedule::OneFOneB,
-                    microbatch_rows,
-                    recompute: false,
-                    offload: Offload::default(),
-                };
-                self.on_microbatch(family, plan);
+            let tokens = plan.token_cut();
+            for microbatch_rows in rows.iter().filter(|rows| **rows >= tokens) {
+                plan.microbatch_rows = *microbatch_rows;
+                if family != Family::Mixed || self.pays(&plan) {
+                    self.on_microbatch(family, plan);
+                }
             }
         }
+    }
+
+    /// Whether a layer of mixed schemes takes less time than it does in each of them alone: a plan that
+    /// gains nothing there gains nothing elsewhere.
+    fn pays(&mut self, plan: &Plan) -> bool {
+        if plan.check(self.model, self.batch).is_err() {
+            return false;
+        }
+        let own = self.layer(plan).layer.total();
+        let alone = [plan.scheme_of(Pair::Attention), plan.scheme_of(Pair::Mlp)];
+        let alone = alone.map(|scheme| Plan { scheme, parts: Parts::default(), ..*plan });
+        alone.iter().all(|alone| {
+            let runs = alone.check(self.model, self.batch).is_ok();
+            !runs || own < self.layer(alone).layer.total()
+        })
+    }
+
+    fn layer(&mut self, plan: &Plan) -> &LayerCost {
+        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
+        self.layers.entry(key(plan)).or_insert_with(|| LayerCost::new(model, batch, cluster, plan))
     }
 
     /// All plans that share mesh, schemes and microbatch.
@@ -232,17 +266,14 @@ impl<'a> Hunt<'a> {
         if plan.check(self.model, self.batch).is_err() {
             return;
         }
-        let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
-        let key = (grid, plan.scheme, cp, ep, plan.microbatch_rows);
-        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
-        let layer = self.layers.entry(key).or_insert_with(|| LayerCost::new(model, batch, cluster, &plan));
+        let each = self.layer(&plan).layer.total() / self.cluster.pace.sharing;
         let found = self.bests.entry(family).or_default();
-        let each = layer.layer.total() / cluster.pace.sharing;
         let layers = self.model.layers.div_ceil(plan.mesh.size(Axis::Pp));
         let bound = plan.microbatches(self.batch) as f64 * layers as f64 * each;
         if bound >= found.best.map_or(self.limit, |best| best.step().min(self.limit)) {
             return;
         }
+        let layer = &self.layers[&key(&plan)];
         for plan in variants(&plan, self.model, self.batch, self.space.offload) {
             let Ok(pipeline) = plan.check(self.model, self.batch) else { continue };
             let run =
@@ -356,6 +387,19 @@ fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
     }
 }
 
+/// Schemes of the residual stream and of one part that has its own, on a plane.
+pub(super) fn mixed(grid: Grid) -> Vec<(Scheme, Parts)> {
+    if grid.x == 1 || grid.y == 1 || grid.z > 1 {
+        return Vec::new();
+    }
+    let pairs = [(Scheme::Summa, Scheme::WeightStationary), (Scheme::WeightStationary, Scheme::Summa)];
+    let parts = |(stream, other)| {
+        let attention = Parts { attention: Some(other), ffn: None };
+        [(stream, attention), (stream, Parts { attention: None, ffn: Some(other) })]
+    };
+    pairs.into_iter().flat_map(parts).collect()
+}
+
 /// Rows of a microbatch: divisors, and powers of two for rows that have few.
 fn microbatches(rows: usize) -> Vec<usize> {
     let powers = (0..usize::BITS).map(|bit| 1usize << bit).take_while(|power| *power <= rows);
@@ -422,10 +466,21 @@ fn changed(plan: &Plan, offload: bool) -> Vec<(String, Plan)> {
             all.push((format!("{zero}"), Plan { zero, ..*plan }));
         }
     }
+    all.extend(other_parts(plan));
     for rows in [plan.microbatch_rows / 2, plan.microbatch_rows * 2].into_iter().filter(|rows| *rows > 0) {
         all.push((format!("microbatches of {rows} rows"), Plan { microbatch_rows: rows, ..*plan }));
     }
     all
+}
+
+/// On a plane, the plan with one of its parts, or both, following the other scheme.
+fn other_parts(plan: &Plan) -> Vec<(String, Plan)> {
+    let grid = plan.mesh.grid();
+    let one = schemes(grid).into_iter().map(|(_, scheme)| (scheme, Parts::default()));
+    let all = if mixed(grid).is_empty() { Vec::new() } else { one.chain(mixed(grid)).collect() };
+    let other = |(scheme, parts): &(Scheme, Parts)| (*scheme, *parts) != (plan.scheme, plan.parts);
+    let named = |(scheme, parts): (Scheme, Parts)| (parts.named(scheme), Plan { scheme, parts, ..*plan });
+    all.into_iter().filter(other).map(named).collect()
 }
 
 /// The plan with experts shared by half as many replicas, or by twice as many: `fsdp` of them, else `dp`, go
@@ -448,11 +503,12 @@ fn divisors(n: usize) -> Vec<usize> {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Family; 6] = [
+    pub const ALL: [Family; 7] = [
         Family::NoTensor,
         Family::OneD,
         Family::Summa,
         Family::WeightStationary,
+        Family::Mixed,
         Family::TwoPointFiveD,
         Family::ThreeD,
     ];
@@ -465,6 +521,7 @@ impl fmt::Display for Family {
             Family::OneD => "1D",
             Family::Summa => "2D SUMMA",
             Family::WeightStationary => "2D weight-stationary",
+            Family::Mixed => "2D mixed",
             Family::TwoPointFiveD => "2.5D",
             Family::ThreeD => "3D",
         })

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::pipeline::Schedule;
-use crate::{Axis, MeshShape, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 
 /// The layer all published formulas are for: four h x 4h-like products, 12 h^2 weights.
 fn classic(h: usize) -> ModelShape {
@@ -111,6 +111,7 @@ fn solo() -> Plan {
     Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Parts::default(),
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 4,
