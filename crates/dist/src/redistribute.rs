@@ -120,11 +120,7 @@ fn candidates(from: Layout, to: Layout) -> Vec<Step> {
 
 /// The steps from the stream of one scheme into a part of another. Refuses layouts that are too far
 /// apart.
-pub(crate) fn steps_into(
-    mesh: &MeshShape,
-    stream: Scheme,
-    part: Scheme,
-) -> Result<Vec<Step>, FlowError> {
+pub(crate) fn steps_into(mesh: &MeshShape, stream: Scheme, part: Scheme) -> Result<Vec<Step>, FlowError> {
     let (from, _) = stream.layouts(mesh, false);
     let (to, _) = part.layouts(mesh, turned(mesh, stream, part));
     steps(from, to).ok_or(FlowError::Apart { stream: stream.name(), part: part.name(), from, to })
@@ -290,7 +286,12 @@ mod tests {
             ("x=4", OneDSequence, Summa, ""),
             ("solo", OneD, ThreeD, ""),
             ("x=2,y=2,z=2", TwoPointFiveD, ThreeD, "lies as [rows over z,x; columns over y]"),
-            ("x=2,y=2,z=2", ThreeD, TwoPointFiveD, "that of scheme `2.5d` as [rows over z,x; columns over y]"),
+            (
+                "x=2,y=2,z=2",
+                ThreeD,
+                TwoPointFiveD,
+                "that of scheme `2.5d` as [rows over z,x; columns over y]",
+            ),
         ] {
             let said = said(mesh, stream, part);
             let found = if mesh == "x=2,y=2,z=2" { said.contains(want) } else { said == want };

@@ -27,11 +27,7 @@ pub struct DryLayer {
 }
 
 /// Run one layer of `config` on the last rank of `mesh`. Errors: a model that cannot lie on it.
-pub fn dry_layer(
-    config: &Config,
-    mesh: MeshShape,
-    schemes: (Scheme, Parts),
-) -> Result<DryLayer, TrainError> {
+pub fn dry_layer(config: &Config, mesh: MeshShape, schemes: (Scheme, Parts)) -> Result<DryLayer, TrainError> {
     let one = run(&config.with_layers(1), mesh, schemes)?;
     let two = run(&config.with_layers(2), mesh, schemes)?;
     let received = two.passes - one.passes;
@@ -51,11 +47,7 @@ struct Counted {
     peers: Vec<(Axis, usize)>,
 }
 
-fn run(
-    config: &Config,
-    shape: MeshShape,
-    (scheme, parts): (Scheme, Parts),
-) -> Result<Counted, TrainError> {
+fn run(config: &Config, shape: MeshShape, (scheme, parts): (Scheme, Parts)) -> Result<Counted, TrainError> {
     let last = shape.world_size() - 1;
     let mesh = Mesh::new(shape, Communicator::null(last, shape.world_size()))
         .map_err(|error| TrainError::Mesh { what: error.to_string() })?;

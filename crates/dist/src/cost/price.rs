@@ -2,8 +2,8 @@
 
 use super::cluster::Cluster;
 use super::memory::{
-    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, pairs,
-    stage_layers, tokens, weight_cut,
+    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, pairs, stage_layers,
+    tokens, weight_cut,
 };
 use super::plan::{Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};

@@ -310,8 +310,12 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
         _ => std::slice::from_ref(&plan.scheme),
     };
     let priced = schemes.iter().map(|scheme| {
-        let (phases, (forward, backward)) =
-            product_seconds(cluster, plan, Laid::new(&plan.mesh, *scheme, *scheme), (Half::Leave, model.head(m)));
+        let (phases, (forward, backward)) = product_seconds(
+            cluster,
+            plan,
+            Laid::new(&plan.mesh, *scheme, *scheme),
+            (Half::Leave, model.head(m)),
+        );
         let mut flows = forward;
         for (sum, flow) in flows.iter_mut().zip(backward) {
             sum.add(flow);
