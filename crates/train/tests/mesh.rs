@@ -68,13 +68,10 @@ fn a_state_of_mixed_schemes_is_gone_on_with_on_any_mesh() {
 }
 
 #[test]
-fn a_width_that_parts_cannot_exchange_is_refused_before_a_step() {
+fn a_width_that_parts_cannot_exchange_is_refused_before_anything_is_reserved() {
     let place = Place::new();
-    let begin = begin(&place, "run", MIXED[1], Start::New);
-    let refused = launch(&begin.recipe.mesh.shape, &Options::default(), |mesh| {
-        Trainer::on(mesh, begin.clone()).map(|_| ())
-    });
-    let refused = refused.unwrap_err().to_string();
+    let recipe = place.settings("run", MIXED[1]).recipe().unwrap();
+    let refused = train::Prepared::new(&recipe, false, &mut |_| {}).err().unwrap().to_string();
     assert!(refused.contains("width 32 does not divide into the 6 pieces"), "{refused}");
 }
 
