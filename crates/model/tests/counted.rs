@@ -202,8 +202,8 @@ fn where_parts_want_different_schemes_the_mixed_layer_receives_least() {
     let shape = Config::from_json(&gpt2(1, (width, 64))).unwrap().shape();
     let flows = mixed_flows(&shape, (Summa, parts), &mesh.parse().unwrap(), M as f64);
     let norms = [0, norms(M / 8, &[8])];
-    for axis in 0..2 {
-        assert_eq!(flows[axis].elements.round() as u64 + norms[axis], mixed[axis], "axis {axis}");
+    for ((flow, norms), counted) in flows.iter().zip(norms).zip(mixed) {
+        assert_eq!(flow.elements.round() as u64 + norms, counted, "x, then y");
     }
 }
 

@@ -248,8 +248,8 @@ fn a_plane_is_mixed_where_its_parts_want_different_schemes() {
     };
     let flows = mixed_flows(&model, (plan.scheme, plan.parts), &mesh, 3072.0);
     assert!(!plan.recompute, "nothing asks for it");
-    for axis in 0..2 {
-        close(bytes(2)[axis] - bytes(1)[axis], 2.0 * flows[axis].elements);
+    for ((two, one), flow) in bytes(2).iter().zip(bytes(1)).zip(flows) {
+        close(two - one, 2.0 * flow.elements);
     }
 }
 
