@@ -72,6 +72,16 @@ impl Buffer {
         Arc::get_mut(&mut self.block).is_some()
     }
 
+    /// How many handles there are.
+    pub fn handles(&self) -> usize {
+        Arc::strong_count(&self.block)
+    }
+
+    /// Whether both are handles of one block.
+    pub fn is_same(&self, other: &Buffer) -> bool {
+        Arc::ptr_eq(&self.block, &other.block)
+    }
+
     /// Read `len` elements of `dtype` from element `start` on.
     pub fn view(&self, dtype: DType, start: usize, len: usize) -> View<'_> {
         self.check(dtype, start, len);

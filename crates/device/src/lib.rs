@@ -5,6 +5,7 @@
 
 mod buffer;
 mod dtype;
+mod frames;
 mod isa;
 mod loan;
 mod memory;
@@ -14,6 +15,7 @@ mod view;
 
 pub use buffer::{Buffer, OutOfMemory};
 pub use dtype::DType;
+pub use frames::Frames;
 pub use isa::Isa;
 pub use loan::{Borrowed, Exclusive, Window};
 pub use memory::{

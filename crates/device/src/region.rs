@@ -38,6 +38,8 @@ struct Reserved {
     states: Box<[AtomicU8]>,
     bytes: usize,
     granule_bytes: usize,
+    /// Whether it stands on huge pages where the system has them.
+    huge: bool,
 }
 
 impl Reserved {
@@ -120,7 +122,7 @@ impl Region {
         let ptr = unsafe { start.add(shift) };
         advise_pages(ptr, rounded, huge);
         let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let block = Reserved { mapping: (start, length), ptr, states, bytes, granule_bytes };
+        let block = Reserved { mapping: (start, length), ptr, states, bytes, granule_bytes, huge };
         Ok(Region { block: Arc::new(block), device, bytes, granule_bytes })
     }
 
@@ -270,6 +272,15 @@ impl Loan {
     fn first(&self) -> *mut u8 {
         // SAFETY: a granule of the region begins inside its mapping.
         unsafe { self.block.ptr.as_ptr().add(self.granule * self.block.granule_bytes) }
+    }
+
+    /// Its huge pages, where it consists of such.
+    pub(crate) fn huge_pages(&self) -> Option<Vec<NonNull<u8>>> {
+        let (first, bytes) = (NonNull::new(self.first())?, self.len_bytes());
+        let huge = self.block.huge && bytes.is_multiple_of(HUGE_PAGE_BYTES);
+        // SAFETY: pages of the granule.
+        let page = |nth: usize| unsafe { first.add(nth * HUGE_PAGE_BYTES) };
+        huge.then(|| (0..bytes / HUGE_PAGE_BYTES).map(page).collect())
     }
 
     /// Put memory behind it; it reads as zeros.

@@ -60,10 +60,6 @@ impl Regions {
         self.region(at).bring(at.i);
     }
 
-    pub fn send_away(&mut self, at: At) {
-        self.region(at).send_away(at.i);
-    }
-
     pub fn lend(&mut self, at: At) -> device::Loan {
         self.region(at).lend(at.i)
     }
@@ -173,8 +169,7 @@ impl Arrays {
         }
         let mut sizes = Vec::new();
         let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
-        let filed =
-            setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.len(setup.chunk_elements)));
+        let filed = setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.elements));
         for (class, dtype, len) in state.chain(filed) {
             let size = dtype.size_bytes();
             let memories = setup.budgets.tiers().into_iter().filter(|tier| *tier != Tier::Nvme);
@@ -270,10 +265,10 @@ impl Arrays {
 
     fn len_of(&self, class: Class) -> usize {
         let filed = self.filed().filter(|_| class == Class::Activation);
-        filed.map_or(self.len, |(filed, chunk)| filed.len(chunk))
+        filed.map_or(self.len, |(filed, _)| filed.elements)
     }
 
-    /// Slots for values that are filed on the way forth, and elements of a chunk; none where they stay
+    /// Room for values that are filed on the way forth, and elements of a chunk; none where they stay
     /// in memory as they are.
     pub fn filed(&self) -> Option<(Filed, usize)> {
         let pager = self.pager.as_ref()?;

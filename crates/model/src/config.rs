@@ -187,6 +187,11 @@ impl Config {
         matches!(self, Config::Llama(_))
     }
 
+    /// Whether queries and keys pass a norm of their own.
+    pub fn qk_norm(&self) -> bool {
+        matches!(self, Config::Llama(config) if config.qk_norm)
+    }
+
     /// Whether the embedding is the head.
     pub fn tied(&self) -> bool {
         match self {

@@ -1,9 +1,10 @@
-//! Values kept for the way back that need not stay in memory: over tiers each is *filed*, copied into a
-//! slot of the pager chunk by chunk, and comes back when the tape is walked back. Where the slot's
-//! chunks are in between, the plan of the step decides. No bit changes.
+//! Values kept for the way back that need not stay in memory: over tiers they are *filed*, copied into an
+//! array of the pager chunk by chunk, and come back when the tape is walked back. What was filed last comes
+//! back first. Where the chunks are in between, the plan of the step decides. No bit changes.
 
-use crate::tape::Phase;
-use crate::{Fault, ParamStore, Tape, Tensor};
+use crate::ops::Op;
+use crate::tape::{Node, Phase};
+use crate::{Fault, Tape, Tensor, Var};
 use memory::pager::About;
 use memory::trace::{self, Access};
 use memory::{Class, Need};
@@ -13,87 +14,180 @@ use std::ops::Range;
 pub(crate) enum Saved {
     /// In memory.
     Here(Tensor),
-    /// In a slot of the tiers.
-    Filed {
-        /// Which slot.
-        slot: usize,
-        /// Its shape.
-        shape: Vec<usize>,
-    },
+    /// In the tiers.
+    Filed(Filed),
+}
+
+/// Values that lie in the tiers one after the other, from a chunk's first element on.
+pub(crate) struct Filed {
+    start: usize,
+    shapes: Vec<Vec<usize>>,
+}
+
+/// Values of ops that are filed together until the way back comes to where they were.
+pub(crate) struct PutAway {
+    filed: Filed,
+    /// By value: who holds it, as node and as which of the node's values.
+    holders: Vec<Vec<(usize, usize)>>,
 }
 
 impl Tape<'_> {
-    /// Keep a value: in the next slot, where there is one that it fits in.
-    pub(crate) fn file(&mut self, value: &Tensor) -> Result<Saved, Fault> {
-        let slot = self.slots_taken;
-        let fits = self.params.arrays().filed().is_some_and(|(filed, _)| {
-            slot < filed.slots && value.len() <= filed.elements && value.dtype() == filed.dtype
-        });
-        if !fits {
-            return Ok(Saved::Here(value.clone()));
+    /// Run `body` on `input` and keep its values for the way back; over tiers they are filed when it is
+    /// done. Same bits as running it plainly.
+    pub fn keep(
+        &mut self,
+        input: Var,
+        body: impl FnOnce(&mut Tape<'_>, Var) -> Result<Var, Fault>,
+    ) -> Result<Var, Fault> {
+        let first = self.nodes.len();
+        let output = body(self, input)?;
+        if self.is_recording() && self.params.arrays().filed().is_some() {
+            self.put_away(first)?;
         }
-        self.slots_taken += 1;
-        let about = About { op: "file", ..self.about() };
-        for piece in pieces(self.params, slot, value.len()) {
-            let need =
-                Need { class: Class::Activation, elements: piece.there.clone(), access: Access::Write };
-            self.params.bring(about, &[need])?;
-            let from = value.view().narrow(piece.here.start, piece.here.len());
-            let to = self.params.arrays_mut().view_mut(Class::Activation, piece.there);
-            kernels::elementwise::copy(to, from);
-        }
-        Ok(Saved::Filed { slot, shape: value.shape().to_vec() })
+        Ok(output)
     }
 
-    /// The value again; its slot is free, and what lay there worth nothing.
+    /// Files what nobody holds but the nodes from `first` on.
+    fn put_away(&mut self, first: usize) -> Result<(), Fault> {
+        let mut held: Vec<(Tensor, Vec<(usize, usize)>)> = Vec::new();
+        for (node, op) in self.nodes.iter_mut().enumerate().skip(first) {
+            for (nth, value) in op.op.kept().into_iter().enumerate() {
+                match held.iter_mut().find(|(other, _)| other.is_same(value)) {
+                    Some((_, holders)) => holders.push((node, nth)),
+                    None => held.push((value.clone(), vec![(node, nth)])),
+                }
+            }
+        }
+        let dtype = self.params.dtype();
+        // One handle more is the list's.
+        held.retain(|(value, holders)| value.dtype() == dtype && value.handles() == holders.len() + 1);
+        let (values, holders): (Vec<Tensor>, Vec<_>) = held.into_iter().unzip();
+        let Some(filed) = self.store(&values)? else { return Ok(()) };
+        drop(values);
+        let nothing = Tensor::new(self.params.device(), dtype, &[0])?;
+        self.put_back(&holders, |_| nothing.clone());
+        let put_away = PutAway { filed, holders };
+        let output = self.input(nothing).id;
+        let layer = self.layer();
+        self.nodes.push(Node { op: Op::PutAway(put_away), inputs: Vec::new(), output, layer });
+        Ok(())
+    }
+
+    fn put_back(&mut self, holders: &[Vec<(usize, usize)>], value: impl Fn(usize) -> Tensor) {
+        for (i, (node, nth)) in
+            holders.iter().enumerate().flat_map(|(i, all)| all.iter().map(move |at| (i, at)))
+        {
+            if let Some(place) = self.nodes[*node].op.kept().into_iter().nth(*nth) {
+                *place = value(i);
+            }
+        }
+    }
+
+    /// The way back has come to where values were put away, whose nodes are `nodes`.
+    pub(crate) fn take_up(&mut self, put_away: PutAway, nodes: &mut Vec<Node>) -> Result<(), Fault> {
+        let PutAway { filed, holders } = put_away;
+        let values = self.restore(filed)?;
+        let outer = std::mem::replace(&mut self.nodes, std::mem::take(nodes));
+        self.put_back(&holders, |i| values[i].clone());
+        *nodes = std::mem::replace(&mut self.nodes, outer);
+        Ok(())
+    }
+
+    /// Keep a value: filed, where there is room.
+    pub(crate) fn file(&mut self, value: &Tensor) -> Result<Saved, Fault> {
+        let filed = self.store(std::slice::from_ref(value))?;
+        Ok(filed.map_or_else(|| Saved::Here(value.clone()), Saved::Filed))
+    }
+
+    /// The value again.
     pub(crate) fn take_back(&mut self, saved: Saved) -> Result<Tensor, Fault> {
-        let (slot, shape) = match saved {
-            Saved::Here(value) => return Ok(value),
-            Saved::Filed { slot, shape } => (slot, shape),
-        };
-        let (filed, _) = self.params.arrays().filed().expect("there are slots where a value was filed");
-        let mut value = Tensor::new(self.params.device(), filed.dtype, &shape)?;
-        let about = About { op: "take back", ..self.about() };
-        for piece in pieces(self.params, slot, value.len()) {
-            let need = Need { class: Class::Activation, elements: piece.there.clone(), access: Access::Read };
-            self.params.bring(about, &[need])?;
-            let from = self.params.arrays().view(Class::Activation, piece.there.clone());
-            let to = value.view_mut().narrow(piece.here.start, piece.here.len());
-            kernels::elementwise::copy(to, from);
+        match saved {
+            Saved::Here(value) => Ok(value),
+            Saved::Filed(filed) => Ok(self.restore(filed)?.remove(0)),
+        }
+    }
+
+    /// Copies values into the tiers; none, and nothing is done, where there is no room for them.
+    fn store(&mut self, values: &[Tensor]) -> Result<Option<Filed>, Fault> {
+        let Some((room, chunk)) = self.params.arrays().filed() else { return Ok(None) };
+        let (start, len) = (self.filed_elements, values.iter().map(Tensor::len).sum::<usize>());
+        let end = start + len.next_multiple_of(chunk);
+        if len == 0 || end > room.elements || values.iter().any(|value| value.dtype() != room.dtype) {
+            return Ok(None);
+        }
+        self.filed_elements = end;
+        for piece in pieces((start, chunk), values) {
+            self.bring_filed(piece.chunk.start..piece.end(), "file", Access::Write)?;
+            for (i, here, there) in piece.parts {
+                let from = values[i].view().narrow(here.start, here.len());
+                let to = self.params.arrays_mut().view_mut(Class::Activation, there);
+                kernels::elementwise::copy(to, from);
+            }
+        }
+        Ok(Some(Filed { start, shapes: values.iter().map(|value| value.shape().to_vec()).collect() }))
+    }
+
+    /// The values again; what lay in the tiers is worth nothing any more.
+    fn restore(&mut self, filed: Filed) -> Result<Vec<Tensor>, Fault> {
+        let (room, chunk) =
+            self.params.arrays().filed().expect("values were filed where there is room for them");
+        let device = self.params.device();
+        let made = filed.shapes.iter().map(|shape| Tensor::new(device, room.dtype, shape));
+        let mut values = made.collect::<Result<Vec<Tensor>, _>>()?;
+        for piece in pieces((filed.start, chunk), &values) {
+            self.bring_filed(piece.chunk.start..piece.end(), "take back", Access::Read)?;
+            for (i, here, there) in piece.parts {
+                let from = self.params.arrays().view(Class::Activation, there);
+                kernels::elementwise::copy(values[i].view_mut().narrow(here.start, here.len()), from);
+            }
             self.params.arrays_mut().discard(Class::Activation, piece.chunk).map_err(Fault::outside)?;
         }
-        // What was filed last comes back first.
-        self.slots_taken = slot;
-        Ok(value)
+        self.filed_elements = filed.start;
+        Ok(values)
     }
 
-    fn about(&self) -> About {
+    fn bring_filed(&mut self, elements: Range<usize>, op: &'static str, access: Access) -> Result<(), Fault> {
         let phase = match self.phase() {
             Phase::Forward => trace::Phase::Forward,
             Phase::Backward => trace::Phase::Backward,
             Phase::Recompute => trace::Phase::Recompute,
         };
-        About { phase, op: "", layer: self.layer() as u32 }
+        let about = About { phase, op, layer: self.layer() as u32 };
+        self.params.bring(about, &[Need { class: Class::Activation, elements, access }])
     }
 }
 
-/// A run of a value that lies in one chunk.
+/// A chunk of the tiers and what lies in it.
 struct Piece {
-    /// Its elements in the value.
-    here: Range<usize>,
-    /// Its elements in the array of slots.
-    there: Range<usize>,
-    /// All elements of the chunk.
+    /// All its elements.
     chunk: Range<usize>,
+    /// Which value, its elements in the value, and in the array of the tiers.
+    parts: Vec<(usize, Range<usize>, Range<usize>)>,
 }
 
-fn pieces(params: &ParamStore, slot: usize, len: usize) -> Vec<Piece> {
-    let Some((filed, chunk)) = params.arrays().filed() else { return Vec::new() };
-    let first = filed.start(slot, chunk);
-    let piece = |start: usize| {
-        let here = start..(start + chunk).min(len);
-        let there = first + here.start..first + here.end;
-        Piece { chunk: there.start..there.start + chunk, here, there }
-    };
-    (0..len).step_by(chunk).map(piece).collect()
+impl Piece {
+    /// Behind its last element that lies in a value.
+    fn end(&self) -> usize {
+        self.parts.last().map_or(self.chunk.start, |(_, _, there)| there.end)
+    }
+}
+
+/// The chunks of `values` one after the other, from `start` on.
+fn pieces((start, chunk): (usize, usize), values: &[Tensor]) -> Vec<Piece> {
+    let mut pieces: Vec<Piece> = Vec::new();
+    let mut at = start;
+    for (i, value) in values.iter().enumerate() {
+        let mut done = 0;
+        while done < value.len() {
+            let first = start + (at - start) / chunk * chunk;
+            let len = (first + chunk - at).min(value.len() - done);
+            if at == first {
+                pieces.push(Piece { chunk: first..first + chunk, parts: Vec::new() });
+            }
+            let piece = pieces.last_mut().expect("the first value begins a chunk");
+            piece.parts.push((i, done..done + len, at..at + len));
+            (at, done) = (at + len, done + len);
+        }
+    }
+    pieces
 }

@@ -72,9 +72,9 @@ pub struct Tape<'a> {
     layer: usize,
     clock: u64,
     next_id: usize,
-    nodes: Vec<Node>,
-    /// Values that are filed now.
-    pub(crate) slots_taken: usize,
+    pub(crate) nodes: Vec<Node>,
+    /// Elements that are filed now.
+    pub(crate) filed_elements: usize,
     watch: Option<Watch<'a>>,
     share: f32,
     /// Where gradients of weights go that are to wait; none: they are formed at once.
@@ -139,7 +139,7 @@ impl<'a> Tape<'a> {
             clock: 0,
             next_id: 0,
             nodes,
-            slots_taken: 0,
+            filed_elements: 0,
             watch,
             share,
             later: None,
@@ -279,10 +279,17 @@ impl<'a> Tape<'a> {
     pub(crate) fn walk_nodes(&mut self, mut nodes: Vec<Node>, grads: &mut Grads) -> Result<(), Fault> {
         while let Some(node) = nodes.pop() {
             self.layer = node.layer;
+            let op = match node.op {
+                Op::PutAway(put_away) => {
+                    self.take_up(put_away, &mut nodes)?;
+                    continue;
+                }
+                op => op,
+            };
             // The loss seeds itself; any other value nobody used has no gradient to pass on.
             let arrived = grads.take(node.output);
-            if arrived.is_some() || node.op.seeds_itself() {
-                node.op.backward(self, &node.inputs, arrived, grads)?;
+            if arrived.is_some() || op.seeds_itself() {
+                op.backward(self, &node.inputs, arrived, grads)?;
             }
         }
         Ok(())

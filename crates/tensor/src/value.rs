@@ -106,6 +106,17 @@ impl Tensor {
         self.buffer.is_unique()
     }
 
+    /// How many handles the buffer has.
+    pub(crate) fn handles(&self) -> usize {
+        self.buffer.handles()
+    }
+
+    /// Whether both are the same elements of the same buffer.
+    pub(crate) fn is_same(&self, other: &Tensor) -> bool {
+        self.buffer.is_same(&other.buffer)
+            && (self.start, self.dtype, &self.shape) == (other.start, other.dtype, &other.shape)
+    }
+
     /// Rows `[start, start + count)` of the matrix, sharing the buffer.
     pub fn narrow_rows(&self, start: usize, count: usize) -> Tensor {
         assert!(start + count <= self.rows(), "rows {start}+{count} of {}", self.rows());

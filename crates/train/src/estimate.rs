@@ -25,12 +25,17 @@ pub struct Estimate {
     pub exponent_bytes: u64,
     /// Activations at their highest, scratch included.
     pub activation_bytes: u64,
-    /// Of these the inputs of layers that run again, which are filed in runs over tiers.
+    /// Of these what is filed in runs over tiers while one layer is at work: inputs of layers that run
+    /// again, and all that the others keep.
     pub filed_bytes: u64,
     /// Layers that run again.
     pub rerun_layers: usize,
+    /// Layers all of whose values are filed: those that do not run again, where they have no experts.
+    pub filed_layers: usize,
     /// Input of one layer in one microbatch.
     pub input_bytes: u64,
+    /// What one layer that does not run again keeps of one microbatch.
+    pub kept_bytes: u64,
     /// The copy that is written in the background.
     pub snapshot_bytes: u64,
     /// Counted FLOPs of a step.
@@ -51,15 +56,21 @@ impl Estimate {
         let exponents = if moments == Moments::Bits8 { 2 * count.div_ceil(tensor::BLOCK) } else { 0 };
         let parts = Activations::new(config, recipe);
         let (full, inputs) = kept_layers(config, recipe.recompute);
-        let filed_bytes = inputs as u64 * parts.input_bytes;
+        let rerun_layers = (0..config.layers()).filter(|layer| recipe.recompute.applies_to(*layer)).count();
+        let filed_layers = if config.moe().is_none() { config.layers() - rerun_layers } else { 0 };
+        let kept_bytes = full as u64 * parts.kept_bytes;
+        let at_work = if filed_layers > 0 { parts.kept_bytes } else { kept_bytes };
+        let filed_bytes = inputs as u64 * parts.input_bytes + kept_bytes - at_work;
         Estimate {
             params: count,
             state_bytes: (count * per_param) as u64,
             exponent_bytes: exponents as u64,
-            activation_bytes: full as u64 * parts.kept_bytes + filed_bytes + parts.scratch_bytes,
+            activation_bytes: at_work + filed_bytes + parts.scratch_bytes,
             filed_bytes,
-            rerun_layers: (0..config.layers()).filter(|layer| recipe.recompute.applies_to(*layer)).count(),
+            rerun_layers,
+            filed_layers,
             input_bytes: parts.input_bytes,
+            kept_bytes: parts.kept_bytes,
             snapshot_bytes: snapshot_bytes as u64,
             step_flops: config.flops().per_token(recipe.context) * step_tokens as f64,
             step_tokens,
@@ -149,7 +160,8 @@ impl Activations {
         // Kept per token and layer: two inputs of norms, two outputs of norms, q|k|v and the attended
         // heads, the feed-forward's inner values (GELU keeps its output beside its input).
         let inner = if config.gated() { gates } else { 2 * f };
-        let kept = 4 * d + (n + 2 * k) * h + n * h + inner;
+        let before_norm = if config.qk_norm() { (n + 2 * k) * h } else { 0 };
+        let kept = 4 * d + (n + 2 * k) * h + before_norm + n * h + inner;
         // Of experts also the rows that go to them and come back, and the probabilities in f32.
         let (routed, choices) = config.moe().map_or((0, 0), |moe| {
             let shared = moe.shared_ffn.map_or(0, |ffn| ffn + d);

@@ -83,8 +83,8 @@ impl Rerun {
     }
 }
 
-/// The plan of a step as a run does it: values of layers that do not run again lie in the fastest tier
-/// and are no chunks, inputs of those that do are filed. Of many microbatches two are taken.
+/// The plan of a step as a run does it: what layers keep for the way back is filed, but for that of the
+/// one at work. Of many microbatches two are taken.
 pub(crate) fn planned(
     model: Transformer,
     estimate: &Estimate,
@@ -101,8 +101,9 @@ pub(crate) fn planned(
     let model = Transformer {
         // Each layer as the mean of all: the way back takes twice as long as the way forth.
         layer_forward_s: model.layer_forward_s * (1.0 + again / 3.0),
-        input_bytes: estimate.filed_bytes / u64::from(model.layers + 1),
-        kept_bytes: 0,
+        // Each layer keeps as much as the mean of all.
+        input_bytes: 0,
+        kept_bytes: estimate.filed_bytes / u64::from(model.layers),
         recompute: false,
         other_bytes: others as u64 + estimate.exponent_bytes,
         parts: model.parts.min(4),

@@ -51,7 +51,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
         return None;
     }
-    // From here on chunks come and go, and inputs of layers that run again are chunks, too.
+    // From here on chunks come and go, and what layers keep for the way back is chunks, too.
     let chunk_elements = match ranks {
         1 => chunk_elements(held, device_bytes.unwrap_or(dram_bytes)),
         // The granules in which ranks add gradients up.
@@ -59,12 +59,12 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     };
     // A chunk of 8-bit moments is whole pages, too.
     let chunk_elements = chunk_elements.max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes());
-    let filed = filed(recipe, estimate);
+    let filed = filed(recipe, estimate, chunk_elements);
     let other_bytes = match filed {
         Some(_) => others(estimate.activation_bytes - estimate.filed_bytes),
         None => other_bytes,
     };
-    let filed_bytes = filed.map_or(0, |filed| filed_bytes(&filed, chunk_elements));
+    let filed_bytes = filed.as_ref().map_or(0, filed_bytes);
     let fits = |budget: u64, beside: u64| state_bytes + filed_bytes + beside <= free_for_chunks(budget, 0);
     // Behind a device, a host that holds everything needs no drive.
     // Arrays are a little larger than the parameters: each begins at a cache line, each ends a page.
@@ -116,17 +116,18 @@ impl Links {
     }
 }
 
-/// Slots for the inputs of layers that run again, one each: a microbatch is walked back before the next
-/// begins. Ranks of a mesh keep theirs.
-fn filed(recipe: &Recipe, estimate: &Estimate) -> Option<Filed> {
+/// Room for the inputs of layers that run again and for all that the others keep; each begins a chunk.
+/// A microbatch is walked back before the next begins. Ranks of a mesh keep theirs.
+fn filed(recipe: &Recipe, estimate: &Estimate, chunk_elements: usize) -> Option<Filed> {
     let dtype = recipe.train.dtype;
-    let elements = estimate.input_bytes as usize / dtype.size_bytes();
-    let files = recipe.mesh.shape.world_size() == 1 && estimate.rerun_layers > 0;
-    files.then_some(Filed { slots: estimate.rerun_layers, elements, dtype })
+    let whole = |bytes: u64| (bytes as usize / dtype.size_bytes()).next_multiple_of(chunk_elements);
+    let elements = estimate.rerun_layers * whole(estimate.input_bytes)
+        + estimate.filed_layers * whole(estimate.kept_bytes);
+    (recipe.mesh.shape.world_size() == 1 && elements > 0).then_some(Filed { elements, dtype })
 }
 
-fn filed_bytes(filed: &Filed, chunk_elements: usize) -> u64 {
-    (filed.len(chunk_elements) * filed.dtype.size_bytes()) as u64
+fn filed_bytes(filed: &Filed) -> u64 {
+    (filed.elements * filed.dtype.size_bytes()) as u64
 }
 
 /// The same for one of so many processes: it takes its part and knows of no other.
@@ -161,7 +162,7 @@ pub(crate) fn check(
             remedy: "lower memory.dram, or set it to \"auto\"".into(),
         });
     }
-    let filed = setup.filed.map_or(0, |filed| filed_bytes(&filed, setup.chunk_elements));
+    let filed = setup.filed.as_ref().map_or(0, filed_bytes);
     let chunk_bytes = estimate.state_bytes + filed;
     if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {

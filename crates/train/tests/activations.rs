@@ -1,5 +1,5 @@
-//! What layers keep for the way back, over tiers and in memory: inputs of layers that run again leave and
-//! come back, and how many run again may be chosen; no bit of a run changes.
+//! What layers keep for the way back, over tiers and in memory: inputs of layers that run again, and all
+//! that the others keep, leave and come back, and how many run again may be chosen; no bit of a run changes.
 //!
 //! One test after the other: what is held is counted for the whole process.
 
@@ -26,7 +26,7 @@ const LONG: [&str; 8] = [
 ];
 
 #[test]
-fn inputs_of_layers_that_run_again_leave_and_come_back() {
+fn what_layers_keep_leaves_and_comes_back() {
     let _alone = ALONE.lock();
     let place = Place::new();
     let variants: &[(&[&str], &str, f64)] = &[
@@ -37,6 +37,11 @@ fn inputs_of_layers_that_run_again_leave_and_come_back() {
         (&["train.recompute=always", "train.accumulate=2"], "dynamic", 0.5),
         (&["train.recompute=always", "train.clip=0"], "dynamic", 2.0),
         (&["model.family=gpt2", "model.kv_heads=0", "train.recompute_layers=15"], "belady", 0.5),
+        // Layers that do not run again.
+        (&["train.clip=0"], "dynamic", 0.0),
+        (&["model.family=qwen3", "train.precision=f32", "train.steps=3"], "dynamic", 0.5),
+        (&["model.family=gpt2", "model.kv_heads=0", "train.recompute_layers=8"], "lru", 0.0),
+        (&["model.family=mixtral", "model.experts=4", "train.recompute=always"], "dynamic", 0.0),
     ];
     for (variant, policy, host) in variants {
         let (sets, policy) = ([&LONG[..], variant].concat(), format!("memory.policy={policy}"));

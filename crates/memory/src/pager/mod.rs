@@ -74,27 +74,13 @@ pub struct Setup {
     pub filed: Option<Filed>,
 }
 
-/// Slots for values that a layer keeps for its way back: an array beside those of the state.
+/// Room for values that layers keep for the way back: an array beside those of the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Filed {
-    /// How many values.
-    pub slots: usize,
-    /// Elements of the largest.
+    /// Elements of all of them, a multiple of those of a chunk.
     pub elements: usize,
     /// Of what type.
     pub dtype: DType,
-}
-
-impl Filed {
-    /// Where a slot begins: whole chunks of `chunk_elements`, so that each slot leaves by itself.
-    pub fn start(&self, slot: usize, chunk_elements: usize) -> usize {
-        slot * self.elements.next_multiple_of(chunk_elements)
-    }
-
-    /// Elements of all slots.
-    pub fn len(&self, chunk_elements: usize) -> usize {
-        self.start(self.slots, chunk_elements)
-    }
 }
 
 /// One op about to run.
@@ -263,7 +249,8 @@ impl Pager {
             Some(nvme_bytes) => Some(offload_file(&setup, nvme_bytes / setup.ranks, chunk_bytes)?),
             None => None,
         };
-        let mover = Mover::start(tiers.len() - 1, disk);
+        let all_bytes = setup.ranks * chunks.iter().map(|chunk| chunk.bytes).sum::<u64>();
+        let mover = Mover::start(tiers.len() - 1, disk, all_bytes);
         let mover = mover.map_err(|error| PagerError::Threads(error.to_string()))?;
         let mut pager = Pager {
             setup,
@@ -328,7 +315,7 @@ impl Pager {
         Class::ALL[(chunk / self.per_class).min(CLASSES - 1)]
     }
 
-    /// Slots for values that are filed.
+    /// Room for values that are filed.
     pub(crate) fn filed(&self) -> Option<Filed> {
         self.setup.filed
     }

@@ -8,7 +8,7 @@
 
 use super::room::Room;
 use crate::disk::{Block, Disk, DiskError, Failed, Op, Region, Request};
-use device::Loan;
+use device::{Frames, Loan};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -66,11 +66,41 @@ struct State {
     /// Bytes of all jobs sent, by link: up and down.
     sent_bytes: [[u64; 2]; MEMORIES],
     rooms: [Room; MEMORIES],
+    /// Pages of what has left, by depth: they wait in room that nobody holds.
+    frames: [Option<Frames>; MEMORIES],
     /// By link: up and down.
     flying: [[Flying; 2]; MEMORIES],
     /// Counts what was given to links.
     turn: u64,
     failed: Option<DiskError>,
+}
+
+impl State {
+    /// A chunk leaves, its bytes lost. Its pages wait for the next as far as there is room.
+    fn leave(&mut self, depth: usize, bytes: u64, loan: Option<&mut Loan>) {
+        match (loan, &mut self.frames[depth]) {
+            (Some(loan), Some(frames)) => frames.send_away(loan),
+            (Some(loan), None) => loan.send_away(),
+            (None, _) => {}
+        }
+        self.rooms[depth].release(bytes);
+        self.give_back(depth);
+    }
+
+    /// A chunk comes, all of whose bytes are written then.
+    fn come(&mut self, depth: usize, loan: &mut Loan) {
+        match &mut self.frames[depth] {
+            Some(frames) => frames.bring(loan),
+            None => loan.bring(),
+        }
+    }
+
+    /// Pages that wait leave the room that others hold.
+    fn give_back(&mut self, depth: usize) {
+        if let Some(frames) = &mut self.frames[depth] {
+            frames.keep(self.rooms[depth].free_bytes() as usize);
+        }
+    }
 }
 
 struct Shared {
@@ -93,17 +123,28 @@ impl Shared {
         self.changed.wait(state).unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Take promised room once there is some; false when a link has failed meanwhile.
-    fn take_room(&self, (depth, ticket): (usize, u64), bytes: u64) -> bool {
+    /// Take promised room once there is some, and put memory behind who comes; false when a link has
+    /// failed meanwhile.
+    fn take_room(&self, (depth, ticket): (usize, u64), job: &mut Job) -> bool {
+        let bytes = job.bytes().unwrap_or(0);
         let mut state = self.lock();
         while state.failed.is_none() && !state.rooms[depth].may_take(ticket, bytes) {
             state = self.wait(state);
         }
         state.rooms[depth].take(ticket, bytes);
+        match (&job.from, &mut job.to) {
+            (End::Nothing, End::Memory(to)) => to.bring(),
+            (_, End::Memory(to)) => state.come(depth, to),
+            _ => {}
+        }
+        state.give_back(depth);
         self.changed.notify_all();
         state.failed.is_none()
     }
 }
+
+/// Pages that wait for a chunk, at most: more than what is under way both ways.
+const WAITING_BYTES: usize = 64 << 20;
 
 /// Threads of all links. Dropping it waits for what is under way.
 pub(super) struct Mover {
@@ -114,10 +155,13 @@ pub(super) struct Mover {
 }
 
 impl Mover {
-    /// For `links` links, the last of which leads to `disk` where there is one.
-    pub fn start(links: usize, disk: Option<Disk>) -> std::io::Result<Mover> {
+    /// For `links` links, the last of which leads to `disk` where there is one. All movers of the process
+    /// move chunks of `all_bytes` in a memory.
+    pub fn start(links: usize, disk: Option<Disk>, all_bytes: u64) -> std::io::Result<Mover> {
         let disk = disk.map(Arc::new);
-        let shared = Arc::new(Shared { state: Mutex::default(), changed: Condvar::new() });
+        let frames = || Frames::new(WAITING_BYTES, MEMORIES * all_bytes as usize);
+        let state = State { frames: std::array::from_fn(|_| frames()), ..State::default() };
+        let shared = Arc::new(Shared { state: Mutex::new(state), changed: Condvar::new() });
         let mut mover = Mover { shared, queues: Vec::new(), threads: Vec::new() };
         for link in 0..links {
             let up = mover.spawn(link, Way::Up, disk.clone())?;
@@ -138,7 +182,10 @@ impl Mover {
 
     /// Bytes chunks may hold from now on, by depth.
     pub fn set_capacity(&self, depth: usize, bytes: u64) {
-        self.shared.update(|state| state.rooms[depth].capacity_bytes = bytes);
+        self.shared.update(|state| {
+            state.rooms[depth].capacity_bytes = bytes;
+            state.give_back(depth);
+        });
     }
 
     /// Promise room to a job that will be sent now.
@@ -157,12 +204,16 @@ impl Mover {
 
     /// The owner brought a chunk itself; false, and nothing counted, when there is no room yet.
     pub fn try_commit(&self, depth: usize, bytes: u64) -> bool {
-        self.shared.lock().rooms[depth].try_commit(bytes)
+        let mut state = self.shared.lock();
+        let there = state.rooms[depth].try_commit(bytes);
+        state.give_back(depth);
+        there
     }
 
-    /// The owner dropped a chunk itself.
-    pub fn released(&self, depth: usize, bytes: u64) {
-        self.shared.update(|state| state.rooms[depth].release(bytes));
+    /// The owner drops a chunk itself.
+    pub fn drop_chunk(&self, depth: usize, mut loan: Loan) {
+        let bytes = loan.len_bytes() as u64;
+        self.shared.update(|state| state.leave(depth, bytes, Some(&mut loan)));
     }
 
     /// Wait until `done` holds or a link fails; seconds waited.
@@ -233,11 +284,7 @@ impl Drop for Mover {
 fn carry_all(jobs: &Receiver<Job>, shared: &Arc<Shared>, disk: Option<&Disk>, (link, way): (usize, Way)) {
     for mut job in jobs {
         let (Some(bytes), room) = (job.bytes(), job.room) else { continue };
-        let alive = room.is_none_or(|room| shared.take_room(room, bytes));
-        if let End::Memory(to) = &mut job.to {
-            to.bring();
-        }
-        if !alive {
+        if !room.is_none_or(|room| shared.take_room(room, &mut job)) {
             continue;
         }
         let leaves = job.leaves.map(|depth| (depth, bytes));
@@ -312,16 +359,16 @@ impl Journey {
     /// here, before anybody is told.
     fn end(self, moved: Result<(), DiskError>, from: Option<Loan>, to: Option<Loan>) {
         let Journey { shared, link, way, bytes, leaves } = self;
-        match (&moved, from, to) {
-            (Ok(()), Some(mut from), _) if leaves.is_some() => from.send_away(),
-            (Err(_), _, Some(mut to)) => to.send_away(),
-            _ => {}
+        if let (Err(_), Some(mut to)) = (&moved, to) {
+            to.send_away();
         }
-        shared.update(|state| {
+        shared.update(move |state| {
             let seconds = state.flying[link][way as usize].remove(bytes);
+            let mut from = from;
             match moved {
                 Ok(()) => {
-                    leaves.into_iter().for_each(|(depth, bytes)| state.rooms[depth].release(bytes));
+                    let left = leaves.into_iter();
+                    left.for_each(|(depth, bytes)| state.leave(depth, bytes, from.as_mut()));
                     state.carried[link].add(way, bytes, seconds);
                 }
                 Err(error) => state.failed = Some(error),

@@ -228,8 +228,7 @@ impl Pager {
     pub(super) fn forget(&mut self, regions: &mut Regions, id: ChunkId, depth: usize) {
         self.leaves(id, depth);
         if depth < self.memories {
-            regions.send_away(self.at(id, depth));
-            self.mover.released(depth, self.chunk(id).bytes);
+            self.mover.drop_chunk(depth, regions.lend(self.at(id, depth)));
         }
     }
 

@@ -49,6 +49,11 @@ impl Room {
         room
     }
 
+    /// Held by nobody; nothing where a promise went beyond a capacity that shrank.
+    pub fn free_bytes(&self) -> u64 {
+        self.capacity_bytes.saturating_sub(self.held_bytes)
+    }
+
     pub fn release(&mut self, bytes: u64) {
         self.held_bytes -= bytes;
     }

@@ -205,7 +205,7 @@ impl Gpt2 {
                 let block = block.clone();
                 tape.recompute(&x, move |tape, x| block.forward(tape, x, &shape, None))?
             } else {
-                block.forward(tape, &x, &shape, None)?
+                tape.keep(x, |tape, x| block.forward(tape, &x, &shape, None))?
             };
         }
         if slice.last { self.end(tape, &x) } else { Ok(x) }

@@ -139,7 +139,7 @@ impl Llama {
                 let (block, real) = (block.clone(), real.clone());
                 tape.recompute(&x, move |tape, x| block.forward(tape, (x, &real), &shape, None))?
             } else {
-                block.forward(tape, (&x, &real), &shape, None)?
+                tape.keep(x, |tape, x| block.forward(tape, (&x, &real), &shape, None))?
             };
         }
         if slice.last { self.end(tape, &x) } else { Ok(x) }

@@ -107,6 +107,12 @@ pub(crate) struct Saved {
     shape: AttentionShape,
 }
 
+impl Saved {
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        vec![&mut self.qkv, &mut self.out]
+    }
+}
+
 impl Tape<'_> {
     /// qkv [M, (N+2K)H] (q, then k, then v heads) -> [M, N*H]. Takes the value over, to rotate it
     /// in place.

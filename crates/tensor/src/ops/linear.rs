@@ -16,6 +16,13 @@ pub(crate) struct Saved {
     residual: bool,
 }
 
+impl Saved {
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        let act = self.gelu.as_mut().map(|(_, act)| act);
+        std::iter::once(&mut self.x).chain(act).collect()
+    }
+}
+
 impl Tape<'_> {
     /// x [M, in], weight [out, in], bias [out], residual [M, out] -> [M, out].
     pub fn linear(

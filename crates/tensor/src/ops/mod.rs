@@ -17,7 +17,7 @@ pub use norm::Norm;
 pub use route::{Load, Pool, Real, Router};
 
 use crate::Fault;
-use crate::filed::Saved;
+use crate::filed::{PutAway, Saved};
 use crate::tape::{Grads, Replay, WayBack};
 use crate::{Tape, Tensor};
 
@@ -30,7 +30,12 @@ pub(crate) enum Op {
     Linear(linear::Saved),
     Norm(norm::Saved),
     Outside(WayBack),
-    Recompute { input: Saved, body: Replay },
+    /// Values of the nodes before it are filed from here on.
+    PutAway(PutAway),
+    Recompute {
+        input: Saved,
+        body: Replay,
+    },
     SwigluLinear(swiglu_linear::Saved),
 }
 
@@ -38,6 +43,20 @@ impl Op {
     /// Whether the op starts the backward pass by itself.
     pub(crate) fn seeds_itself(&self) -> bool {
         matches!(self, Op::HeadLoss(_))
+    }
+
+    /// Values it keeps for its way back that may be filed meanwhile, always in the same order.
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        match self {
+            Op::Attention(saved) => saved.kept(),
+            Op::HeadNorm(saved) => saved.kept(),
+            Op::Linear(saved) => saved.kept(),
+            Op::Norm(saved) => saved.kept(),
+            Op::SwigluLinear(saved) => saved.kept(),
+            Op::Embedding(_) | Op::HeadLoss(_) | Op::Outside(_) | Op::PutAway(_) | Op::Recompute { .. } => {
+                Vec::new()
+            }
+        }
     }
 
     /// Pass `arrived`, the gradient of the output, on to the inputs and the parameters.
@@ -53,7 +72,7 @@ impl Op {
         }
         let Some(dy) = arrived else { return Ok(()) };
         match self {
-            Op::HeadLoss(_) => Ok(()),
+            Op::HeadLoss(_) | Op::PutAway(_) => Ok(()),
             Op::Attention(saved) => saved.backward(tape, inputs, dy, grads),
             Op::Embedding(saved) => saved.backward(tape, dy),
             Op::HeadNorm(saved) => saved.backward(tape, inputs, dy, grads),

@@ -38,6 +38,12 @@ pub(crate) struct Saved {
     mean: Option<Tensor>,
 }
 
+impl Saved {
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        vec![&mut self.x]
+    }
+}
+
 impl Tape<'_> {
     /// x [M, D] -> [M, D].
     pub fn norm(&mut self, x: &Var, norm: Norm) -> Result<Var, Fault> {
@@ -128,6 +134,12 @@ pub(crate) struct SavedHeads {
     wq: ParamRef,
     wk: ParamRef,
     heads: (usize, usize, usize),
+}
+
+impl SavedHeads {
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        vec![&mut self.qkv]
+    }
 }
 
 impl SavedHeads {

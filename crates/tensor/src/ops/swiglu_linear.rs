@@ -12,6 +12,12 @@ pub(crate) struct Saved {
     weight: ParamRef,
 }
 
+impl Saved {
+    pub(crate) fn kept(&mut self) -> Vec<&mut Tensor> {
+        vec![&mut self.gate_up]
+    }
+}
+
 impl Tape<'_> {
     /// gate_up [M, 2F] (gate first), weight [out, F], residual [M, out] -> [M, out].
     pub fn swiglu_linear(&mut self, gate_up: &Var, weight: ParamRef, residual: &Var) -> Result<Var, Fault> {
