@@ -362,7 +362,7 @@ pub const KEYS: &[Key] = &[
         Choice(&["same", "1d", "1d-sequence", "summa", "2.5d", "3d", "weight-stationary"]),
         "\"same\"",
         "",
-        "The scheme of q|k|v and out where it is not mesh.scheme: the normed stream is laid out for it and its output laid back (docs/parallelism.md).",
+        "The scheme of q, k, v and out where it is not mesh.scheme: the normed stream is laid out for it and its output laid back (docs/parallelism.md).",
     ),
     key(
         "mesh.ffn_scheme",
