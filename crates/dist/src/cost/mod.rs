@@ -4,6 +4,7 @@
 //! Letters: a product is y [M, N] = x [M, K] w [K, N]; M tokens, D width, F ffn width, V vocab,
 //! T tokens a row; E experts, k of a token; x, y, z sizes of the tensor axes.
 
+mod changed;
 mod cluster;
 mod every;
 mod experts;

@@ -180,6 +180,16 @@ impl Plan {
     }
 }
 
+impl fmt::Display for Zero {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Zero::One => "ZeRO 1",
+            Zero::Two => "ZeRO 2",
+            Zero::Three => "ZeRO 3",
+        })
+    }
+}
+
 impl fmt::Display for Offload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match (self.optimizer, self.activations) {

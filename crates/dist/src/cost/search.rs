@@ -6,6 +6,7 @@
 //! than the best whole plan of its family is left. Loops and ties have one order: the same question
 //! gets the same answer.
 
+use super::changed::{changed, other_experts};
 use super::cluster::Cluster;
 use super::plan::{Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
@@ -376,7 +377,7 @@ fn grids(tensor: usize) -> Vec<Grid> {
 
 /// Families that run on a grid. Plain 1D is not tried: sequence-parallel 1D moves the same bytes and
 /// keeps less.
-fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
+pub(super) fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
     match grid {
         Grid { x: 1, y: 1, z: 1 } => vec![(Family::NoTensor, Scheme::OneD)],
         Grid { y: 1, z: 1, .. } => vec![(Family::OneD, Scheme::OneDSequence)],
@@ -438,60 +439,10 @@ pub(super) fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: b
     all
 }
 
-fn offloads(allowed: bool) -> Vec<Offload> {
+pub(super) fn offloads(allowed: bool) -> Vec<Offload> {
     let all = [(false, false), (true, false), (false, true), (true, true)];
     let all = all.map(|(optimizer, activations)| Offload { optimizer, activations });
     all[..if allowed { 4 } else { 1 }].to_vec()
-}
-
-/// A plan with one thing changed, named.
-fn changed(plan: &Plan, offload: bool) -> Vec<(String, Plan)> {
-    let mut all = Vec::new();
-    if plan.mesh.size(Axis::Pp) > 1 {
-        let chunks = plan.schedule.chunks().max(2);
-        let schedules =
-            [Schedule::GPipe, Schedule::OneFOneB, Schedule::Interleaved { chunks }, Schedule::ZeroBubble];
-        for schedule in schedules.into_iter().filter(|schedule| *schedule != plan.schedule) {
-            all.push((format!("schedule {schedule}"), Plan { schedule, ..*plan }));
-        }
-    }
-    let recompute = !plan.recompute;
-    let word = if recompute { "recompute always" } else { "recompute never" };
-    all.push((word.into(), Plan { recompute, ..*plan }));
-    for choice in offloads(offload).into_iter().filter(|choice| *choice != plan.offload) {
-        all.push((format!("{choice} on the host"), Plan { offload: choice, ..*plan }));
-    }
-    if plan.mesh.size(Axis::Fsdp) > 1 {
-        for zero in [Zero::One, Zero::Two, Zero::Three].into_iter().filter(|zero| *zero != plan.zero) {
-            all.push((format!("{zero}"), Plan { zero, ..*plan }));
-        }
-    }
-    all.extend(other_parts(plan));
-    for rows in [plan.microbatch_rows / 2, plan.microbatch_rows * 2].into_iter().filter(|rows| *rows > 0) {
-        all.push((format!("microbatches of {rows} rows"), Plan { microbatch_rows: rows, ..*plan }));
-    }
-    all
-}
-
-/// On a plane, the plan with one of its parts, or both, following the other scheme.
-fn other_parts(plan: &Plan) -> Vec<(String, Plan)> {
-    let grid = plan.mesh.grid();
-    let one = schemes(grid).into_iter().map(|(_, scheme)| (scheme, Parts::default()));
-    let all = if mixed(grid).is_empty() { Vec::new() } else { one.chain(mixed(grid)).collect() };
-    let other = |(scheme, parts): &(Scheme, Parts)| (*scheme, *parts) != (plan.scheme, plan.parts);
-    let named = |(scheme, parts): (Scheme, Parts)| (parts.named(scheme), Plan { scheme, parts, ..*plan });
-    all.into_iter().filter(other).map(named).collect()
-}
-
-/// The plan with experts shared by half as many replicas, or by twice as many: `fsdp` of them, else `dp`, go
-/// the other way.
-fn other_experts(plan: &Plan) -> Vec<(String, Plan)> {
-    let (mesh, ep) = (&plan.mesh, plan.mesh.size(Axis::Ep));
-    let halved = |axis: Axis| mesh.size(axis).is_multiple_of(2).then(|| mesh.with(axis, mesh.size(axis) / 2));
-    let other = if mesh.size(Axis::Fsdp) > 1 { Axis::Fsdp } else { Axis::Dp };
-    let fewer = halved(Axis::Ep).map(|half| half.with(other, 2 * mesh.size(other)));
-    let more = halved(other).map(|half| half.with(Axis::Ep, 2 * ep));
-    fewer.into_iter().chain(more).map(|mesh| (mesh.to_string(), Plan { mesh, ..*plan })).collect()
 }
 
 /// All divisors, ascending.
@@ -524,16 +475,6 @@ impl fmt::Display for Family {
             Family::Mixed => "2D mixed",
             Family::TwoPointFiveD => "2.5D",
             Family::ThreeD => "3D",
-        })
-    }
-}
-
-impl fmt::Display for Zero {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Zero::One => "ZeRO 1",
-            Zero::Two => "ZeRO 2",
-            Zero::Three => "ZeRO 3",
         })
     }
 }
