@@ -247,6 +247,7 @@ fn solo(rows: usize) -> Plan {
     Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Default::default(),
         zero: Zero::One,
         schedule: dist::pipeline::Schedule::OneFOneB,
         microbatch_rows: rows,
