@@ -153,6 +153,20 @@ pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
     kept + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m))
 }
 
+/// Elements of one layer that pass through a rank's memory outside products, for `m` tokens: those of the
+/// residual stream, into two norms and out of them, and the inner ones. What a product gathers passes
+/// through none but it.
+pub(super) fn passing_elements(model: &ModelShape, plan: &Plan, m: f64) -> (f64, f64) {
+    let all = plan.mesh.grid().size() as f64;
+    let stream = m * 4.0 * model.width as f64 / if plan.scheme == Scheme::OneD { 1.0 } else { all };
+    let mut inner = m * (model.qkv() + model.up()) / all;
+    for pair in model.pairs().iter().filter(|pair| !(model.gated && **pair == Pair::Mlp)) {
+        let closing = model.products(*pair, m).into_iter().filter(|(half, _)| *half == Half::Return);
+        inner += closing.map(|(_, product)| product.m * product.k / all).sum::<f64>();
+    }
+    (stream, inner + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m)))
+}
+
 /// Memory of the fullest rank.
 pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let state = STATE_BYTES;

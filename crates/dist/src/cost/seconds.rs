@@ -1,7 +1,7 @@
 //! Seconds of one layer on one rank: products beside the messages that feed them.
 
 use super::cluster::Cluster;
-use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
+use super::memory::{ACTIVATION_BYTES, passing_elements, tokens};
 use super::plan::Plan;
 use super::volume::{Flow, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
 use super::{Batch, ExpertFlows, MixtureShape, ModelShape, Pair, expert_flows, expert_products, experts};
@@ -130,9 +130,11 @@ impl LayerCost {
             cost.add_experts((model, mixture), cluster, plan, m);
         }
         attention_seconds(&mut cost.layer, model, batch, cluster, plan);
-        let bytes = ELEMENT_PASSES * ACTIVATION_BYTES * kept_elements(model, plan, m);
-        cost.layer.forward.compute += bytes / cluster.pace.element_bytes_per_s;
-        cost.layer.input.compute += 2.0 * bytes / cluster.pace.element_bytes_per_s;
+        let (stream, inner) = passing_elements(model, plan, m);
+        let each = stream / cluster.pace.norm_bytes_per_s + inner / cluster.pace.element_bytes_per_s;
+        let seconds = ELEMENT_PASSES * ACTIVATION_BYTES * each;
+        cost.layer.forward.compute += seconds;
+        cost.layer.input.compute += 2.0 * seconds;
         (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
         cost
     }
