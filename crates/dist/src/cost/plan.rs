@@ -159,7 +159,8 @@ impl Plan {
         }
         let Plan { mesh, scheme, parts, zero, .. } = *self;
         Combination { mesh, scheme: Some(scheme), parts, zero, context: batch.context }.check()?;
-        for part in [Pair::Attention, Pair::Mlp] {
+        let own = [Pair::Attention, Pair::Mlp].into_iter().filter(|part| self.scheme_of(*part) != scheme);
+        for part in own {
             expect_width(&mesh, scheme, self.scheme_of(part), model.width)?;
         }
         let (heads, rows) = (model.heads, self.microbatch_rows);

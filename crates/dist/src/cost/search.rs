@@ -167,14 +167,16 @@ struct Hunt<'a> {
     /// Plans that take longer are of no interest.
     limit: f64,
     layers: BTreeMap<LayerKey, LayerCost>,
+    /// Mixed layers that take less time than unmixed ones.
+    paying: BTreeMap<LayerKey, bool>,
     bests: BTreeMap<Family, Found>,
     priced: usize,
 }
 
 impl<'a> Hunt<'a> {
     fn new(model: &'a ModelShape, batch: Batch, cluster: &'a Cluster, space: Space) -> Hunt<'a> {
-        let (layers, bests) = (BTreeMap::new(), BTreeMap::new());
-        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, bests, priced: 0 }
+        let (layers, paying, bests) = Default::default();
+        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, paying, bests, priced: 0 }
     }
 
     fn all_meshes(&mut self) {
@@ -242,19 +244,20 @@ impl<'a> Hunt<'a> {
         }
     }
 
-    /// Whether a layer of mixed schemes takes less time than it does in each of them alone: a plan that
-    /// gains nothing there gains nothing elsewhere.
+    /// Whether a layer of mixed schemes takes less time than it does in each of them alone, where heads
+    /// allow that: a plan that gains nothing there gains nothing elsewhere. Asked once a layer's cost.
     fn pays(&mut self, plan: &Plan) -> bool {
-        if plan.check(self.model, self.batch).is_err() {
-            return false;
+        if let Some(known) = self.paying.get(&key(plan)) {
+            return *known;
         }
         let own = self.layer(plan).layer.total();
-        let alone = [plan.scheme_of(Pair::Attention), plan.scheme_of(Pair::Mlp)];
-        let alone = alone.map(|scheme| Plan { scheme, parts: Parts::default(), ..*plan });
-        alone.iter().all(|alone| {
-            let runs = alone.check(self.model, self.batch).is_ok();
-            !runs || own < self.layer(alone).layer.total()
-        })
+        let pays = [Pair::Attention, Pair::Mlp].into_iter().all(|part| {
+            let alone = Plan { scheme: plan.scheme_of(part), parts: Parts::default(), ..*plan };
+            let heads = inner_cut(alone.scheme, alone.mesh.grid()).1;
+            heads > self.model.heads || own < self.layer(&alone).layer.total()
+        });
+        self.paying.insert(key(plan), pays);
+        pays
     }
 
     fn layer(&mut self, plan: &Plan) -> &LayerCost {
