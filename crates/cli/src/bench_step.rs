@@ -72,7 +72,14 @@ fn steps(args: &Args) -> Result<()> {
         "num_attention_heads": n, "intermediate_size": f, "max_position_embeddings": t,
         "rms_norm_eps": 1e-5, "tie_word_embeddings": false,
     }))?;
-    let adamw = AdamWConfig { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, moments: Moments::F32 };
+    let adamw = AdamWConfig {
+        beta1: 0.9,
+        beta2: 0.95,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        moments: Moments::F32,
+        gradients: DType::F32,
+    };
     let dtype: DType = args.mode.dtype();
     let options = LearnerOptions { context: t, dtype, adamw, recompute: Recompute::Never, tiers: None };
     let mut learner = Learner::new(&config, options)?;

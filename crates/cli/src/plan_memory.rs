@@ -76,8 +76,7 @@ fn placed(model: &Transformer, budgets: &Budgets, rates: &Rates) -> Result<Strin
 
 fn needs(model: &Transformer, recipe: &Recipe, machine: &Machine, budgets: &Budgets) -> String {
     let params = model.params();
-    let classes = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
-    let parts: Vec<String> = classes
+    let parts: Vec<String> = Class::STATE
         .into_iter()
         .filter(|class| model.state.of(*class) > 0)
         .map(|class| format!("{} {class}", model.state.of(class)))

@@ -187,10 +187,7 @@ pub fn rank(
 
 fn says(lost: &Lost) -> String {
     format!(
-        "warning: step {}: {}\n  it held {}; nothing was learnt from it: setting up again from the newest state ({} of at most {MOST_RECOVERIES} times in a row)",
-        lost.step,
-        lost.cause,
-        lost.params.join(", "),
+        "warning: {lost}: setting up again from the newest state ({} of at most {MOST_RECOVERIES} times in a row)",
         lost.nth
     )
 }

@@ -101,7 +101,7 @@ pub struct Need {
 pub struct Update<'a> {
     /// Weights in the compute type.
     pub param: ViewMut<'a>,
-    /// f32
+    /// f32, or bf16 where gradients are rounded into an array of their own
     pub grad: View<'a>,
     /// u16, where weights are no f32.
     pub master: Option<ViewMut<'a>>,
@@ -300,14 +300,14 @@ impl Arrays {
 
     /// Windows on the same elements of every class.
     pub fn update(&mut self, elements: Range<usize>) -> Update<'_> {
-        let [param, grad, master, m, v, _] = &mut self.regions.0;
+        let [param, grad, rounded, master, m, v, _] = &mut self.regions.0;
         let (Some(param), Some(grad), Some(m), Some(v)) = (param, grad, m, v) else {
             panic!("weights, gradients and moments were added")
         };
         let depth = self.depth;
         Update {
             param: param.open(depth, &elements),
-            grad: grad.view(depth, &elements),
+            grad: rounded.as_ref().unwrap_or(grad).view(depth, &elements),
             master: master.as_mut().map(|master| master.open(depth, &elements)),
             m: m.open(depth, &elements),
             v: v.open(depth, &elements),

@@ -34,8 +34,10 @@ pub enum Tier {
 pub enum Class {
     /// Weights in the compute type.
     Param,
-    /// Gradients.
+    /// Gradients, as they are summed.
     Grad,
+    /// Gradients of a whole step, rounded to 16 bits.
+    Grad16,
     /// What the weights lack of their f32 masters.
     Master,
     /// First moments.
@@ -48,15 +50,21 @@ pub enum Class {
 
 impl Class {
     /// Classes of the flat arrays of a model, in their order.
-    pub const STATE: [Class; 5] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
+    pub const STATE: [Class; 6] =
+        [Class::Param, Class::Grad, Class::Grad16, Class::Master, Class::M, Class::V];
 
     /// All of them. Arrays of the state are equally long; what is filed, the last, is as long as it is.
     pub(crate) const ALL: [Class; CLASSES] =
-        [Class::Param, Class::Grad, Class::Master, Class::M, Class::V, Class::Activation];
+        [Class::Param, Class::Grad, Class::Grad16, Class::Master, Class::M, Class::V, Class::Activation];
+
+    /// Whether it begins as nothing in every step and is nothing again once an update has used it.
+    pub(crate) const fn is_grad(self) -> bool {
+        matches!(self, Class::Grad | Class::Grad16)
+    }
 }
 
 /// How many classes there are.
-const CLASSES: usize = 6;
+const CLASSES: usize = 7;
 
 impl fmt::Display for Tier {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -73,6 +81,7 @@ impl fmt::Display for Class {
         f.write_str(match self {
             Class::Param => "param",
             Class::Grad => "grad",
+            Class::Grad16 => "grad16",
             Class::Master => "master",
             Class::M => "m",
             Class::V => "v",

@@ -12,6 +12,7 @@ mod init;
 mod ops;
 mod params;
 mod piece;
+mod rounded;
 mod stretch;
 mod tape;
 mod value;

@@ -172,6 +172,8 @@ pub struct ParamStore {
     exponents: Option<[Buffer; 2]>,
     /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
     touched: Vec<bool>,
+    /// Whether gradients are rounded to bf16 once they are final.
+    pub(crate) rounds: bool,
 }
 
 /// First element of each parameter, and elements of all.
@@ -209,11 +211,11 @@ impl ParamStore {
         Ok(Self::of(list, dtype, starts, arrays))
     }
 
-    /// Storage over tiers, for weights, gradients and optimizer state, whose moments are `moments`
-    /// (f32 or u8). A `striped` one is that of a rank among others, who share none of its state.
+    /// Storage over tiers, for weights, final gradients (f32, or bf16: rounded) and optimizer state,
+    /// whose moments are `moments` (f32 or u8). A `striped` one is that of a rank among others, who share none of its state.
     pub fn paged(
         device: Device,
-        (dtype, moments): (DType, DType),
+        (dtype, grads, moments): (DType, DType, DType),
         list: &ParamList,
         mut setup: Setup,
         striped: bool,
@@ -224,6 +226,9 @@ impl ParamStore {
             setup.chunk_elements = stripes.granule;
         }
         let mut classes = vec![(Class::Param, dtype), (Class::Grad, DType::F32)];
+        if grads != DType::F32 {
+            classes.push((Class::Grad16, grads));
+        }
         if dtype != DType::F32 {
             classes.push((Class::Master, DType::U16));
         }
@@ -235,7 +240,7 @@ impl ParamStore {
     fn of(list: &ParamList, dtype: DType, starts: Vec<usize>, arrays: Arrays) -> ParamStore {
         let specs = list.specs.clone();
         let touched = vec![false; specs.len()];
-        ParamStore { dtype, specs, starts, arrays, exponents: None, touched }
+        ParamStore { dtype, specs, starts, arrays, exponents: None, touched, rounds: false }
     }
 
     /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
@@ -418,7 +423,9 @@ impl ParamStore {
     /// Start a step: every gradient counts as zero.
     pub fn clear_grads(&mut self) -> Result<(), Fault> {
         self.touched.fill(false);
-        self.arrays.discard(Class::Grad, 0..self.arrays.len()).map_err(Fault::outside)
+        let all = 0..self.arrays.len();
+        self.forget_sums(all.clone())?;
+        self.use_up_grads(all)
     }
 
     /// Start a step while gradients of the one before still wait to be used: each counts as zero from

@@ -39,6 +39,9 @@ pub enum TrainError {
     /// The tiers of the state cannot be set up.
     #[error(transparent)]
     Tiers(#[from] memory::pager::PagerError),
+    /// The drive lost bytes too often in a row.
+    #[error("{0}; that was failure {nth} in a row: find the drive's fault, then go on with --resume", nth = .0.nth)]
+    Lost(Box<crate::recovery::Lost>),
     /// A step could not be run.
     #[error(transparent)]
     Fault(#[from] tensor::Fault),

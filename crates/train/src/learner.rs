@@ -5,7 +5,7 @@ use crate::optimizer::{AdamW, AdamWConfig};
 use crate::pending::Pending;
 use crate::ranks;
 use crate::shards::{self, Sharding, Shards};
-use crate::step::Pass;
+use crate::step::{NORM, Pass};
 use crate::tiers;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
@@ -101,7 +101,8 @@ impl Learner {
         let share = (mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
         let mut store = match tiers {
             Some(setup) => {
-                let (dtypes, striped) = ((dtype, adamw.moments.dtype()), mesh.world_size() > 1);
+                let dtypes = (dtype, adamw.gradients, adamw.moments.dtype());
+                let striped = mesh.world_size() > 1;
                 ParamStore::paged(Device::Cpu, dtypes, &params, setup, striped)?
             }
             None if mesh.world_size() == 1 => ParamStore::new(Device::Cpu, dtype, &params)?,
@@ -215,6 +216,10 @@ impl Learner {
     /// Apply the gradients as they are.
     pub fn apply_settled(&mut self, lr: f32) -> Result<(), Fault> {
         self.store.settle_grads()?;
+        if self.store.rounds_grads() {
+            self.store.refs().try_for_each(|param| self.store.finish_grad(NORM, param))?;
+            self.store.forget_sums(0..self.store.flat_len())?;
+        }
         self.optimizer.step(&mut self.store, lr, 1.0)
     }
 

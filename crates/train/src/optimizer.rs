@@ -24,6 +24,8 @@ pub struct AdamWConfig {
     pub weight_decay: f32,
     /// Precision of the moments.
     pub moments: Moments,
+    /// What final gradients are rounded to: f32 (not at all) or bf16.
+    pub gradients: DType,
 }
 
 /// The rule that updates the flat arrays of a `ParamStore`.
@@ -47,6 +49,9 @@ impl AdamW {
             store.arrays_mut().add(Class::Master, DType::U16)?;
         }
         store.enable_moments(config.moments.dtype())?;
+        if config.gradients == DType::Bf16 {
+            store.round_grads();
+        }
         Ok(AdamW { config, steps: 0 })
     }
 
@@ -125,7 +130,7 @@ impl AdamW {
                 }
             }
         }
-        store.arrays_mut().discard(Class::Grad, elements).map_err(Fault::outside)
+        store.use_up_grads(elements)
     }
 
     /// An update that usual steps make falls out in this one.
@@ -189,7 +194,7 @@ impl AdamW {
 /// What an update of `elements` reads and writes.
 fn needs(store: &ParamStore, elements: &Range<usize>) -> Vec<Need> {
     let need = |class, access| Need { class, elements: elements.clone(), access };
-    let mut needs = vec![need(Class::Grad, Access::Read)];
+    let mut needs = vec![need(store.final_class(), Access::Read)];
     let changed = SAVED.iter().filter(|(_, class)| store.arrays().has(*class));
     needs.extend(changed.map(|(_, class)| need(*class, Access::ReadWrite)));
     needs
@@ -215,11 +220,11 @@ const LOAD: About = About { phase: Phase::Optimizer, op: "load", layer: 0 };
 const SAVE: About = About { phase: Phase::Optimizer, op: "save", layer: 0 };
 const UPDATE: About = About { phase: Phase::Optimizer, op: "adamw", layer: 0 };
 
-/// Squared norm of the gradient of one parameter, which must be resident. The global norm is the
+/// Squared norm of the final gradient of one parameter, which must be resident. The global norm is the
 /// root of their sum in the order of the parameters: so it has the same bits whether a gradient was
 /// summed the moment it was ready or at the end.
 pub fn squared_norm(store: &ParamStore, param: ParamRef) -> f64 {
     match store.device() {
-        Device::Cpu => kernels::global_norm::sum_of_squares(store.grad(param)),
+        Device::Cpu => kernels::global_norm::sum_of_squares(store.final_grad(param)),
     }
 }

@@ -40,7 +40,7 @@ pub fn outlook(config: &Config, recipe: &Recipe, speeds: &Speeds) -> Result<Tran
     Ok(transformer(config, count, (&recipe.train, updates), speeds))
 }
 
-/// When a run makes its updates. Ranks add gradients up when the way back is over. On one, clipping
+/// When a run makes its updates. Ranks do when the way back is over. On one, clipping
 /// waits for the norm of all gradients, and updates then wait for the next step.
 pub(crate) fn updates(ranks: usize, clip: f64) -> Updates {
     match ranks {
@@ -67,9 +67,12 @@ pub(crate) fn transformer(
         _ => StateLayout::SPLIT,
     };
     let moment = recipe.adamw.moments.dtype().size_bytes() as u64;
-    let state = StateLayout { m: moment, v: moment, ..state };
+    let grad16 = if recipe.adamw.gradients == DType::Bf16 { 2 } else { 0 };
+    let state = StateLayout { m: moment, v: moment, grad16, ..state };
     // An update reads the gradient, reads and writes the rest.
-    let update_bytes = (2 * state.per_param() - state.grad) as f64;
+    let (kept, read) =
+        (state.param + state.master + 2 * moment, if grad16 > 0 { grad16 } else { state.grad });
+    let update_bytes = (2 * kept + read) as f64;
     let activations = Activations::new(config, recipe);
     let tokens = (recipe.batch * recipe.context) as f64;
     let flops = config.flops().per_token(recipe.context) * tokens;

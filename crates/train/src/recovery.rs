@@ -29,10 +29,17 @@ pub struct Lost {
     pub nth: u32,
 }
 
+impl std::fmt::Display for Lost {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Lost { cause, params, step, .. } = self;
+        write!(f, "step {step}: {cause}\n  it held {}; nothing was learnt from it", params.join(", "))
+    }
+}
+
 impl Recovery {
     /// What was lost when `trainer` failed with `error`, if a run set up from its newest state
     /// (`Start::Resume`) once `trainer` is dropped can go on. Errors: `error` itself where the drive
-    /// lost nothing, or did too often in a row.
+    /// lost nothing; `TrainError::Lost` where it did too often in a row.
     pub fn after(&mut self, error: TrainError, trainer: &Trainer) -> Result<Lost, TrainError> {
         let Some((cause, place)) = lost(&error) else { return Err(error) };
         let step = trainer.step() + 1;
@@ -40,11 +47,12 @@ impl Recovery {
             (self.in_row, self.furthest) = (0, step);
         }
         self.in_row += 1;
-        if self.in_row > MOST_RECOVERIES {
-            return Err(error);
-        }
         let (cause, params) = (cause.clone(), trainer.params_at(place));
-        Ok(Lost { cause, params, step, nth: self.in_row })
+        let lost = Lost { cause, params, step, nth: self.in_row };
+        if self.in_row > MOST_RECOVERIES {
+            return Err(TrainError::Lost(Box::new(lost)));
+        }
+        Ok(lost)
     }
 }
 

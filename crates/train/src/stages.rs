@@ -91,7 +91,8 @@ impl Learner {
         for ((param, spread), place) in self.store.refs().zip(&self.spreads).zip(places) {
             if ranks::is_first_but(&self.mesh, spread, Axis::Fsdp) {
                 let elements = self.store.range(param);
-                self.store.bring(NORM, &[Need { class: Class::Grad, elements, access: Access::Read }])?;
+                let class = self.store.final_class();
+                self.store.bring(NORM, &[Need { class, elements, access: Access::Read }])?;
                 squares[*place] = squared_norm(&self.store, param);
             }
         }

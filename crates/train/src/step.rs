@@ -12,8 +12,7 @@ use crate::{ranks, stages};
 use data::Batch;
 use dist::Axis;
 use memory::pager::About;
-use memory::trace::{Access, Phase};
-use memory::{Class, Need};
+use memory::trace::Phase;
 use std::cell::Cell;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
@@ -186,8 +185,7 @@ impl Learner {
     fn squared_norm(&mut self) -> Result<f64, Fault> {
         let mut squares = 0.0;
         for param in self.store.refs() {
-            let need = Need { class: Class::Grad, elements: self.store.range(param), access: Access::Read };
-            self.store.bring(NORM, &[need])?;
+            self.store.finish_grad(NORM, param)?;
             squares += squared_norm(&self.store, param);
         }
         Ok(squares)
@@ -252,7 +250,7 @@ impl Learner {
     }
 }
 
-/// Sums gradients, and updates chunks, as they become final in the pass of a last microbatch.
+/// Rounds and sums gradients, and updates chunks, as they become final in the pass of a last microbatch.
 struct Finisher<'a> {
     known: &'a Pass,
     optimizer: &'a AdamW,
@@ -335,18 +333,27 @@ impl<'a> Finisher<'a> {
     }
 
     fn sum(&mut self, param: ParamRef, store: &mut ParamStore) -> Result<(), Fault> {
-        let need = Need { class: Class::Grad, elements: store.range(param), access: Access::Read };
-        store.bring(NORM, &[need])?;
+        store.finish_grad(NORM, param)?;
         self.squares[param.index()] = Some(squared_norm(store, param));
+        let rounds = store.rounds_grads();
+        for chunk in store.pieces_of(param).filter(|_| rounds) {
+            let elements = self.chunks[chunk].clone();
+            if self.squares_in(&elements, store).is_some() {
+                store.forget_sums(elements)?;
+            }
+        }
         Ok(())
+    }
+
+    /// Squares of the gradients of all parameters in `elements`, once they are final.
+    fn squares_in(&self, elements: &Range<usize>, store: &ParamStore) -> Option<Vec<f64>> {
+        store.params_in(elements).map(|param| self.squares[param.index()]).collect()
     }
 
     fn update(&mut self, chunk: usize, store: &mut ParamStore) -> Result<(), Fault> {
         let elements = self.chunks[chunk].clone();
-        let squares: Option<Vec<f64>> =
-            store.params_in(&elements).map(|param| self.squares[param.index()]).collect();
         // Not all of them are final yet.
-        let Some(squares) = squares else { return Ok(()) };
+        let Some(squares) = self.squares_in(&elements, store) else { return Ok(()) };
         if !squares.iter().all(|squares| squares.is_finite()) {
             self.update.0.set(false);
             return Ok(());

@@ -6,6 +6,7 @@ use crate::bytes;
 use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
+use device::DType;
 use memory::disk::{self, DriveFigures, Effort, Options};
 use memory::pager::{self, Filed, Setup, chunk_elements, free_for_chunks, key_of};
 use memory::plan::{Budgets, LinkRate, Rates};
@@ -51,6 +52,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
         return None;
     }
+    let state_bytes = state_bytes + (held * rounded_bytes(recipe)) as u64;
     // From here on chunks come and go, and what layers keep for the way back is chunks, too.
     let chunk_elements = match ranks {
         1 => chunk_elements(held, device_bytes.unwrap_or(dram_bytes)),
@@ -116,6 +118,11 @@ impl Links {
     }
 }
 
+/// Bytes of a parameter's rounded gradient, which has an array of its own over tiers.
+fn rounded_bytes(recipe: &Recipe) -> usize {
+    if recipe.train.adamw.gradients == DType::Bf16 { 2 } else { 0 }
+}
+
 /// Room for the inputs of layers that run again and for all that the others keep; each begins a chunk.
 /// A microbatch is walked back before the next begins. Ranks of a mesh keep theirs.
 fn filed(recipe: &Recipe, estimate: &Estimate, chunk_elements: usize) -> Option<Filed> {
@@ -163,7 +170,9 @@ pub(crate) fn check(
         });
     }
     let filed = setup.filed.as_ref().map_or(0, filed_bytes);
-    let chunk_bytes = estimate.state_bytes + filed;
+    let per_param = AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments) as u64;
+    let rounded = estimate.state_bytes / per_param * rounded_bytes(recipe) as u64;
+    let chunk_bytes = estimate.state_bytes + rounded + filed;
     if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {
             what: format!("memory.nvme = {}, the state takes {}", bytes(nvme_bytes), bytes(chunk_bytes)),

@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::{Place, bounds, moved};
+use common::{Place, bounds, budget, moved};
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
@@ -22,14 +22,6 @@ const MODEL: [&str; 7] = [
     "checkpoint.every=3",
     "checkpoint.keep_last=1",
 ];
-
-/// Bytes of DRAM for a run: what is no chunk as predicted, and this part of the state.
-fn budget(place: &Place, sets: &[&str], part: f64) -> u64 {
-    let recipe = place.settings("probe", sets).recipe().unwrap();
-    let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
-    let others = (estimate.activation_bytes - estimate.filed_bytes) as f64 * 1.25;
-    ((others + estimate.state_bytes as f64 * part) * 65.0 / 64.0) as u64
-}
 
 /// Run within a budget, which is kept.
 fn run_within(place: &Place, dir: &str, sets: &[&str], start: Start, bytes: u64) -> Result<(), TrainError> {

@@ -7,7 +7,7 @@ mod common;
 
 use common::meshes::states_are_gone_on_with;
 use common::runs::{begin, run};
-use common::{Place, moved};
+use common::{Place, budget, moved};
 use dist::{Options, launch};
 use std::sync::Mutex;
 use train::{BudgetFile, Prepared, Progress, Start, TrainError, Trainer};
@@ -36,14 +36,6 @@ const MESHES: [&[&str]; 8] = [
     &["mesh.pp=2", "mesh.dp=2", "train.accumulate=4", "mesh.schedule=zero-bubble", "model.tied=false"],
     &["mesh.ep=2", "model.family=mixtral", "model.experts=4"],
 ];
-
-/// Bytes of memory for all ranks: activations as predicted, and this part of the state.
-fn budget(place: &Place, sets: &[&str], part: f64) -> u64 {
-    let recipe = place.settings("probe", sets).recipe().unwrap();
-    let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
-    let others = estimate.activation_bytes as f64 * 1.25 + estimate.exponent_bytes as f64;
-    ((others + estimate.state_bytes as f64 * part) * 65.0 / 64.0) as u64
-}
 
 #[test]
 fn every_mesh_gives_the_bits_of_its_run_without_limits() {

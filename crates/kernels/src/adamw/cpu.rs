@@ -1,5 +1,6 @@
 use super::{Hyper, Master, join, split};
 use crate::rows::Parts;
+use crate::simd::{Float, Open};
 use device::{View, ViewMut};
 use half::bf16;
 
@@ -44,7 +45,10 @@ impl Step {
 }
 
 pub(super) fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: ViewMut<'_>, hyper: &Hyper) {
-    let (step, g) = (Step::new(hyper), grad.f32());
+    by_dtype!(grad, G => run(master, G::open(grad), m, v, Step::new(hyper)));
+}
+
+fn run<G: Float>(master: Master<'_>, g: &[G], m: ViewMut<'_>, v: ViewMut<'_>, step: Step) {
     let (m, v) = (Parts::new(m.f32()), Parts::new(v.f32()));
     match master {
         Master::F32(weights) => {
@@ -81,21 +85,28 @@ multiversion! {
 }
 
 multiversion! {
-    fn run_f32(step: Step, w: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    fn run_f32<G: Float>(step: Step, w: &mut [f32], g: &[G], m: &mut [f32], v: &mut [f32]) {
         let n = w.len();
         let (g, m, v) = (&g[..n], &mut m[..n], &mut v[..n]);
         for i in 0..n {
-            w[i] = step.apply(w[i], g[i], &mut m[i], &mut v[i]);
+            w[i] = step.apply(w[i], g[i].to_f32(), &mut m[i], &mut v[i]);
         }
     }
 }
 
 multiversion! {
-    fn run_split(step: Step, high: &mut [bf16], low: &mut [u16], g: &[f32], m: &mut [f32], v: &mut [f32]) {
+    fn run_split<G: Float>(
+        step: Step,
+        high: &mut [bf16],
+        low: &mut [u16],
+        g: &[G],
+        m: &mut [f32],
+        v: &mut [f32],
+    ) {
         let n = high.len();
         let (low, g, m, v) = (&mut low[..n], &g[..n], &mut m[..n], &mut v[..n]);
         for i in 0..n {
-            let w = step.apply(join(high[i], low[i]), g[i], &mut m[i], &mut v[i]);
+            let w = step.apply(join(high[i], low[i]), g[i].to_f32(), &mut m[i], &mut v[i]);
             (high[i], low[i]) = split(w);
         }
     }

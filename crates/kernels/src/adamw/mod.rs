@@ -66,7 +66,7 @@ pub fn split_all(src: &[f32], high: &mut [bf16], low: &mut [u16]) {
     cpu::split_all(src, high, low);
 }
 
-/// One step on a run of parameters; grad, m and v are f32, m and v are updated.
+/// One step on a run of parameters; grad is f32 or bf16, m and v are f32 and updated.
 pub fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: ViewMut<'_>, hyper: &Hyper) {
     let len = match &master {
         Master::F32(weights) => weights.len(),

@@ -53,3 +53,26 @@ fn ten_steps_follow_the_reference_and_both_masters_walk_the_same_path() {
         assert!(m[i].to_bits() == ms[i].to_bits() && v[i].to_bits() == vs[i].to_bits());
     }
 }
+
+/// A gradient in 16 bits is the update of the same values in 32, bit for bit.
+#[test]
+fn a_gradient_of_16_bits_is_the_same_as_its_values_in_32() {
+    let n = 20_011;
+    let mut rounded = random(n, 2);
+    crate::elementwise::round_to_bf16(ViewMut::of_f32(&mut rounded));
+    let short: Vec<bf16> = rounded.iter().map(|x| bf16::from_f32(*x)).collect();
+    let hyper =
+        Hyper { lr: 1e-2, beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.1, step: 1, grad_scale: 0.3 };
+    let run = |grad: View<'_>| {
+        let (mut plain, mut m, mut v) = (random(n, 1), vec![0f32; n], vec![0f32; n]);
+        let (mut high, mut low): (Vec<_>, Vec<_>) = plain.iter().map(|x| split(*x)).unzip();
+        let (mv, vv) = (ViewMut::of_f32(&mut m), ViewMut::of_f32(&mut v));
+        update(Master::F32(ViewMut::of_f32(&mut plain)), grad, mv, vv, &hyper);
+        let halves = Master::Split { high: ViewMut::of_bf16(&mut high), low: ViewMut::of_u16(&mut low) };
+        let (mv, vv) = (ViewMut::of_f32(&mut m), ViewMut::of_f32(&mut v));
+        update(halves, grad, mv, vv, &hyper);
+        let bits = |x: Vec<f32>| x.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        (bits(plain), bits(m), bits(v), high, low)
+    };
+    assert!(run(View::of_f32(&rounded)) == run(View::of_bf16(&short)));
+}

@@ -2,6 +2,7 @@ use super::code::{chances, decode, decode_signed, encode, encode_signed, exponen
 use super::{BLOCK, Packed, exponents_len};
 use crate::adamw::{Hyper, Master, Step, join, split};
 use crate::rows::Parts;
+use crate::simd::{Float, Open};
 use device::View;
 use half::bf16;
 
@@ -16,7 +17,11 @@ pub(super) fn update(
     first: u64,
     hyper: &Hyper,
 ) {
-    let (step, g) = (Step::new(hyper), grad.f32());
+    by_dtype!(grad, G => run(master, G::open(grad), m, v, first, hyper));
+}
+
+fn run<G: Float>(master: Master<'_>, g: &[G], m: Packed<'_>, v: Packed<'_>, first: u64, hyper: &Hyper) {
+    let step = Step::new(hyper);
     let (m_codes, v_codes) = (Parts::new(m.codes), Parts::new(v.codes));
     let (m_exps, v_exps) = (Parts::new(m.exponents), Parts::new(v.exponents));
     let parts = |i: usize, len: usize| {
@@ -48,17 +53,17 @@ pub(super) fn update(
 }
 
 /// A task's part of everything but the weights; moments are (codes, exponents).
-struct Task<'a> {
+struct Task<'a, G> {
     step: Step,
     /// Step, and number of the first run.
     salt: (u64, u64),
-    g: &'a [f32],
+    g: &'a [G],
     m: (&'a mut [u8], &'a mut [u8]),
     v: (&'a mut [u8], &'a mut [u8]),
 }
 
 multiversion! {
-    fn run_f32(w: &mut [f32], task: Task<'_>) {
+    fn run_f32<G: Float>(w: &mut [f32], task: Task<'_, G>) {
         let mut task = task;
         for (run, w) in w.chunks_mut(BLOCK).enumerate() {
             let mut wide = [0f32; BLOCK];
@@ -70,7 +75,7 @@ multiversion! {
 }
 
 multiversion! {
-    fn run_split(high: &mut [bf16], low: &mut [u16], task: Task<'_>) {
+    fn run_split<G: Float>(high: &mut [bf16], low: &mut [u16], task: Task<'_, G>) {
         let mut task = task;
         for (run, (high, low)) in high.chunks_mut(BLOCK).zip(low.chunks_mut(BLOCK)).enumerate() {
             let mut wide = [0f32; BLOCK];
@@ -88,12 +93,12 @@ multiversion! {
 /// A run of `n` weights. Everything is worked on in arrays of whole runs, the last one padded with
 /// zeros, so that loops have a length the compiler knows.
 #[inline(always)]
-fn one_run(w: &mut [f32; BLOCK], n: usize, run: usize, task: &mut Task<'_>) {
+fn one_run<G: Float>(w: &mut [f32; BLOCK], n: usize, run: usize, task: &mut Task<'_, G>) {
     let at = run * BLOCK..run * BLOCK + n;
     let (m_codes, m_exp) = (&mut task.m.0[at.clone()], &mut task.m.1[run]);
     let (v_codes, v_exp) = (&mut task.v.0[at.clone()], &mut task.v.1[run]);
     let (mut g, mut mc, mut vc) = ([0f32; BLOCK], [0u8; BLOCK], [0u8; BLOCK]);
-    g[..n].copy_from_slice(&task.g[at]);
+    g.iter_mut().zip(&task.g[at]).for_each(|(wide, g)| *wide = g.to_f32());
     mc[..n].copy_from_slice(m_codes);
     vc[..n].copy_from_slice(v_codes);
     let (mut m, mut v) = ([0f32; BLOCK], [0f32; BLOCK]);

@@ -44,7 +44,7 @@ pub struct Packed<'a> {
 }
 
 /// One step on a run of parameters that begins with the parameter numbered `first` (a multiple of
-/// `BLOCK`; the number decides how its moments are rounded). `grad` is f32 and finite; `m` and `v`
+/// `BLOCK`; the number decides how its moments are rounded). `grad` is f32 or bf16 and finite; `m` and `v`
 /// are updated, the weights with the moments as they were before rounding.
 pub fn update(master: Master<'_>, grad: View<'_>, m: Packed<'_>, v: Packed<'_>, first: u64, hyper: &Hyper) {
     let len = match &master {

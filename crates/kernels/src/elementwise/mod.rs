@@ -3,6 +3,7 @@
 use crate::rows::sum_rows;
 use crate::simd::{Float, Open};
 use device::{Device, View, ViewMut};
+use half::bf16;
 
 const CHUNK: usize = 1 << 15;
 
@@ -37,6 +38,15 @@ pub fn copy(y: ViewMut<'_>, x: View<'_>) {
         Device::Cpu => by_dtype!(y, Y => by_dtype!(x, X => {
             zip(Y::open_mut(y), X::open(x), copy_run::<Y, X>);
         })),
+    }
+}
+
+/// f32 rounded to the nearest bf16, ties to even, in place: the values of `copy` to bf16 and back.
+pub fn round_to_bf16(y: ViewMut<'_>) {
+    match y.device() {
+        Device::Cpu => {
+            device::for_each_part((y.f32(), CHUNK), (&mut [] as &mut [u8], 0), |_, y, _| round_run(y));
+        }
     }
 }
 
@@ -105,6 +115,14 @@ multiversion! {
 }
 
 multiversion! {
+    fn round_run(y: &mut [f32]) {
+        for y in y.iter_mut() {
+            *y = bf16::from_f32(*y).to_f32();
+        }
+    }
+}
+
+multiversion! {
     fn scale_run<Y: Float>(y: &mut [Y], factor: f32) {
         for y in y.iter_mut() {
             *y = Y::from_f32(y.to_f32() * factor);
@@ -142,6 +160,23 @@ mod tests {
             copy(sum.view_mut(), x.view());
             assert_close("copy", &sum.to_f64(), &x.to_f64(), tolerance(yt));
         }
+    }
+
+    /// Rounded in place or copied to 16 bits: the same values, special ones too.
+    #[test]
+    fn rounding_in_place_is_a_copy_there_and_back() {
+        let mut x = random(70_001, 1);
+        let special = [0x3f80_8000, 0x3f81_8000, 0x3f80_8001, 0x7f7f_ffff, 0x7f80_0000, 0x8000_0001u32];
+        x.iter_mut().zip(special).for_each(|(x, bits)| *x = f32::from_bits(bits));
+        let mut short = vec![bf16::ZERO; x.len()];
+        copy(ViewMut::of_bf16(&mut short), View::of_f32(&x));
+        assert!(x.iter().zip(&short).all(|(x, short)| bf16::from_f32(*x) == *short));
+        round_to_bf16(ViewMut::of_f32(&mut x));
+        assert!(x.iter().zip(&short).all(|(x, short)| x.to_bits() == short.to_f32().to_bits()));
+        assert_eq!(x[..5], [1.0, 1.015625, 1.0078125, f32::INFINITY, f32::INFINITY]);
+        x[9] = f32::NAN;
+        round_to_bf16(ViewMut::of_f32(&mut x));
+        assert!(x[9].is_nan());
     }
 
     #[test]

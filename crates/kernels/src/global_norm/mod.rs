@@ -43,6 +43,14 @@ mod tests {
     use crate::testkit::random;
 
     #[test]
+    fn sixteen_bits_have_the_sum_of_their_values_in_32() {
+        let mut x = random(100_001, 1);
+        crate::elementwise::round_to_bf16(device::ViewMut::of_f32(&mut x));
+        let short: Vec<half::bf16> = x.iter().map(|x| half::bf16::from_f32(*x)).collect();
+        assert_eq!(sum_of_squares(View::of_bf16(&short)), sum_of_squares(View::of_f32(&x)));
+    }
+
+    #[test]
     fn the_sum_agrees_with_f64_and_shows_a_nan() {
         let mut x = random(100_001, 1);
         let want: f64 = x.iter().map(|x| (*x as f64).powi(2)).sum();

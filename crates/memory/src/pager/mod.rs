@@ -292,7 +292,7 @@ impl Pager {
             let computes_only = depth + 1 < self.memories;
             for (i, chunk) in self.chunks.iter_mut().enumerate() {
                 // Optimizer state never comes up to where ops compute.
-                let comes = !computes_only || i / self.per_class <= Class::Grad as usize;
+                let comes = !computes_only || i / self.per_class <= Class::Grad16 as usize;
                 let fits = fixes && comes && chunk.bytes > 0 && chunk.bytes <= left;
                 chunk.fixed[depth] = fits && !chunk.fixed[..depth].contains(&true);
                 left -= if chunk.fixed[depth] { chunk.bytes } else { 0 };

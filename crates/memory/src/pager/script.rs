@@ -168,7 +168,7 @@ impl Script {
             for (id, access) in &visit.needs {
                 // A gradient begins as nothing in every step, and is nothing again once it was used for
                 // an update; until then, which may be in the next step, it must be kept.
-                let grad = trace.chunks[id.0 as usize].class == crate::Class::Grad;
+                let grad = trace.chunks[id.0 as usize].class.is_grad();
                 let begun = &mut written[id.0 as usize];
                 let access = match grad && access.writes() && !*begun {
                     true => Access::Write,

@@ -11,8 +11,10 @@ use crate::trace::{Access, ChunkId, Moment, Phase, Runs, Trace};
 pub struct StateLayout {
     /// Weights in the compute type.
     pub param: u64,
-    /// Gradients.
+    /// Gradients, as they are summed.
     pub grad: u64,
+    /// What the last microbatch rounds them to, for updates to read; 0: updates read the sums.
+    pub grad16: u64,
     /// Beside the weights: f32 masters (4), what bf16 weights lack of them (2), or nothing (0).
     pub master: u64,
     /// First moments.
@@ -25,19 +27,23 @@ pub struct StateLayout {
 
 impl StateLayout {
     /// 16-bit weights and gradients, f32 masters and moments: 16 bytes, the usual mixed precision.
-    pub const MIXED: StateLayout = StateLayout { param: 2, grad: 2, master: 4, m: 4, v: 4, recast: true };
+    pub const MIXED: StateLayout =
+        StateLayout { param: 2, grad: 2, grad16: 0, master: 4, m: 4, v: 4, recast: true };
     /// The same with 8-bit moments.
     pub const MIXED_8BIT: StateLayout = StateLayout { m: 1, v: 1, ..StateLayout::MIXED };
     /// Trilith's: bf16 weights, the low halves of their masters, f32 gradients and moments.
-    pub const SPLIT: StateLayout = StateLayout { param: 2, grad: 4, master: 2, m: 4, v: 4, recast: false };
+    pub const SPLIT: StateLayout =
+        StateLayout { param: 2, grad: 4, grad16: 0, master: 2, m: 4, v: 4, recast: false };
     /// Everything f32.
-    pub const F32: StateLayout = StateLayout { param: 4, grad: 4, master: 0, m: 4, v: 4, recast: false };
+    pub const F32: StateLayout =
+        StateLayout { param: 4, grad: 4, grad16: 0, master: 0, m: 4, v: 4, recast: false };
 
     /// Bytes of a class per parameter.
     pub const fn of(&self, class: Class) -> u64 {
         match class {
             Class::Param => self.param,
             Class::Grad => self.grad,
+            Class::Grad16 => self.grad16,
             Class::Master => self.master,
             Class::M => self.m,
             Class::V => self.v,
@@ -47,7 +53,7 @@ impl StateLayout {
 
     /// All of them.
     pub const fn per_param(&self) -> u64 {
-        self.param + self.grad + self.master + self.m + self.v
+        self.param + self.grad + self.grad16 + self.master + self.m + self.v
     }
 }
 
@@ -55,7 +61,7 @@ impl StateLayout {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Updates {
     /// When the whole backward pass is over: the state streams by while nothing else computes. So do
-    /// runs whose gradients ranks add up at the end.
+    /// runs of several ranks.
     #[default]
     AfterBackward,
     /// As soon as the layer's gradient is whole. Clipping by the global norm is not possible.
@@ -106,6 +112,7 @@ struct Group {
     layer: u32,
     param: ChunkId,
     grad: ChunkId,
+    grad16: Option<ChunkId>,
     state: Vec<ChunkId>,
 }
 
@@ -143,10 +150,11 @@ impl Transformer {
         for params in (0..parts).map(cut).filter(|params| *params > 0) {
             let mut add = |class: Class| trace.add_chunk(class, params * self.state.of(class));
             let (param, grad) = (add(Class::Param), add(Class::Grad));
+            let grad16 = (self.state.grad16 > 0).then(|| add(Class::Grad16));
             let state =
                 [Class::Master, Class::M, Class::V].into_iter().filter(|class| self.state.of(*class) > 0);
             let state = state.map(add).collect();
-            groups.push(Group { params, layer, param, grad, state });
+            groups.push(Group { params, layer, param, grad, grad16, state });
         }
         groups
     }
@@ -154,7 +162,8 @@ impl Transformer {
     fn microbatch(&self, trace: &mut Trace, nth: u32, (embed, layers, head): Model<'_>) {
         let first = nth == 0;
         let before = first && self.updates == Updates::BeforeForward;
-        let within = nth + 1 == self.accumulate.max(1) && self.updates == Updates::InBackward;
+        let last = nth + 1 == self.accumulate.max(1);
+        let within = last && self.updates == Updates::InBackward;
         let update = |trace: &mut Trace, now: bool, groups: &[Group]| {
             groups.iter().filter(|_| now).for_each(|group| self.update(trace, group));
         };
@@ -176,17 +185,19 @@ impl Transformer {
             kept.push(chunks);
         }
         update(trace, before, head);
-        let (last, tied) = (inputs[layers.len()], head.is_empty());
+        let tied = head.is_empty();
         self.moment(trace, (Phase::Forward, "head", self.layers), 0.0);
-        trace.add_use(last, Access::ReadWrite);
+        trace.add_use(inputs[layers.len()], Access::ReadWrite);
         use_params(trace, if tied { embed } else { head });
         use_grads(trace, if tied { embed } else { head }, first);
+        round_grads(trace, head, last);
         update(trace, within, head);
         for (layer, groups) in layers.iter().enumerate().rev() {
             for (group, chunk) in groups.iter().zip(&kept[layer]).rev() {
                 self.moment(trace, (Phase::Backward, "layer", group.layer), 2.0 * slice);
                 use_params(trace, std::slice::from_ref(group));
                 use_grads(trace, std::slice::from_ref(group), first);
+                round_grads(trace, std::slice::from_ref(group), last);
                 trace.add_use(inputs[layer], Access::Read);
                 trace.add_use(*chunk, Access::Read);
                 update(trace, within, std::slice::from_ref(group));
@@ -194,6 +205,7 @@ impl Transformer {
         }
         self.moment(trace, (Phase::Backward, "embed", 0), 0.0);
         use_grads(trace, embed, first && !tied);
+        round_grads(trace, embed, last);
         update(trace, within, embed);
     }
 
@@ -215,7 +227,7 @@ impl Transformer {
         if let (Some(last), Some(host)) = (trace.moments.last_mut(), self.host_update_s) {
             last.runs = Runs::Either { host_s: params * host };
         }
-        trace.add_use(group.grad, Access::Read);
+        trace.add_use(group.grad16.unwrap_or(group.grad), Access::Read);
         group.state.iter().for_each(|chunk| trace.add_use(*chunk, Access::ReadWrite));
         trace.add_use(group.param, if self.state.recast { Access::Write } else { Access::ReadWrite });
     }
@@ -234,4 +246,10 @@ fn use_params(trace: &mut Trace, groups: &[Group]) {
 fn use_grads(trace: &mut Trace, groups: &[Group], first: bool) {
     let access = if first { Access::Write } else { Access::ReadWrite };
     groups.iter().for_each(|group| trace.add_use(group.grad, access));
+}
+
+/// The sums of a whole step are rounded where they are: nothing needs them afterwards.
+fn round_grads(trace: &mut Trace, groups: &[Group], whole: bool) {
+    let rounded = groups.iter().filter(|_| whole).filter_map(|group| group.grad16);
+    rounded.for_each(|chunk| trace.add_use(chunk, Access::Write));
 }

@@ -178,6 +178,13 @@ pub const KEYS: &[Key] = &[
         "Precision of AdamW's moments: 8bit holds them in a quarter of the memory, with rounding that keeps the mean (docs/memory.md). A state goes on with either.",
     ),
     key(
+        "train.gradients",
+        Choice(&["f32", "bf16"]),
+        "\"f32\"",
+        "",
+        "Precision of a step's final gradients: bf16 rounds them once, after all sums (f32) over microbatches and ranks and before norm and update, so that over tiers they travel and lie in 2 bytes (docs/memory.md). A state goes on with either.",
+    ),
+    key(
         "train.weight_decay",
         Float(0.0, 10.0),
         "0.1",

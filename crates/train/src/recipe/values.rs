@@ -421,6 +421,10 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
                 Some("8bit") => Moments::Bits8,
                 _ => Moments::F32,
             },
+            gradients: match get.text("train.gradients").as_deref() {
+                Some("bf16") => DType::Bf16,
+                _ => DType::F32,
+            },
         },
         clip: if clip > 0.0 { clip } else { f64::INFINITY },
         dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },

@@ -68,7 +68,7 @@ pub(super) struct Buckets {
     last: bool,
     /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
     /// under way: a gradient is final when all of them have had their way back. Over tiers a stripe that
-    /// is under way could not leave: they are added up one by one when the pass has ended.
+    /// is under way could not leave: there it is added up at once, while it is at hand.
     early: bool,
     /// Gradients the moment at hand writes, and whether it goes back.
     writing: (Vec<ParamRef>, bool),
@@ -92,7 +92,7 @@ impl Buckets {
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
             last: true,
-            early: common.mesh.size(Axis::Pp) == 1 && !store.arrays().is_paged(),
+            early: common.mesh.size(Axis::Pp) == 1,
             writing: Default::default(),
             layer: 0,
             set_out: Default::default(),
@@ -179,7 +179,11 @@ impl Buckets {
                 for stripe in self.spans[param.index()].clone() {
                     self.left[stripe] -= 1;
                     if self.left[stripe] == 0 && self.reduces() {
-                        self.start(stripe, store)?;
+                        match store.arrays().is_paged() {
+                            // Where ops compute: there the sum of this rank was written.
+                            true => self.add_up_here(stripe, store, trace::Phase::Backward)?,
+                            false => self.start(stripe, store)?,
+                        }
                     }
                 }
             }
@@ -198,7 +202,8 @@ impl Buckets {
         open.iter().for_each(|stripe| self.bring(*stripe, store));
         store.settle_grads()?;
         if store.arrays().is_paged() {
-            return open.into_iter().try_for_each(|stripe| self.add_up_here(stripe, store));
+            let mut open = open.into_iter();
+            return open.try_for_each(|stripe| self.add_up_here(stripe, store, trace::Phase::Optimizer));
         }
         open.into_iter().try_for_each(|stripe| self.start(stripe, store))?;
         for stripe in 0..self.states.len() {
@@ -215,6 +220,7 @@ impl Buckets {
         let groups: Vec<Group> = fsdp.into_iter().chain(beyond).collect();
         let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
         let (own, shared, last) = (stripes.index, self.common.shares(Zero::Two), self.last);
+        let rounds = store.rounds_grads();
         let (scatters, kept) = (stripes.ranks > 1, self.kept[stripe].take());
         let under = start_beside(&groups, move |groups| {
             if scatters {
@@ -232,7 +238,10 @@ impl Buckets {
                 sum.view_mut().bytes().copy_from_slice(granule.as_view().bytes());
                 return Ok(Some(sum));
             }
-            sums.over(&groups[usize::from(scatters)..], granule)?;
+            sums.over(&groups[usize::from(scatters)..], granule.reborrow())?;
+            if rounds {
+                kernels::elementwise::round_to_bf16(granule);
+            }
             Ok(None)
         })?;
         self.states[stripe] = State::Under(under);
@@ -243,19 +252,30 @@ impl Buckets {
         }
     }
 
-    /// The same where chunks come and go, of which our granule is one.
-    fn add_up_here(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+    /// The same where chunks come and go, of which our granule is one; `phase` says where.
+    fn add_up_here(
+        &mut self,
+        stripe: usize,
+        store: &mut ParamStore,
+        phase: trace::Phase,
+    ) -> Result<(), Fault> {
         self.states[stripe] = State::Done;
-        let sums = &self.sums[stripe];
-        if sums.runs.is_empty() {
+        let (sums, rounds) = (&self.sums[stripe], store.rounds_grads());
+        if sums.runs.is_empty() && !rounds {
             return Ok(());
         }
         let own = self.common.stripes.own(stripe);
         let elements = own.start..own.end.min(store.flat_len());
-        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-        store.bring(SUM, &[need])?;
+        let need = |class| Need { class, elements: elements.clone(), access: Access::ReadWrite };
+        let needs = [need(Class::Grad), need(Class::Grad16)];
+        store.bring(About { phase, ..SUM }, &needs[..1 + usize::from(rounds)])?;
         let groups: Vec<Group> = sums.axes.iter().map(|axis| self.common.mesh.group(*axis)).collect();
-        Ok(sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements))?)
+        sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements.clone()))?;
+        if rounds {
+            store.round(elements.clone());
+            store.forget_sums(elements)?;
+        }
+        Ok(())
     }
 
     fn finish(&mut self, stripe: usize) -> Result<(), Fault> {

@@ -4,8 +4,8 @@ use super::Shards;
 use crate::step::NORM;
 use crate::{ranks, stages};
 use dist::Axis;
+use memory::Need;
 use memory::trace::Access;
-use memory::{Class, Need};
 use model::Spread;
 use tensor::{Fault, ParamRef, ParamStore};
 
@@ -30,14 +30,15 @@ impl Shards {
     fn squares_of(&self, stripe: usize, store: &mut ParamStore, spreads: &[Spread]) -> Result<f64, Fault> {
         let own = self.common.stripes.own(stripe);
         let elements = own.start..own.end.min(store.flat_len()).max(own.start);
-        let need = Need { class: Class::Grad, elements, access: Access::Read };
+        let class = store.final_class();
+        let need = Need { class, elements, access: Access::Read };
         store.bring(NORM, &[need])?;
         let first =
             |param: &ParamRef| ranks::is_first_but(&self.common.mesh, &spreads[param.index()], Axis::Fsdp);
         let squares = store.params_in(&own).filter(first).map(|param| {
             let range = store.range(param);
             let (start, end) = (range.start.max(own.start), range.end.min(own.end));
-            let grad = store.arrays().view(Class::Grad, start..end.max(start));
+            let grad = store.arrays().view(class, start..end.max(start));
             kernels::global_norm::sum_of_squares(grad)
         });
         Ok(squares.sum())

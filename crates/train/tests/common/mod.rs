@@ -89,6 +89,16 @@ impl Place {
     }
 }
 
+/// Bytes of memory for all ranks of a run: what is no chunk as predicted, and this part of the state.
+pub fn budget(place: &Place, sets: &[&str], part: f64) -> u64 {
+    let recipe = place.settings("probe", sets).recipe().unwrap();
+    let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
+    // Several ranks file nothing.
+    let filed = if recipe.mesh.shape.world_size() == 1 { estimate.filed_bytes } else { 0 };
+    let others = (estimate.activation_bytes - filed) as f64 * 1.25 + estimate.exponent_bytes as f64;
+    ((others + estimate.state_bytes as f64 * part) * 65.0 / 64.0) as u64
+}
+
 /// The lines of metrics.jsonl without what the clock says.
 pub fn log(dir: &Path) -> Vec<serde_json::Value> {
     let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
