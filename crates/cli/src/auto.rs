@@ -104,7 +104,7 @@ fn name(price: &Price) -> String {
     let plan = &price.plan;
     let mut name = plan.mesh.to_string();
     if plan.mesh.grid().size() > 1 {
-        name += &format!(", {}", plan.scheme);
+        name += &format!(", {}", plan.parts.named(plan.scheme));
     }
     if plan.mesh.size(Axis::Fsdp) > 1 {
         name += &format!(", {}", plan.zero);
@@ -142,7 +142,7 @@ fn plans(
     let mut plans: Vec<Followed> = Vec::new();
     let mut first_refusal = None;
     for price in every(&config.shape(), batch, cluster, ranks) {
-        let kind = |p: &Price| (p.plan.mesh, p.plan.scheme, p.plan.zero);
+        let kind = |p: &Price| (p.plan.mesh, p.plan.scheme, p.plan.parts, p.plan.zero);
         if plans.iter().any(|found| kind(&found.price) == kind(&price)) {
             continue;
         }

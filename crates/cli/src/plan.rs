@@ -104,6 +104,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     match found {
         Ok(decision) => {
             print!("{}", report::decision(&question, &decision, less.as_ref()));
+            print!("{}", report::follow(&settings, &decision.best));
             Ok(ExitCode::SUCCESS)
         }
         Err(refused) => bail!("{}", no_fit(&question, &refused, less.map(|price| price.plan.mesh))),

@@ -11,6 +11,7 @@ use ::train::{
 };
 use ::train::{Predicted, StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
+use dist::Parts;
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
 use memory::Tier;
@@ -402,7 +403,10 @@ fn mesh_line(mesh: &::train::recipe::MeshRecipe, seat: &Seat) -> String {
     if ranks == 1 {
         return "one rank".into();
     }
-    let scheme = mesh.scheme.map_or("by the axes", |scheme| scheme.name());
+    let scheme = match (mesh.scheme, mesh.parts == Parts::default()) {
+        (None, true) => "by the axes".to_string(),
+        _ => mesh.parts.named(mesh.scheme()),
+    };
     let staged = mesh.shape.size(dist::Axis::Pp) > 1;
     let stages = if staged { format!(", stages {}", mesh.schedule) } else { String::new() };
     format!("{}: {ranks} ranks as {}, products {scheme}{stages}", mesh.shape, seat.carrier)

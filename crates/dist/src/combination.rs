@@ -2,7 +2,7 @@
 //! training refuses.
 
 use crate::cost::Zero;
-use crate::{Axis, FlowError, MeshShape, Scheme};
+use crate::{Axis, FlowError, MeshShape, Parts, Scheme};
 
 /// What a run is spread by.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +11,8 @@ pub struct Combination {
     pub mesh: MeshShape,
     /// How products are distributed; none: as the axes say.
     pub scheme: Option<Scheme>,
+    /// Schemes of parts of a layer that have their own.
+    pub parts: Parts,
     /// What `fsdp` shares.
     pub zero: Zero,
     /// Tokens a row.
@@ -20,7 +22,7 @@ pub struct Combination {
 /// Choices that no run combines.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Clash {
-    /// An axis the scheme would leave idle.
+    /// An axis the scheme would leave idle, or schemes that do not go together.
     #[error(transparent)]
     Idle(#[from] FlowError),
     /// Rows that are too short to be cut.
@@ -54,6 +56,7 @@ impl Combination {
         if let Some(scheme) = self.scheme {
             scheme.check(&self.mesh)?;
         }
+        self.parts.check(&self.mesh, self.scheme.unwrap_or_else(|| Scheme::of(&self.mesh)))?;
         let (ranks, context) = (size(Axis::Cp), self.context);
         let runs = 2 * ranks;
         if ranks > 1 && runs > context {
@@ -73,7 +76,8 @@ mod tests {
 
     fn said(mesh: &str, scheme: Option<Scheme>, zero: Zero) -> String {
         let mesh = mesh.parse().unwrap();
-        let checked = Combination { mesh, scheme, zero, context: 8 }.check();
+        let parts = Parts::default();
+        let checked = Combination { mesh, scheme, parts, zero, context: 8 }.check();
         checked.map_or_else(|clash| clash.to_string(), |()| "runs".to_string())
     }
 
@@ -93,5 +97,19 @@ mod tests {
             let said = said(mesh, scheme, zero);
             assert!(said.contains(want), "{mesh}: {said}");
         }
+    }
+
+    #[test]
+    fn parts_that_lie_too_far_from_the_stream_are_named() {
+        let said = |mesh: &str, ffn| {
+            let parts = Parts { ffn: Some(ffn), ..Parts::default() };
+            let mesh = mesh.parse().unwrap();
+            let checked = Combination { mesh, scheme: None, parts, zero: Zero::One, context: 8 }.check();
+            checked.map_or_else(|clash| clash.to_string(), |()| "runs".to_string())
+        };
+        assert_eq!(said("x=2,y=2", Scheme::WeightStationary), "runs");
+        assert!(said("x=2,y=2", Scheme::OneD).contains("`1d` has no use for mesh axis y = 2"));
+        let apart = said("x=2,y=2,z=2", Scheme::TwoPointFiveD);
+        assert!(apart.contains("[rows over x,y; columns over z], that of scheme `2.5d` as"), "{apart}");
     }
 }

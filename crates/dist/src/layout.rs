@@ -1,7 +1,7 @@
 //! How a matrix lies on a mesh: which axes cut its rows, which cut its columns, and over which it
 //! is a sum still to be taken. Whatever is not cut along an axis lies whole on every rank of it.
 
-use crate::{Axis, Mesh};
+use crate::{Axis, Mesh, MeshShape};
 
 /// Axes that cut one dim, outermost first: rank (i, j) of a cut over x, y holds piece i * |y| + j.
 /// Axes of one rank cut nothing and are left out, so that layouts compare as they lie.
@@ -16,6 +16,11 @@ impl Cut {
 
     /// Cut over those of `axes` that have more than one rank on `mesh`.
     pub fn over(mesh: &Mesh, axes: &[Axis]) -> Cut {
+        Cut::on(mesh.shape(), axes)
+    }
+
+    /// The same by sizes alone.
+    pub(crate) fn on(mesh: &MeshShape, axes: &[Axis]) -> Cut {
         let mut cut = Cut::WHOLE;
         let larger = axes.iter().filter(|axis| mesh.size(**axis) > 1);
         for (slot, axis) in cut.axes.iter_mut().zip(larger) {

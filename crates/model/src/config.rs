@@ -167,9 +167,18 @@ impl Config {
 
     /// Parameters of the experts a token does not go to, in all layers.
     pub fn idle_params(&self) -> usize {
+        self.params_of(|moe| moe.experts - moe.choices)
+    }
+
+    /// Parameters of all experts that ranks share along `ep`, in all layers.
+    pub fn expert_params(&self) -> usize {
+        self.params_of(|moe| moe.experts)
+    }
+
+    fn params_of(&self, experts: impl Fn(&MoeConfig) -> usize) -> usize {
         self.moe().map_or(0, |moe| {
             let layers = (0..self.layers()).filter(|layer| moe.applies_to(*layer)).count();
-            layers * (moe.experts - moe.choices) * 3 * self.width() * moe.ffn
+            layers * experts(moe) * 3 * self.width() * moe.ffn
         })
     }
 

@@ -2,7 +2,8 @@
 
 use crate::ConfigError;
 use crate::names::{Builder, Place};
-use dist::{Context, Cut, Dim, Flow, Held, Product, Weighted, Width, ZigZag};
+use dist::cost::Pair;
+use dist::{Context, Cut, Dim, Flow, Held, Product, Redistribution, Weighted, Width, ZigZag};
 use std::ops::Range;
 use std::sync::Arc;
 use tensor::{Fault, GeluKind, KvCache, Norm, ParamRef, Real, Tape, Var};
@@ -78,9 +79,7 @@ impl Tokens {
 
 /// `b` rows of a batch, padded to what every cut of the tokens divides.
 pub(crate) fn rows_of(flow: &Flow, b: usize) -> usize {
-    let (outer, inner) = (flow.outer.rows.pieces(&flow.mesh), flow.inner.rows.pieces(&flow.mesh));
-    let common = (outer..).step_by(outer).find(|n| n.is_multiple_of(inner)).unwrap_or(outer);
-    b.next_multiple_of(common)
+    b.next_multiple_of(flow.row_pieces())
 }
 
 /// This rank's piece [M, D] of the residual stream of `tokens`, padding included.
@@ -100,6 +99,11 @@ pub(crate) fn real_rows(flow: &Flow, tokens: &Tokens) -> Real {
     let runs = context.real(t);
     let run = |(row, run): (usize, &Range<usize>)| row * each + run.start..row * each + run.end;
     Real::of((0..here).flat_map(|row| runs.iter().map(move |run| (row, run))).map(run))
+}
+
+/// The tokens of padded ones that attention has on this rank.
+pub(crate) fn attended(flow: &Flow, tokens: &Tokens) -> Tokens {
+    tokens.local(flow, flow.part(Pair::Attention).inner.rows)
 }
 
 /// The run of `x` that is this rank's piece of `cut`.
@@ -136,6 +140,15 @@ pub struct Linear {
     product: Product,
     weight: ParamRef,
     bias: Option<ParamRef>,
+    /// Where its part of the layer does not lie as the residual stream does.
+    way: Option<Way>,
+}
+
+/// From the residual stream into the layout of a part, or back.
+#[derive(Clone, Debug)]
+enum Way {
+    In(Redistribution),
+    Out(Redistribution),
 }
 
 /// What a `Linear` is before it has parameters.
@@ -149,35 +162,58 @@ pub(crate) struct LinearSpec {
     /// Hugging Face tensors that make up the weight, from the first output row on: (name, rows).
     pub parts: Vec<(String, usize)>,
     pub place: Place,
+    /// Whose scheme it follows.
+    pub pair: Pair,
 }
 
 impl Linear {
     /// From the residual stream into the inner width.
     pub(crate) fn opening(spec: &LinearSpec, builder: &mut Builder) -> Result<Linear, ConfigError> {
-        let weighted = builder.flow.opening(spec.outputs.clone(), spec.inputs.clone())?;
-        Ok(Linear::with(spec, weighted, builder))
+        let part = builder.flow.part(spec.pair);
+        let weighted = part.opening(spec.outputs.clone(), spec.inputs.clone())?;
+        let way = Redistribution::new(&builder.flow, &part, spec.inputs.len())?;
+        Ok(Linear::with(spec, weighted, way.map(Way::In), builder))
     }
 
     /// From the inner width back into the residual stream.
     pub(crate) fn closing(spec: &LinearSpec, builder: &mut Builder) -> Result<Linear, ConfigError> {
-        let weighted = builder.flow.closing(spec.outputs.clone(), spec.inputs.clone())?;
-        Ok(Linear::with(spec, weighted, builder))
+        let part = builder.flow.part(spec.pair);
+        let weighted = part.closing(spec.outputs.clone(), spec.inputs.clone())?;
+        let way = Redistribution::new(&builder.flow, &part, spec.outputs.len())?;
+        Ok(Linear::with(spec, weighted, way.map(Way::Out), builder))
     }
 
-    fn with(spec: &LinearSpec, weighted: Weighted, builder: &mut Builder) -> Linear {
+    fn with(spec: &LinearSpec, weighted: Weighted, way: Option<Way>, builder: &mut Builder) -> Linear {
         let weight = builder.matrix(spec, &weighted);
         let bias = spec.bias.then(|| builder.bias(spec, &weighted));
-        Linear { product: weighted.product, weight, bias }
+        Linear { product: weighted.product, weight, bias, way }
     }
 
     /// x [M, in] (+ residual [M, out]) -> [M, out].
     pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, residual: Option<&Var>) -> Result<Var, Fault> {
-        dist::matmul(tape, &self.product, x, (self.weight, self.bias), residual)
+        let multiply = |tape: &mut Tape<'_>, x: &Var, residual| {
+            dist::matmul(tape, &self.product, x, (self.weight, self.bias), residual)
+        };
+        match &self.way {
+            None => multiply(tape, x, residual),
+            Some(Way::In(way)) => {
+                let x = way.enter(tape, x)?;
+                multiply(tape, &x, residual)
+            }
+            Some(Way::Out(way)) => {
+                let y = multiply(tape, x, None)?;
+                way.leave(tape, &y, residual)
+            }
+        }
+    }
+
+    fn is_local(&self) -> bool {
+        self.product.is_local() && self.way.is_none()
     }
 
     /// gelu of x [M, in] -> [M, out].
     pub fn forward_gelu(&self, tape: &mut Tape<'_>, x: &Var, kind: GeluKind) -> Result<Var, Fault> {
-        if self.product.is_local() {
+        if self.is_local() {
             return tape.linear_gelu(x, self.weight, self.bias, kind);
         }
         let y = self.forward(tape, x, None)?;
@@ -186,7 +222,7 @@ impl Linear {
 
     /// silu(gate) * up [M, in] of gate_up [M, 2 in], + residual [M, out] -> [M, out].
     pub fn forward_swiglu(&self, tape: &mut Tape<'_>, gate_up: &Var, residual: &Var) -> Result<Var, Fault> {
-        if self.product.is_local() && self.bias.is_none() {
+        if self.is_local() && self.bias.is_none() {
             return tape.swiglu_linear(gate_up, self.weight, residual);
         }
         let act = tape.swiglu(gate_up)?;
@@ -215,7 +251,8 @@ impl StreamNorm {
 /// Heads on one rank: whole groups of query heads with the kv head they share, padded to equal
 /// numbers; a rank beyond the last group works on zeros.
 pub(crate) fn local_heads(flow: &Flow, n: usize, k: usize) -> (usize, usize) {
-    let groups = k.div_ceil(flow.inner.cols.pieces(&flow.mesh));
+    let inner = flow.part(Pair::Attention).inner;
+    let groups = k.div_ceil(inner.cols.pieces(&flow.mesh));
     (groups * (n / k), groups)
 }
 

@@ -51,7 +51,7 @@ pub struct Built {
 impl Model {
     /// Lay out a model for sequences of at most `context` tokens, on `mesh` as its axes suggest.
     pub fn build(config: &Config, context: usize, mesh: &Mesh) -> Result<Built, ConfigError> {
-        Model::build_on(config, context, &Flow::new(mesh, Scheme::of(mesh))?)
+        Model::build_on(config, context, &Flow::new(mesh, Scheme::of(mesh.shape()))?)
     }
 
     /// The same with the scheme of `flow`. On a pipeline this rank builds its stage alone. Layouts that do

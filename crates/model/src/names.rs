@@ -3,6 +3,7 @@
 
 use crate::Stage;
 use crate::layers::LinearSpec;
+use dist::cost::Pair;
 use dist::{Axis, Cut, Dim, Experts, Flow, Held, Table, Weighted, crossing};
 use tensor::{Init, ParamList, ParamRef, ParamSpec, Piece};
 
@@ -158,7 +159,7 @@ impl Builder {
 
     /// A vector that lies as the columns of the residual stream do, or whole for the heads.
     pub(crate) fn vector(&mut self, name: String, stored: String, of: Vector) -> ParamRef {
-        let (outer, inner) = (self.flow.outer, self.flow.inner);
+        let (outer, inner) = (self.flow.outer, self.flow.part(Pair::Attention).inner);
         let (width, init, held, sums) = match of {
             Vector::Outer(width, init) => {
                 let held = Held::plainly(Dim::plain(width), outer.cols);

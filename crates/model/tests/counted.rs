@@ -2,7 +2,8 @@
 //! formulas of docs/parallelism.md: GPT-2's layer (products of 12 h^2 weights) on a rank that only
 //! counts, on squares, rectangles and boxes.
 
-use dist::{Communicator, ContextAttention, Counts, Flow, Mesh, MeshShape, Moved, Scheme};
+use dist::cost::mixed_flows;
+use dist::{Communicator, ContextAttention, Counts, Flow, Mesh, MeshShape, Moved, Parts, Scheme};
 use model::{Config, Model, Recompute, Tokens};
 use serde_json::json;
 use tensor::{DType, Device, ParamStore, Tape, Targets};
@@ -15,13 +16,30 @@ const M: u64 = (B * T) as u64;
 
 /// Bytes per axis after the passes, and after the sums that end a step.
 fn counts(layers: usize, mesh_text: &str, scheme: Scheme) -> (Vec<Counts>, Vec<Counts>) {
+    counts_of_parts(layers, mesh_text, (scheme, Parts::default()))
+}
+
+fn gpt2(layers: usize, (width, heads): (usize, usize)) -> serde_json::Value {
+    json!({
+        "model_type": "gpt2", "vocab_size": 64, "n_embd": width, "n_head": heads, "n_layer": layers,
+        "n_positions": T,
+    })
+}
+
+fn counts_of_parts(layers: usize, mesh_text: &str, schemes: (Scheme, Parts)) -> (Vec<Counts>, Vec<Counts>) {
+    counts_of_config(&gpt2(layers, (H, 48)), mesh_text, schemes)
+}
+
+fn counts_of_config(
+    config: &serde_json::Value,
+    mesh_text: &str,
+    (scheme, parts): (Scheme, Parts),
+) -> (Vec<Counts>, Vec<Counts>) {
     let shape: MeshShape = mesh_text.parse().unwrap();
     let last = shape.world_size() - 1;
     let mesh = Mesh::new(shape, Communicator::null(last, shape.world_size())).unwrap();
-    let config = json!({
-        "model_type": "gpt2", "vocab_size": 64, "n_embd": H, "n_head": 48, "n_layer": layers, "n_positions": T,
-    });
-    counts_of(&config, &Flow::new(&mesh, scheme).unwrap(), DType::F32)
+    let flow = Flow::new(&mesh, scheme).unwrap().with_parts(parts).unwrap();
+    counts_of(config, &flow, DType::F32)
 }
 
 fn counts_of(config: &serde_json::Value, flow: &Flow, dtype: DType) -> (Vec<Counts>, Vec<Counts>) {
@@ -48,8 +66,8 @@ fn counts_of(config: &serde_json::Value, flow: &Flow, dtype: DType) -> (Vec<Coun
     (passes, mesh.counts())
 }
 
-fn elements(counts: &[Counts]) -> u64 {
-    counts.iter().map(|counts| counts.bytes_received / 4).sum()
+fn elements<'a>(counts: impl IntoIterator<Item = &'a Counts>) -> u64 {
+    counts.into_iter().map(|counts| counts.bytes_received / 4).sum()
 }
 
 /// What the second layer adds: (products and norms, sums that end a step).
@@ -106,6 +124,86 @@ fn a_layer_receives_what_the_formula_says() {
         for mesh in meshes {
             assert_eq!(of_a_layer(mesh, scheme).0, formula(scheme, mesh), "{} on {mesh}", scheme.name());
         }
+    }
+}
+
+/// Products of the attention part (MK of the opening one, MN; of the closing one) or of the feed-forward
+/// part, in units of M h, and their weights in units of h^2.
+fn part(scheme: Scheme, (x, y): (u64, u64), attention: bool) -> u64 {
+    let h = H as u64;
+    let (mh, inner) = (M * h, if attention { (3, 1) } else { (4, 4) });
+    match scheme {
+        Scheme::Summa => {
+            let (mk, kn) = ((1 + inner.1) * mh, (inner.0 + inner.1) * h * h);
+            3 * ((y - 1) * mk + (x - 1) * kn) / (x * y)
+        }
+        _ => 2 * ((y - 1) * 2 * mh + (x - 1) * (inner.0 + inner.1) * mh) / (x * y),
+    }
+}
+
+/// A part of another scheme has x and y exchanged, and is led there and back, four times what a rank
+/// keeps of one exchanged axis: x under a SUMMA stream, y under a weight-stationary one.
+#[test]
+fn parts_of_other_schemes_receive_what_the_formula_says() {
+    use Scheme::{Summa, WeightStationary};
+    for mesh in ["x=2,y=2", "x=4,y=4", "x=8,y=2", "x=2,y=4", "x=3,y=4"] {
+        for (stream, other) in [(Summa, WeightStationary), (WeightStationary, Summa)] {
+            for own in [[true, false], [false, true], [true, true]] {
+                let of = |own: bool| own.then_some(other);
+                let parts = Parts { attention: of(own[0]), ffn: of(own[1]) };
+                let (x, y, _) = sizes(mesh);
+                let moved = if stream == Summa { x } else { y };
+                let way = 4 * (moved - 1) * M * H as u64 / (moved * x * y);
+                let part = |own: bool, attention| match own {
+                    false => part(stream, (x, y), attention),
+                    true => way + part(other, (y, x), attention),
+                };
+                let norms = if stream == Summa { norms(M / x, &[y]) } else { norms(M, &[x, y]) };
+                let want = part(own[0], true) + part(own[1], false) + norms;
+                let (one, two) =
+                    (counts_of_parts(1, mesh, (stream, parts)), counts_of_parts(2, mesh, (stream, parts)));
+                let what = format!("{} on {mesh}", parts.named(stream));
+                assert_eq!(elements(&two.0) - elements(&one.0), want, "{what}");
+                let shape = Config::from_json(&gpt2(1, (H, 48))).unwrap().shape();
+                let flows = mixed_flows(&shape, (stream, parts), &mesh.parse().unwrap(), M as f64);
+                let predicted: f64 = flows.iter().map(|flow| flow.elements).sum();
+                assert!((predicted - (want - norms) as f64).abs() < 1e-6, "{what}: {predicted} predicted");
+                assert!(two.1.iter().all(|counts| !counts.axes.contains('+')), "{what}: more than one axis");
+            }
+        }
+    }
+}
+
+/// With three times as many tokens as columns, SUMMA moves least for attention and weight-stationary
+/// products for the feed-forward part; both together move less than either alone, axis by axis as
+/// predicted.
+#[test]
+fn where_parts_want_different_schemes_the_mixed_layer_receives_least() {
+    use Scheme::{Summa, WeightStationary};
+    let (mesh, width) = ("x=8,y=8", 128);
+    assert_eq!(M, 3 * width as u64);
+    let parts = Parts { attention: None, ffn: Some(WeightStationary) };
+    let received = |scheme, parts| {
+        let counts = |layers| counts_of_config(&gpt2(layers, (width, 64)), mesh, (scheme, parts)).0;
+        let (one, two) = (counts(1), counts(2));
+        ["x", "y"].map(|axis| {
+            let on = |counts: &[Counts]| elements(counts.iter().filter(|counts| counts.axes == axis));
+            on(&two) - on(&one)
+        })
+    };
+    let mixed = received(Summa, parts);
+    let sum = |axes: [u64; 2]| axes[0] + axes[1];
+    // In units of 7/64 h^2: 21 a + 36, 32 a, and 26 a + 12 + a/2, for a = 3.
+    let unit = 7 * (width * width) as u64 / 64;
+    let summa = sum(received(Summa, Parts::default())) - norms(M / 8, &[8]);
+    let stationary = sum(received(WeightStationary, Parts::default())) - norms(M, &[8, 8]);
+    assert_eq!([summa, stationary], [99 * unit, 96 * unit]);
+    assert_eq!(2 * (sum(mixed) - norms(M / 8, &[8])), 183 * unit);
+    let shape = Config::from_json(&gpt2(1, (width, 64))).unwrap().shape();
+    let flows = mixed_flows(&shape, (Summa, parts), &mesh.parse().unwrap(), M as f64);
+    let norms = [0, norms(M / 8, &[8])];
+    for ((flow, norms), counted) in flows.iter().zip(norms).zip(mixed) {
+        assert_eq!(flow.elements.round() as u64 + norms, counted, "x, then y");
     }
 }
 

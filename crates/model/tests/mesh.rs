@@ -4,7 +4,7 @@
 mod common;
 
 use common::{BF16, CONTEXT, DENSE, F32, Golden, SPARSE, Tolerances, assert_close, config_json};
-use dist::{Axis, Flow, Mesh, MeshShape, Options, Scheme, launch};
+use dist::{Axis, Flow, Mesh, MeshShape, Options, Parts, Scheme, launch};
 use model::{Built, Config, Model, Recompute, Tokens};
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,6 +28,28 @@ const MESHES: [(Scheme, &str); 14] = [
     (Scheme::WeightStationary, "x=3,y=2"),
 ];
 
+/// Schemes of the stream, of attention and of the feed-forward part.
+type Schemes = (Scheme, Scheme, Scheme);
+
+/// Every step between two layouts, on squares, rectangles and lines.
+const MIXED: [(Schemes, &str); 10] = [
+    ((Scheme::Summa, Scheme::Summa, Scheme::WeightStationary), "x=2,y=2"),
+    ((Scheme::Summa, Scheme::Summa, Scheme::WeightStationary), "x=2,y=3"),
+    ((Scheme::Summa, Scheme::WeightStationary, Scheme::Summa), "x=3,y=2"),
+    ((Scheme::WeightStationary, Scheme::WeightStationary, Scheme::Summa), "x=3,y=2"),
+    ((Scheme::WeightStationary, Scheme::Summa, Scheme::ThreeD), "x=2,y=3"),
+    ((Scheme::ThreeD, Scheme::WeightStationary, Scheme::Summa), "x=2,y=2"),
+    ((Scheme::OneD, Scheme::OneDSequence, Scheme::WeightStationary), "x=2"),
+    ((Scheme::OneDSequence, Scheme::WeightStationary, Scheme::OneD), "x=4"),
+    ((Scheme::OneDSequence, Scheme::Summa, Scheme::OneDSequence), "x=2"),
+    ((Scheme::TwoPointFiveD, Scheme::TwoPointFiveD, Scheme::ThreeD), "z=2"),
+];
+
+fn flow(mesh: &Mesh, (stream, attention, ffn): Schemes) -> Flow {
+    let parts = Parts { attention: Some(attention), ffn: Some(ffn) };
+    Flow::new(mesh, stream).unwrap().with_parts(parts).unwrap()
+}
+
 /// Mean loss, and the whole gradient of every parameter by name.
 struct Outcome {
     loss: f32,
@@ -35,10 +57,10 @@ struct Outcome {
 }
 
 /// What one rank has of the gradients: (name, piece, row length, values).
-type Parts = Vec<(String, Option<Piece>, usize, Vec<f32>)>;
+type Pieces = Vec<(String, Option<Piece>, usize, Vec<f32>)>;
 
-fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f32, Parts), Fault> {
-    let flow = Flow::new(mesh, scheme).unwrap();
+fn rank(golden: &Golden, mesh: &Mesh, schemes: Schemes, dtype: DType) -> Result<(f32, Pieces), Fault> {
+    let flow = flow(mesh, schemes);
     let Built { model, params, stored, spreads } = Model::build_on(&golden.config, CONTEXT, &flow).unwrap();
     let mut store = ParamStore::new(Device::Cpu, dtype, &params)?;
     store.enable_grads()?;
@@ -51,12 +73,12 @@ fn rank(golden: &Golden, mesh: &Mesh, scheme: Scheme, dtype: DType) -> Result<(f
     let scale = 1.0 / targets.iter().filter(|id| **id != u32::MAX).count() as f32;
     let (tokens, targets) = share_of(mesh, &golden.tokens(), &targets);
     let mut tape = Tape::recording(&mut store);
-    let recompute = if scheme == Scheme::Summa { Recompute::First(1) } else { Recompute::Never };
+    let recompute = if schemes.0 == Scheme::Summa { Recompute::First(1) } else { Recompute::Never };
     let hidden = model.hidden(&mut tape, &tokens, recompute)?;
     let losses = model.loss(&mut tape, &hidden, Targets { ids: &targets, scale }, tokens.b)?;
     tape.backward()?;
     store.settle_grads()?;
-    let mut parts = Parts::new();
+    let mut parts = Pieces::new();
     for (param, spread) in store.refs().zip(&spreads) {
         let mut grad = store.grad(param).f32().to_vec();
         // Replicas hold copies of all but the experts they share.
@@ -93,8 +115,12 @@ fn share_of(mesh: &Mesh, all: &Tokens, targets: &[u32]) -> (Tokens, Vec<u32>) {
 }
 
 fn on_mesh(golden: &Golden, mesh: &str, scheme: Scheme, dtype: DType) -> Outcome {
+    mixed_on_mesh(golden, mesh, (scheme, scheme, scheme), dtype)
+}
+
+fn mixed_on_mesh(golden: &Golden, mesh: &str, schemes: Schemes, dtype: DType) -> Outcome {
     let shape: MeshShape = mesh.parse().unwrap();
-    let ranks = launch(&shape, &Options::default(), |mesh| rank(golden, mesh, scheme, dtype)).unwrap();
+    let ranks = launch(&shape, &Options::default(), |mesh| rank(golden, mesh, schemes, dtype)).unwrap();
     let loss = ranks[0].0;
     let mut grads: BTreeMap<String, Vec<f32>> = BTreeMap::new();
     for (other, parts) in ranks {
@@ -145,6 +171,54 @@ fn bf16_on_every_scheme_stays_within_what_bf16_is_allowed_on_one_rank() {
         for (scheme, mesh) in MESHES {
             let got = on_mesh(&golden, mesh, scheme, DType::Bf16);
             check(&golden, &format!("{family} bf16, {} on {mesh}", scheme.name()), &got, &BF16);
+        }
+    }
+}
+
+/// Why a model cannot lie on a mesh.
+fn refusal(golden: &Golden, text: &str, schemes: Schemes) -> Option<String> {
+    let shape: MeshShape = text.parse().unwrap();
+    let mesh = Mesh::new(shape, dist::Communicator::null(0, shape.world_size())).unwrap();
+    Model::build_on(&golden.config, CONTEXT, &flow(&mesh, schemes)).err().map(|error| error.to_string())
+}
+
+/// The families of width 40 cannot be exchanged between six pieces, and say so.
+#[test]
+fn every_dense_family_with_parts_of_other_schemes_computes_what_transformers_does() {
+    for family in DENSE {
+        let golden = Golden::open(family, DType::F32);
+        for (schemes, mesh) in MIXED {
+            let what = format!("{family}, {schemes:?} on {mesh}");
+            if let Some(refused) = refusal(&golden, mesh, schemes) {
+                let six = "width 40 does not divide into the 6 pieces";
+                assert!(family == "qwen3" && refused.contains(six), "{what}: {refused}");
+                continue;
+            }
+            check(&golden, &what, &mixed_on_mesh(&golden, mesh, schemes, DType::F32), &F32);
+        }
+    }
+    for family in ["llama3", "gpt2"] {
+        let golden = Golden::open(family, DType::Bf16);
+        for (schemes, mesh) in MIXED {
+            let what = format!("{family} bf16, {schemes:?} on {mesh}");
+            check(&golden, &what, &mixed_on_mesh(&golden, mesh, schemes, DType::Bf16), &BF16);
+        }
+    }
+}
+
+/// Experts follow the stream; attention, and the expert every token goes to, their own schemes.
+#[test]
+fn mixtures_with_parts_of_other_schemes_compute_what_transformers_does() {
+    let shared = [
+        ((Scheme::Summa, Scheme::WeightStationary, Scheme::WeightStationary), "ep=2,x=2,y=2"),
+        ((Scheme::WeightStationary, Scheme::Summa, Scheme::Summa), "x=2,y=2"),
+        ((Scheme::OneDSequence, Scheme::OneDSequence, Scheme::WeightStationary), "ep=2,x=2"),
+    ];
+    for family in SPARSE {
+        let golden = Golden::open(family, DType::F32);
+        for (schemes, mesh) in shared {
+            let got = mixed_on_mesh(&golden, mesh, schemes, DType::F32);
+            check(&golden, &format!("{family}, {schemes:?} on {mesh}"), &got, &F32);
         }
     }
 }

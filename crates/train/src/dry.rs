@@ -4,7 +4,7 @@
 use crate::TrainError;
 use crate::ranks::axes_of_sums;
 use device::{DType, Device};
-use dist::{Axis, Communicator, Flow, Mesh, MeshShape, Scheme};
+use dist::{Axis, Communicator, Flow, Mesh, MeshShape, Parts, Scheme};
 use memory::Class;
 use model::{Built, Config, Model, Recompute, Tokens};
 use std::collections::BTreeSet;
@@ -27,9 +27,9 @@ pub struct DryLayer {
 }
 
 /// Run one layer of `config` on the last rank of `mesh`. Errors: a model that cannot lie on it.
-pub fn dry_layer(config: &Config, mesh: MeshShape, scheme: Scheme) -> Result<DryLayer, TrainError> {
-    let one = run(&config.with_layers(1), mesh, scheme)?;
-    let two = run(&config.with_layers(2), mesh, scheme)?;
+pub fn dry_layer(config: &Config, mesh: MeshShape, schemes: (Scheme, Parts)) -> Result<DryLayer, TrainError> {
+    let one = run(&config.with_layers(1), mesh, schemes)?;
+    let two = run(&config.with_layers(2), mesh, schemes)?;
     let received = two.passes - one.passes;
     Ok(DryLayer {
         tokens: two.tokens,
@@ -47,12 +47,13 @@ struct Counted {
     peers: Vec<(Axis, usize)>,
 }
 
-fn run(config: &Config, shape: MeshShape, scheme: Scheme) -> Result<Counted, TrainError> {
+fn run(config: &Config, shape: MeshShape, (scheme, parts): (Scheme, Parts)) -> Result<Counted, TrainError> {
     let last = shape.world_size() - 1;
     let mesh = Mesh::new(shape, Communicator::null(last, shape.world_size()))
         .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
-    let flow = Flow::new(&mesh, scheme).map_err(model::ConfigError::from)?;
-    let rows = least_rows(&flow);
+    let flow = Flow::new(&mesh, scheme).and_then(|flow| flow.with_parts(parts));
+    let flow = flow.map_err(model::ConfigError::from)?;
+    let rows = flow.row_pieces();
     let context = (TOKENS / rows).clamp(1, config.max_positions());
     let Built { model, params, spreads, .. } = Model::build_on(config, context, &flow)?;
     let mut store = ParamStore::new(Device::Cpu, DType::F32, &params)?;
@@ -79,12 +80,6 @@ fn run(config: &Config, shape: MeshShape, scheme: Scheme) -> Result<Counted, Tra
     Ok(Counted { tokens, passes, all: received(&mesh), peers: peers(&mesh) })
 }
 
-/// Fewest rows that every cut of the tokens divides: attention wants whole rows.
-fn least_rows(flow: &Flow) -> usize {
-    let (outer, inner) = (flow.outer.rows.pieces(&flow.mesh), flow.inner.rows.pieces(&flow.mesh));
-    (outer..).step_by(outer).find(|rows| rows.is_multiple_of(inner)).unwrap_or(outer)
-}
-
 fn received(mesh: &Mesh) -> u64 {
     mesh.counts().iter().map(|counts| counts.bytes_received / DType::F32.size_bytes() as u64).sum()
 }
@@ -103,6 +98,10 @@ mod tests {
     use dist::cost::{Grid, layer_flows};
     use serde_json::json;
 
+    fn alone(scheme: Scheme) -> (Scheme, Parts) {
+        (scheme, Parts::default())
+    }
+
     /// Ten thousand ranks: in 1D a rank meets all others, on a square its row and its column; bytes
     /// are those of the formulas, and on the square the sums of the norms.
     #[test]
@@ -112,9 +111,9 @@ mod tests {
             "model_type": "gpt2", "vocab_size": 100, "n_embd": h, "n_head": 100, "n_layer": 3, "n_positions": 8,
         });
         let config = Config::from_json(&config).unwrap();
-        let line = dry_layer(&config, "x=10000".parse().unwrap(), Scheme::OneD).unwrap();
+        let line = dry_layer(&config, "x=10000".parse().unwrap(), alone(Scheme::OneD)).unwrap();
         assert_eq!(line.peers, [(Axis::X, 9_999)]);
-        let square = dry_layer(&config, "x=100,y=100".parse().unwrap(), Scheme::Summa).unwrap();
+        let square = dry_layer(&config, "x=100,y=100".parse().unwrap(), alone(Scheme::Summa)).unwrap();
         assert_eq!(square.peers, [(Axis::X, 99), (Axis::Y, 99)]);
         let m = square.tokens as f64;
         let flows = layer_flows(&config.shape(), Scheme::Summa, Grid { x: 100, y: 100, z: 1 }, m);
@@ -143,7 +142,7 @@ mod tests {
             (Scheme::ThreeD, "x=2,y=2,z=2", Grid { x: 2, y: 2, z: 2 }),
             (Scheme::WeightStationary, "x=2,y=4", Grid { x: 2, y: 4, z: 1 }),
         ] {
-            let found = dry_layer(&config, text.parse().unwrap(), scheme).unwrap();
+            let found = dry_layer(&config, text.parse().unwrap(), alone(scheme)).unwrap();
             let m = found.tokens as f64;
             let flows = layer_flows(&config.shape(), scheme, grid, m);
             let formula: f64 = flows.iter().map(|flow| flow.elements).sum();

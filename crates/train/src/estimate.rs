@@ -78,16 +78,18 @@ impl Estimate {
     }
 
     /// The same for all ranks of `mesh`, which are threads of one process: replicas each have a copy
-    /// of what they do not share.
-    pub fn over(self, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
+    /// of what they do not share; ranks of `ep` share the experts.
+    pub fn over(self, config: &Config, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
         let (dtype, moments) = (recipe.dtype, recipe.adamw.moments);
         let size = |axis| mesh.shape.size(axis);
-        let copies = size(Axis::Dp) * size(Axis::Cp) * size(Axis::Ep);
+        let experts = config.expert_params();
+        let held = (self.params - experts) * size(Axis::Ep) + experts;
+        let copies = size(Axis::Dp) * size(Axis::Cp);
         let kept = |stage: Zero| if mesh.sharding.zero >= stage { 1 } else { size(Axis::Fsdp) };
         let (weight, grad) = (dtype.size_bytes(), DType::F32.size_bytes());
         let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
         let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
-        Estimate { state_bytes: (self.params * copies * each) as u64, ..self }
+        Estimate { state_bytes: (held * copies * each) as u64, ..self }
     }
 
     /// The same for all stages of a pipeline, which are threads of one process: each holds the microbatches

@@ -41,8 +41,9 @@ struct Reached {
     products: Vec<Sample>,
     /// Calls, bytes received.
     messages: Vec<Sample>,
-    /// Seconds of attention, of the rest of the layers, of embedding, head and loss, of the optimizer.
+    /// Seconds of attention, of norms, of the rest of the layers, of embedding, head and loss, of the optimizer.
     attention: f64,
+    norms: f64,
     layers: f64,
     head: f64,
     update: f64,
@@ -92,8 +93,9 @@ impl<'a> Probe<'a> {
         let group = mesh.group(Axis::X);
         let products = self.products(&group)?;
         let messages = messages(mesh, self.recipe.train.dtype)?;
-        let (attention, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0);
-        let mut reached = Reached { products, messages, attention, layers, head, update, step, params };
+        let (attention, norms, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0);
+        let mut reached =
+            Reached { products, messages, attention, norms, layers, head, update, step, params };
         self.pass(&group, &mut reached)?;
         Ok(reached)
     }
@@ -158,6 +160,7 @@ impl<'a> Probe<'a> {
             for (_, op, seconds) in learner.profile(&batch)? {
                 let part = match op.as_str() {
                     "attention" => &mut reached.attention,
+                    "rms_norm" | "layer_norm" => &mut reached.norms,
                     "head_loss" | "embedding" => &mut reached.head,
                     "adamw" => &mut reached.update,
                     _ => &mut reached.layers,
@@ -189,7 +192,7 @@ impl<'a> Probe<'a> {
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
         // What a step has beside its layers and its head: the update, the norm of all gradients, what is
         // cleared and counted. It goes with the parameters.
-        let beside = mean(|r| (r.step - r.attention - r.layers - r.head).max(r.update));
+        let beside = mean(|r| (r.step - r.attention - r.norms - r.layers - r.head).max(r.update));
         let per_s = |seconds: f64| UPDATE_BYTES * reached[0].params as f64 / seconds;
         let (memory_bytes_per_s, update_bytes_per_s) = (per_s(mean(|r| r.update)), per_s(beside));
         let endless = f64::INFINITY;
@@ -206,6 +209,7 @@ impl<'a> Probe<'a> {
             pace: Pace {
                 attention_flops_per_s: endless,
                 packed_bytes_per_s: 1.0 / packed_s,
+                norm_bytes_per_s: endless,
                 element_bytes_per_s: endless,
                 logits_per_s: endless,
                 update_bytes_per_s,
@@ -213,11 +217,12 @@ impl<'a> Probe<'a> {
                 sharing: (self.ranks as f64 / device::cores() as f64).max(1.0),
             },
         };
-        self.rest(cluster, mean(|r| r.attention), mean(|r| r.layers), mean(|r| r.head))
+        let parts = [mean(|r| r.attention), mean(|r| r.norms), mean(|r| r.layers), mean(|r| r.head)];
+        self.rest(cluster, parts)
     }
 
     /// Rates of what the pass took beside products: its seconds are linear in each.
-    fn rest(&self, cluster: Cluster, attention: f64, layers: f64, head: f64) -> Cluster {
+    fn rest(&self, cluster: Cluster, [attention, norms, layers, head]: [f64; 4]) -> Cluster {
         let m = self.tokens() as f64;
         let body = ModelShape { vocab: 0, ..self.shape };
         let compute = |model: &ModelShape, pace: Pace| {
@@ -227,12 +232,15 @@ impl<'a> Probe<'a> {
         };
         let products = compute(&body, cluster.pace);
         let head_products = compute(&self.shape, cluster.pace) - products;
-        let bytes = compute(&body, Pace { element_bytes_per_s: 1.0, ..cluster.pace }) - products;
+        let bytes = |pace: Pace| compute(&body, pace) - products;
+        let stream = bytes(Pace { norm_bytes_per_s: 1.0, ..cluster.pace });
+        let inner = bytes(Pace { element_bytes_per_s: 1.0, ..cluster.pace });
         // What is left after products is never nothing, however the clock fell.
         let left = |all: f64, part: f64| (all - part).max(0.02 * all);
         let pace = Pace {
             attention_flops_per_s: 3.0 * self.shape.attention_flops(m, self.context) / attention,
-            element_bytes_per_s: bytes / left(layers, products),
+            norm_bytes_per_s: stream / norms,
+            element_bytes_per_s: inner / left(layers, products),
             logits_per_s: m * self.shape.vocab as f64 / left(head, head_products),
             ..cluster.pace
         };
@@ -247,6 +255,7 @@ fn solo(rows: usize) -> Plan {
     Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Default::default(),
         zero: Zero::One,
         schedule: dist::pipeline::Schedule::OneFOneB,
         microbatch_rows: rows,

@@ -290,8 +290,7 @@ impl Whole {
         let shape = *flow.mesh.shape();
         let mesh = Mesh::new(shape, Communicator::null(rank, shape.world_size()))
             .map_err(|error| TrainError::Mesh { what: error.to_string() })?;
-        let there = Flow::new(&mesh, flow.scheme).map_err(model::ConfigError::from)?;
-        let there = there.scheduled(flow.schedule);
+        let there = flow.on(&mesh).map_err(model::ConfigError::from)?;
         let built = Model::build_on(&self.config, self.context, &there)?;
         let (_, len) = built.params.layout();
         let stripes = Stripes::new(len, mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));

@@ -9,7 +9,7 @@ use dist::{Axis, Flow, Options, launch};
 use train::Start;
 
 /// 4 experts of Mixtral: halves and quarters of them, replicas, slices, three axes at once, shards.
-const EVEN: [&[&str]; 8] = [
+const EVEN: [&[&str]; 9] = [
     &["mesh.ep=2"],
     &["mesh.ep=4"],
     &["mesh.ep=2", "mesh.dp=2"],
@@ -18,10 +18,11 @@ const EVEN: [&[&str]; 8] = [
     &["mesh.ep=2", "mesh.x=2", "mesh.y=2"],
     &["mesh.fsdp=2", "mesh.ep=2"],
     &["mesh.fsdp=2", "mesh.ep=2", "mesh.x=2", "mesh.zero=2", "mesh.scheme=1d-sequence"],
+    &["mesh.ep=2", "mesh.x=2", "mesh.y=2", "mesh.attention_scheme=weight-stationary"],
 ];
 
 /// 5 experts and a shared one of Qwen2-MoE, which nothing divides; 4 rows over 3 ranks are padded.
-const ODD: [&[&str]; 7] = [
+const ODD: [&[&str]; 8] = [
     &["mesh.dp=2"],
     &["mesh.ep=2"],
     &["mesh.ep=4"],
@@ -29,6 +30,7 @@ const ODD: [&[&str]; 7] = [
     &["mesh.x=3", "mesh.y=2", "mesh.scheme=summa"],
     &["mesh.ep=2", "mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary"],
     &["mesh.fsdp=2", "mesh.ep=2", "mesh.zero=1", "train.recompute=always"],
+    &["mesh.ep=2", "mesh.x=2", "mesh.y=2", "mesh.ffn_scheme=weight-stationary"],
 ];
 
 /// Rows of 24 tokens cut among context ranks, 5 of which pad them to 30.
@@ -52,6 +54,25 @@ const STAGED: [&[&str]; 7] = [
     &["mesh.pp=2", "mesh.fsdp=2", "mesh.ep=2", "mesh.zero=1"],
     &["mesh.pp=2", "mesh.cp=5", "mesh.ep=2", "mesh.attention=ring", "mesh.schedule=zero-bubble"],
 ];
+
+/// Of what a rank's state takes, `ep` multiplies all but the experts, `dp` everything.
+#[test]
+fn the_state_of_all_ranks_is_predicted_with_one_copy_of_shared_experts() {
+    let place = Place::new();
+    let predicted = |mesh: &[&str]| {
+        let sets: Vec<&str> = MIXTRAL.iter().chain(&["train.batch=4"]).chain(mesh).copied().collect();
+        let begin = begin(&place, "run", &sets, Start::New);
+        (begin.prepared.estimate(&begin.recipe), begin.prepared.config.expert_params())
+    };
+    let (one, experts) = predicted(&[]);
+    // Gate, up and down of 4 experts of 48 in 2 layers of width 32.
+    assert_eq!(experts, 2 * 4 * 3 * 32 * 48);
+    let each = one.state_bytes / one.params as u64;
+    let shared = predicted(&["mesh.ep=2"]).0.state_bytes;
+    assert_eq!(shared, (2 * one.params - experts) as u64 * each);
+    assert_eq!(predicted(&["mesh.dp=2"]).0.state_bytes, 2 * one.state_bytes);
+    assert_eq!(predicted(&["mesh.dp=2", "mesh.ep=2"]).0.state_bytes, 2 * shared);
+}
 
 const MIXTRAL: [&str; 4] =
     ["model.family=mixtral", "model.experts=4", "model.expert_ffn=48", "model.balance=0.05"];

@@ -42,6 +42,39 @@ const CONTEXTS: [&[&str]; 11] = [
     &["mesh.cp=2", "mesh.dp=2", "mesh.fsdp=2", "mesh.x=2", "mesh.attention=ring"],
 ];
 
+/// Parts of a layer by other schemes than the stream; width 48, which six ranks divide.
+const WIDE: &str = "model.width=48";
+const MIXED: [&[&str]; 7] = [
+    &["mesh.x=2", "mesh.y=2", "mesh.ffn_scheme=weight-stationary"],
+    &["mesh.x=3", "mesh.y=2", "mesh.scheme=weight-stationary", "mesh.attention_scheme=summa"],
+    &["mesh.dp=2", "mesh.x=2", "mesh.y=3", "mesh.attention_scheme=weight-stationary"],
+    &["mesh.dp=2", "mesh.x=2", "mesh.scheme=1d-sequence", "mesh.attention_scheme=1d"],
+    &["mesh.fsdp=2", "mesh.x=2", "mesh.y=2", "mesh.ffn_scheme=weight-stationary", "train.recompute=always"],
+    &["mesh.cp=2", "mesh.x=2", "mesh.y=2", "mesh.attention_scheme=weight-stationary", "mesh.attention=ring"],
+    &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "mesh.ffn_scheme=3d", "mesh.attention_scheme=weight-stationary"],
+];
+
+#[test]
+fn a_step_of_parts_of_other_schemes_is_the_step_of_one_rank() {
+    let base: Vec<&str> = F32.iter().chain(&[WIDE]).copied().collect();
+    steps_are_those_of_one_rank(&base, &MIXED);
+}
+
+#[test]
+fn a_state_of_mixed_schemes_is_gone_on_with_on_any_mesh() {
+    let solo: &[&str] = &[];
+    let chain = [MIXED[0], solo, MIXED[1], MIXED[4], MESHES[3], MIXED[2], MIXED[6], MIXED[5], MIXED[3], solo];
+    states_are_gone_on_with(&["train.batch=4", WIDE], &chain);
+}
+
+#[test]
+fn a_width_that_parts_cannot_exchange_is_refused_before_anything_is_reserved() {
+    let place = Place::new();
+    let recipe = place.settings("run", MIXED[1]).recipe().unwrap();
+    let refused = train::Prepared::new(&recipe, false, &mut |_| {}).err().unwrap().to_string();
+    assert!(refused.contains("width 32 does not divide into the 6 pieces"), "{refused}");
+}
+
 #[test]
 fn a_step_on_any_mesh_is_the_step_of_one_rank() {
     let meshes: Vec<&[&str]> = MESHES.into_iter().chain(CONTEXTS).collect();
@@ -106,7 +139,7 @@ fn the_same_run_twice_has_the_same_bits() {
 fn copies_stay_equal_after_steps() {
     let place = Place::new();
     let plane: &[&str] = &["mesh.x=2", "mesh.y=1", "mesh.z=2", "mesh.scheme=2.5d"];
-    for mesh in [MESHES[5], MESHES[4], MESHES[2], plane, CONTEXTS[4]] {
+    for mesh in [MESHES[5], MESHES[4], MESHES[2], plane, CONTEXTS[4], MIXED[0]] {
         let sets: Vec<&str> = ["train.batch=4"].iter().chain(mesh).copied().collect();
         let begin = begin(&place, "copies", &sets, Start::New);
         let recipe = &begin.recipe;

@@ -1,9 +1,9 @@
 //! What is planned can be trained: the `--set` options of every plan make a recipe that holds.
 
-use dist::cost::{Batch, Cluster, Plan, PlanError, Price, Space, Zero, every, price, search};
+use dist::cost::{Batch, Cluster, Pair, Plan, PlanError, Price, Space, Zero, every, price, search};
 use dist::pipeline::Schedule;
-use dist::{Axis, MeshShape, Scheme};
-use model::Config;
+use dist::{Axis, Communicator, Mesh, MeshShape, Parts, Scheme};
+use model::{Config, Model};
 use train::Settings;
 use train::recipe::{ModelRecipe, Recipe};
 
@@ -46,6 +46,15 @@ impl Case {
             panic!("{} with {} and {}: {error}", plan.mesh, plan.scheme, plan.zero);
         });
         assert_eq!(recipe.mesh.shape, plan.mesh);
+        if plan.mesh.grid().size() > 1 {
+            let parts = [Pair::Attention, Pair::Mlp].map(|part| recipe.mesh.parts.of(part, plan.scheme));
+            assert_eq!(recipe.mesh.scheme(), plan.scheme);
+            assert_eq!(parts, [Pair::Attention, Pair::Mlp].map(|part| plan.scheme_of(part)));
+        }
+        let shape = plan.mesh;
+        let mesh = Mesh::new(shape, Communicator::null(0, shape.world_size())).unwrap();
+        let flow = recipe.mesh.flow(&mesh).unwrap();
+        Model::build_on(&self.config, recipe.train.context, &flow).unwrap();
         assert_eq!((recipe.mesh.sharding.zero, recipe.mesh.schedule), (plan.zero, plan.schedule));
         assert_eq!(recipe.train.batch, plan.microbatch_rows * plan.mesh.replicas());
         assert_eq!(recipe.train.accumulate, price.microbatches);
@@ -96,6 +105,7 @@ fn a_clash_is_the_same_to_planner_and_recipe() {
     let plan = Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Default::default(),
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 1,
@@ -104,11 +114,17 @@ fn a_clash_is_the_same_to_planner_and_recipe() {
     };
     let staged = MeshShape::SOLO.with(Axis::Pp, 2).with(Axis::Fsdp, 2);
     let plane = MeshShape::SOLO.with(Axis::X, 2).with(Axis::Y, 2);
+    let (boxed, deep) =
+        (plane.with(Axis::Z, 2), Parts { attention: Some(Scheme::TwoPointFiveD), ..Parts::default() });
     for (plan, sets) in [
         (Plan { mesh: staged, zero: Zero::Two, ..plan }, &["mesh.pp=2", "mesh.fsdp=2", "mesh.zero=2"][..]),
         (Plan { mesh: staged, zero: Zero::Three, ..plan }, &["mesh.pp=2", "mesh.fsdp=2", "mesh.zero=3"]),
         (Plan { mesh: plane, ..plan }, &["mesh.x=2", "mesh.y=2", "mesh.scheme=1d"]),
         (Plan { mesh: MeshShape::SOLO.with(Axis::Cp, 1100), ..plan }, &["mesh.cp=1100"]),
+        (
+            Plan { mesh: boxed, scheme: Scheme::ThreeD, parts: deep, ..plan },
+            &["mesh.x=2", "mesh.y=2", "mesh.z=2", "mesh.attention_scheme=2.5d"],
+        ),
     ] {
         let planned = price(&case.config.shape(), case.batch, &case.cluster(), &plan).unwrap_err();
         assert!(matches!(planned, PlanError::Clash(_)), "{planned}");

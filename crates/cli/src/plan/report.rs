@@ -3,10 +3,10 @@
 use super::{GIB, Question};
 use crate::show;
 use dist::cost::{
-    Contender, Decision, Grid, MixtureShape, ModelShape, Price, Variation, Zero, layer_flows, peers,
+    Contender, Decision, Grid, MixtureShape, ModelShape, Offload, Price, Variation, Zero, layer_flows, peers,
     pure_grids, title,
 };
-use dist::{Axis, MeshShape, Scheme};
+use dist::{Axis, MeshShape, Parts, Scheme};
 use train::bytes;
 
 /// Bytes of an activation and of a weight as messages carry them.
@@ -110,7 +110,7 @@ fn padding(question: &Question) -> String {
 fn counted_row(question: &Question, scheme: Scheme, grid: Grid) -> Result<Vec<String>, train::TrainError> {
     let shape = MeshShape::new(&[(Axis::X, grid.x), (Axis::Y, grid.y), (Axis::Z, grid.z)]);
     let shape = shape.map_err(|error| train::TrainError::Mesh { what: error.to_string() })?;
-    let dry = train::dry_layer(&question.config, shape, scheme)?;
+    let dry = train::dry_layer(&question.config, shape, (scheme, Parts::default()))?;
     let peers: Vec<String> = dry.peers.iter().map(|(_, count)| count.to_string()).collect();
     let sum: usize = dry.peers.iter().map(|(_, count)| count).sum();
     let bsh = (dry.tokens * question.model.width) as f64;
@@ -198,6 +198,21 @@ pub fn decision(question: &Question, decision: &Decision, fewer: Option<&Price>)
     )
 }
 
+/// How training follows the choice, or why it does not.
+pub fn follow(settings: &train::Settings, best: &Price) -> String {
+    let host = match best.plan.offload == Offload::default() {
+        true => String::new(),
+        false => format!("; {} on the host is asked for by [memory]", best.plan.offload),
+    };
+    match settings.following(best) {
+        Ok(_) => {
+            let sets = settings.keys_of(best).join(" --set ");
+            format!("follow the choice: trilith train RECIPE --set {sets}{host}\n")
+        }
+        Err(error) => format!("this recipe does not follow the choice: {error}\n"),
+    }
+}
+
 fn chosen(question: &Question, best: &Price) -> String {
     let plan = &best.plan;
     let (flops, devices) = (question.model.step_flops(question.batch), question.space.devices as f64);
@@ -206,7 +221,7 @@ fn chosen(question: &Question, best: &Price) -> String {
     let recompute = if plan.recompute { "every layer" } else { "none" };
     let mut facts = vec![("mesh", plan.mesh.to_string())];
     if plan.mesh.grid().size() > 1 {
-        facts.push(("scheme", plan.scheme.to_string()));
+        facts.push(("scheme", plan.parts.named(plan.scheme)));
     }
     if plan.mesh.size(Axis::Pp) > 1 {
         facts.push(("schedule", plan.schedule.to_string()));

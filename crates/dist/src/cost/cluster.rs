@@ -50,7 +50,9 @@ pub struct Pace {
     /// Bytes a second of operands that are packed before a product; infinite where products read them
     /// as they lie.
     pub packed_bytes_per_s: f64,
-    /// Bytes a second of values that pass through memory outside products.
+    /// Bytes a second of the residual stream that pass through norms.
+    pub norm_bytes_per_s: f64,
+    /// Bytes a second of other values that pass through memory outside products.
     pub element_bytes_per_s: f64,
     /// Logits a second of the loss and its gradient beside the head's products; infinite: not counted.
     pub logits_per_s: f64,
@@ -73,6 +75,7 @@ impl Pace {
         Pace {
             attention_flops_per_s: ATTENTION_RATE * flops_per_s,
             packed_bytes_per_s: f64::INFINITY,
+            norm_bytes_per_s: bytes_per_s,
             element_bytes_per_s: bytes_per_s,
             logits_per_s: f64::INFINITY,
             update_bytes_per_s: bytes_per_s,

@@ -3,11 +3,11 @@
 
 use super::plan::{Offload, Plan, Zero};
 use super::price::{Price, price};
-use super::search::variants;
+use super::search::{mixed, variants};
 use super::volume::Grid;
 use super::{Batch, Cluster, ModelShape};
 use crate::pipeline::Schedule;
-use crate::{Axis, MeshShape, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 
 /// All plans that fit on `ranks` ranks and split the rows of a step into equal microbatches of whole
 /// rows, by step time; ties keep one order. Thousands for dozens of ranks; for more use `search`.
@@ -21,10 +21,11 @@ pub fn every(model: &ModelShape, batch: Batch, cluster: &Cluster, ranks: usize) 
         }
         let rows = batch.rows / replicas;
         for microbatch_rows in (1..=rows).filter(|each| rows.is_multiple_of(*each)) {
-            for scheme in schemes(mesh.grid()) {
+            for (scheme, parts) in spreads(model, mesh.grid()) {
                 let plan = Plan {
                     mesh,
-                    scheme: *scheme,
+                    scheme,
+                    parts,
                     zero: Zero::One,
                     schedule: Schedule::OneFOneB,
                     microbatch_rows,
@@ -53,6 +54,14 @@ fn meshes(ranks: usize, experts: usize) -> Vec<MeshShape> {
         found = found.into_iter().flat_map(cut).collect();
     }
     found.into_iter().filter(|(_, rest)| *rest == 1).map(|(mesh, _)| mesh).collect()
+}
+
+/// What products may follow on a grid: one scheme, or on a plane one for each part.
+fn spreads(model: &ModelShape, grid: Grid) -> Vec<(Scheme, Parts)> {
+    let one = schemes(grid).iter().map(|scheme| (*scheme, Parts::default()));
+    // Without a feed-forward part all tokens share, there is one part.
+    let mixed = mixed(grid).into_iter().filter(|(_, parts)| parts.ffn.is_none() || model.ffn > 0);
+    one.chain(mixed).collect()
 }
 
 /// Schemes of a grid; lines lie on x, planes on x and y.

@@ -1,7 +1,7 @@
 //! Bytes of the fullest rank, by what they hold.
 
 use super::plan::{Plan, Zero};
-use super::volume::{Half, block, inner_cut, overlaps};
+use super::volume::{Half, Laid, block, overlaps};
 use super::{Batch, ModelShape, Pair, experts};
 use crate::Axis;
 use crate::Scheme;
@@ -52,10 +52,10 @@ impl Memory {
     }
 }
 
-/// Pieces a weight is cut into.
-pub(super) fn weight_cut(plan: &Plan) -> f64 {
+/// Pieces a weight of `scheme` is cut into.
+pub(super) fn weight_cut(plan: &Plan, scheme: Scheme) -> f64 {
     let grid = plan.mesh.grid();
-    match plan.scheme {
+    match scheme {
         Scheme::TwoPointFiveD => (grid.x * grid.y) as f64,
         _ => grid.size() as f64,
     }
@@ -87,10 +87,10 @@ impl RankParams {
         let (experts, routers) =
             model.mixture.map_or((0.0, 0.0), |mixture| experts::params(model, &mixture, plan));
         RankParams {
-            plain: layers * model.plain_params() / weight_cut(plan),
+            plain: layers * pairs(model, plan, |_| true),
             experts: layers * experts,
             routers: layers * routers,
-            tables: tables * model.table_params() / weight_cut(plan),
+            tables: tables * model.table_params() / weight_cut(plan, plan.scheme),
         }
     }
 
@@ -105,10 +105,15 @@ impl RankParams {
     }
 }
 
+/// Parameters a rank holds of those pairs of products of a layer that are `asked` for.
+pub(super) fn pairs(model: &ModelShape, plan: &Plan, asked: impl Fn(Pair) -> bool) -> f64 {
+    let asked = model.pairs().iter().filter(|pair| asked(**pair));
+    asked.map(|pair| model.pair_params(*pair) / weight_cut(plan, plan.scheme_of(*pair))).sum()
+}
+
 /// Tokens of a microbatch in one context shard, padded to what attention cuts rows and tokens into.
 pub(super) fn tokens(batch: Batch, plan: &Plan) -> f64 {
-    let (cut, _) = inner_cut(plan.scheme, plan.mesh.grid());
-    let rows = plan.microbatch_rows.next_multiple_of(cut);
+    let rows = plan.microbatch_rows.next_multiple_of(plan.token_cut());
     let ranks = plan.mesh.size(Axis::Cp);
     let context = if ranks == 1 { batch.context } else { batch.context.next_multiple_of(2 * ranks) };
     (rows * context) as f64 / ranks as f64
@@ -130,12 +135,12 @@ fn context_scratch(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
 /// first feed-forward product gives (both sides of a GELU), and the inputs of the four products as
 /// their scheme needs them for the gradient of the weights: gathered where it gathers.
 pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
-    let (grid, scheme) = (plan.mesh.grid(), plan.scheme);
-    let all = grid.size() as f64;
+    let all = plan.mesh.grid().size() as f64;
     // Plain 1D keeps the residual stream whole on every rank.
-    let stream = if scheme == Scheme::OneD { 1.0 } else { all };
+    let stream = if plan.scheme == Scheme::OneD { 1.0 } else { all };
     let mut kept = m * 2.0 * model.width as f64 / stream + m * (model.qkv() + model.up()) / all;
     for pair in model.pairs() {
+        let Laid { scheme, grid, .. } = plan.laid(*pair);
         for (half, product) in model.products(*pair, m) {
             let own = product.m * product.k / all;
             let block = block(scheme, grid, product, half);
@@ -148,6 +153,20 @@ pub(super) fn kept_elements(model: &ModelShape, plan: &Plan, m: f64) -> f64 {
     kept + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m))
 }
 
+/// Elements of one layer that pass through a rank's memory outside products, for `m` tokens: those of the
+/// residual stream, into two norms and out of them, and the inner ones. What a product gathers passes
+/// through none but it.
+pub(super) fn passing_elements(model: &ModelShape, plan: &Plan, m: f64) -> (f64, f64) {
+    let all = plan.mesh.grid().size() as f64;
+    let stream = m * 4.0 * model.width as f64 / if plan.scheme == Scheme::OneD { 1.0 } else { all };
+    let mut inner = m * (model.qkv() + model.up()) / all;
+    for pair in model.pairs().iter().filter(|pair| !(model.gated && **pair == Pair::Mlp)) {
+        let closing = model.products(*pair, m).into_iter().filter(|(half, _)| *half == Half::Return);
+        inner += closing.map(|(_, product)| product.m * product.k / all).sum::<f64>();
+    }
+    (stream, inner + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m)))
+}
+
 /// Memory of the fullest rank.
 pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let state = STATE_BYTES;
@@ -157,7 +176,7 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let held = RankParams::of(model, batch, plan);
     let params = held.all();
     let per_layer = held.layers() / stage_layers(model, batch, plan) as f64;
-    let one_table = model.table_params() / weight_cut(plan);
+    let one_table = model.table_params() / weight_cut(plan, plan.scheme);
     // Part of what is whole for a while that is not the rank's own.
     let others = 1.0 - 1.0 / shards;
     let mut weights = params * state.weight / shared(Zero::Three);
@@ -165,9 +184,10 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
         // The layer at work and the next one, gathered beside it; a table counts as one.
         weights += others * (per_layer + per_layer.max(one_table)) * state.weight;
     }
-    if plan.scheme == Scheme::ThreeD {
+    for pair in model.pairs().iter().filter(|pair| plan.scheme_of(**pair) == Scheme::ThreeD) {
         // The formula of 3D keeps gathered weights from forward to backward.
-        weights += held.plain * (mesh.grid().x as f64 - 1.0) * state.weight;
+        let held = stage_layers(model, batch, plan) as f64 * pairs(model, plan, |other| other == *pair);
+        weights += held * (plan.laid(*pair).grid.x as f64 - 1.0) * state.weight;
     }
     let optimizer = params * state.optimizer / shared(Zero::One);
     let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, batch, plan));

@@ -28,6 +28,7 @@ fn plan(axes: &[(Axis, usize)]) -> Plan {
     Plan {
         mesh: axes.iter().fold(MeshShape::SOLO, |mesh, (axis, size)| mesh.with(*axis, *size)),
         scheme: Scheme::OneDSequence,
+        parts: Default::default(),
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 2,

@@ -4,6 +4,7 @@
 //! Letters: a product is y [M, N] = x [M, K] w [K, N]; M tokens, D width, F ffn width, V vocab,
 //! T tokens a row; E experts, k of a token; x, y, z sizes of the tensor axes.
 
+mod changed;
 mod cluster;
 mod every;
 mod experts;
@@ -21,7 +22,7 @@ pub use every::every;
 pub use experts::{ExpertFlow, ExpertFlows, expert_flows, expert_products, pool_flows};
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, MixtureShape, ModelShape, Pair};
-pub use picture::{layer_flows, pure_grids, svg, table, title};
+pub use picture::{layer_flows, mixed_flows, pure_grids, svg, table, title};
 pub use plan::{Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
 pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};

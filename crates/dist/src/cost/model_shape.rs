@@ -68,10 +68,7 @@ impl ModelShape {
     /// The two products of a pair over `m` tokens.
     pub fn products(&self, pair: Pair, m: f64) -> [(Half, Product); 2] {
         let d = self.width as f64;
-        let (out, back) = match pair {
-            Pair::Attention => (self.qkv(), self.attended()),
-            Pair::Mlp => (self.up(), self.ffn as f64),
-        };
+        let (out, back) = self.inner(pair);
         [(Half::Leave, Product { m, k: d, n: out }), (Half::Return, Product { m, k: back, n: d })]
     }
 
@@ -97,8 +94,21 @@ impl ModelShape {
 
     /// Matrix parameters of a layer that follow the scheme: all but those of a mixture.
     pub fn plain_params(&self) -> f64 {
-        let d = self.width as f64;
-        d * (self.qkv() + self.attended() + self.up() + self.ffn as f64)
+        self.pair_params(Pair::Attention) + self.pair_params(Pair::Mlp)
+    }
+
+    /// Those of one pair of products.
+    pub(super) fn pair_params(&self, pair: Pair) -> f64 {
+        let (out, back) = self.inner(pair);
+        self.width as f64 * (out + back)
+    }
+
+    /// Columns of what a pair's first product gives and of what its second one takes.
+    fn inner(&self, pair: Pair) -> (f64, f64) {
+        match pair {
+            Pair::Attention => (self.qkv(), self.attended()),
+            Pair::Mlp => (self.up(), self.ffn as f64),
+        }
     }
 
     /// Those of a layer's router, the gate of an expert for all tokens among them.

@@ -1,10 +1,9 @@
 //! Peers and bytes against the number of ranks, for `docs/cost-model.md`: the table and the plot
 //! there are this file's output, which a test compares.
 
-use super::volume::{Flow, Grid, peers, volume};
+use super::volume::{Flow, Grid, Laid, crossing, peers};
 use super::{ModelShape, expert_flows, pool_flows};
-use crate::MeshShape;
-use crate::{Axis, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 use std::fmt::Write;
 
 /// Ranks of the table and the plot.
@@ -13,18 +12,32 @@ const RANKS: [usize; 8] = [4, 16, 64, 256, 1024, 4096, 10_000, 65_536];
 /// What a rank receives for one layer of `model` over x, y and z, forward and backward, when a
 /// microbatch has `m` tokens. A router's scores and choices count as elements.
 pub fn layer_flows(model: &ModelShape, scheme: Scheme, grid: Grid, m: f64) -> [Flow; 3] {
+    let mesh = MeshShape::SOLO.with(Axis::X, grid.x).with(Axis::Y, grid.y).with(Axis::Z, grid.z);
+    mixed_flows(model, (scheme, Parts::default()), &mesh, m)
+}
+
+/// The same where parts of the layer have schemes of their own. Parts that no mesh combines
+/// (`Parts::check`) receive nothing for their way in and out.
+pub fn mixed_flows(
+    model: &ModelShape,
+    (scheme, parts): (Scheme, Parts),
+    mesh: &MeshShape,
+    m: f64,
+) -> [Flow; 3] {
     let mut sums = [Flow::default(); 3];
+    let mut add = |flows: [Flow; 3]| sums.iter_mut().zip(flows).for_each(|(sum, flow)| sum.add(flow));
     for pair in model.pairs() {
+        let own = parts.of(*pair, scheme);
         for (half, product) in model.products(*pair, m) {
-            for (sum, flow) in sums.iter_mut().zip(volume(scheme, grid, product, half).by_axis()) {
-                sum.add(flow);
-            }
+            add(Laid::new(mesh, scheme, own).volume(product, half).by_axis());
         }
+        let way = crossing(mesh, scheme, own, m * model.width as f64).unwrap_or_default();
+        add(way);
+        add(way);
     }
     let Some(mixture) = &model.mixture else { return sums };
-    let mesh = MeshShape::SOLO.with(Axis::X, grid.x).with(Axis::Y, grid.y).with(Axis::Z, grid.z);
-    let flows = expert_flows(mixture, model.width, (scheme, &mesh), m);
-    let pool = pool_flows(mixture, scheme, &mesh);
+    let flows = expert_flows(mixture, model.width, (scheme, mesh), m);
+    let pool = pool_flows(mixture, scheme, mesh);
     for (sum, axis) in sums.iter_mut().zip([Axis::X, Axis::Y, Axis::Z]) {
         for flow in [flows.forward, flows.backward].map(|way| way[axis as usize]) {
             sum.add(flow.rows);

@@ -1,9 +1,11 @@
 //! One way to spread a run over devices, and whether it can be.
 
-use super::volume::{Grid, inner_cut};
-use super::{Batch, ModelShape};
+use super::volume::{Grid, Laid, inner_cut};
+use super::{Batch, ModelShape, Pair};
 use crate::pipeline::{Pipeline, PipelineError, Schedule};
-use crate::{Axis, Clash, Combination, MeshShape, Scheme};
+use crate::redistribute::expect_width;
+use crate::scheme::lcm;
+use crate::{Axis, Clash, Combination, FlowError, MeshShape, Parts, Scheme};
 use std::fmt;
 
 /// What the ranks of `fsdp` share: each stage what the one before does, and more (Rajbhandari et
@@ -34,6 +36,8 @@ pub struct Plan {
     pub mesh: MeshShape,
     /// How products are distributed.
     pub scheme: Scheme,
+    /// Schemes of parts of a layer that have their own.
+    pub parts: Parts,
     /// What `fsdp` shares.
     pub zero: Zero,
     /// Order of the pipeline.
@@ -97,6 +101,9 @@ pub enum PlanError {
         /// Experts of a layer, 0 without a mixture.
         experts: usize,
     },
+    /// A width the schemes of two parts cannot exchange.
+    #[error(transparent)]
+    Width(#[from] FlowError),
     /// Choices that do not go together.
     #[error(transparent)]
     Clash(#[from] Clash),
@@ -123,10 +130,26 @@ impl Plan {
         Pipeline::new(self.mesh.size(Axis::Pp), self.microbatches(batch), self.schedule)
     }
 
+    /// The scheme of a part.
+    pub fn scheme_of(&self, part: Pair) -> Scheme {
+        self.parts.of(part, self.scheme)
+    }
+
+    /// How the products of a part lie.
+    pub(super) fn laid(&self, part: Pair) -> Laid {
+        Laid::new(&self.mesh, self.scheme, self.scheme_of(part))
+    }
+
+    /// Pieces that some part or the stream cuts whole rows of tokens into.
+    pub(super) fn token_cut(&self) -> usize {
+        let stream = Laid::new(&self.mesh, self.scheme, self.scheme);
+        let all = [stream, self.laid(Pair::Attention), self.laid(Pair::Mlp)];
+        all.iter().map(|laid| inner_cut(laid.scheme, laid.grid).0).fold(1, lcm)
+    }
+
     /// Whether it can be run at all; its pipeline.
     pub fn check(&self, model: &ModelShape, batch: Batch) -> Result<Pipeline, PlanError> {
-        let (mesh, grid) = (&self.mesh, self.mesh.grid());
-        let (replicas, rows) = (mesh.replicas(), batch.rows);
+        let (mesh, replicas, rows) = (&self.mesh, self.mesh.replicas(), batch.rows);
         if replicas > rows {
             return Err(PlanError::Rows { replicas, rows });
         }
@@ -134,13 +157,19 @@ impl Plan {
         if slices > layers {
             return Err(PlanError::Layers { slices, layers });
         }
-        let Plan { mesh, scheme, zero, .. } = *self;
-        Combination { mesh, scheme: Some(scheme), zero, context: batch.context }.check()?;
-        let (heads, rows) = (model.heads, self.microbatch_rows);
-        let (token_cut, head_cut) = inner_cut(scheme, grid);
-        if head_cut > heads {
-            return Err(PlanError::Heads { scheme, heads, pieces: head_cut });
+        let Plan { mesh, scheme, parts, zero, .. } = *self;
+        Combination { mesh, scheme: Some(scheme), parts, zero, context: batch.context }.check()?;
+        let own = [Pair::Attention, Pair::Mlp].into_iter().filter(|part| self.scheme_of(*part) != scheme);
+        for part in own {
+            expect_width(&mesh, scheme, self.scheme_of(part), model.width)?;
         }
+        let (heads, rows) = (model.heads, self.microbatch_rows);
+        let attention = self.laid(Pair::Attention);
+        let (_, head_cut) = inner_cut(attention.scheme, attention.grid);
+        if head_cut > heads {
+            return Err(PlanError::Heads { scheme: attention.scheme, heads, pieces: head_cut });
+        }
+        let token_cut = self.token_cut();
         if token_cut > rows {
             return Err(PlanError::Tokens { scheme, rows, pieces: token_cut });
         }
@@ -149,6 +178,16 @@ impl Plan {
             return Err(PlanError::Experts { ep, experts });
         }
         Ok(self.pipeline(batch)?)
+    }
+}
+
+impl fmt::Display for Zero {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Zero::One => "ZeRO 1",
+            Zero::Two => "ZeRO 2",
+            Zero::Three => "ZeRO 3",
+        })
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::cluster::Cluster;
 use super::memory::{
-    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, stage_layers,
+    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, pairs, stage_layers,
     tokens, weight_cut,
 };
 use super::plan::{Plan, PlanError, Zero};
@@ -296,20 +296,24 @@ impl Run<'_> {
         let held = RankParams::of(self.model, self.batch, self.plan);
         let fullest = stage_layers(self.model, self.batch, self.plan) as f64;
         let layers = (held.all() - held.tables) * self.model.layers as f64 / (fullest * stages);
-        let tables = 2.0 * self.model.table_params() / weight_cut(self.plan) / stages;
+        let tables = 2.0 * self.model.table_params() / weight_cut(self.plan, self.plan.scheme) / stages;
         ((layers + tables) / held.all()).max(1.0 / self.cluster.pace.sharing)
     }
 
     /// Parameters of a rank whose gradients are summed over `axis`: those it holds copies of while its ranks
     /// see other tokens.
     fn summed(&self, held: &RankParams, axis: Axis) -> f64 {
-        let plain = match axis {
-            Axis::Dp | Axis::Ep | Axis::Cp => true,
-            // Other schemes sum their weights' gradients within products.
-            _ => axis == Axis::Z && self.plan.scheme == Scheme::TwoPointFiveD,
-        };
         let part = |held: f64, summed: bool| if summed { held } else { 0.0 };
-        let plain = part(held.plain + held.tables, plain);
+        // Other schemes sum their weights' gradients within products.
+        let deep = |scheme| axis == Axis::Z && scheme == Scheme::TwoPointFiveD;
+        let plain = match axis {
+            Axis::Dp | Axis::Ep | Axis::Cp => held.plain + held.tables,
+            _ => {
+                let layers = stage_layers(self.model, self.batch, self.plan) as f64;
+                let plain = pairs(self.model, self.plan, |pair| deep(self.plan.scheme_of(pair)));
+                layers * plain + part(held.tables, deep(self.plan.scheme))
+            }
+        };
         if self.model.mixture.is_none() {
             return plain;
         }

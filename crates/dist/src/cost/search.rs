@@ -6,14 +6,15 @@
 //! than the best whole plan of its family is left. Loops and ties have one order: the same question
 //! gets the same answer.
 
+use super::changed::{changed, other_experts};
 use super::cluster::Cluster;
 use super::plan::{Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
 use super::seconds::LayerCost;
 use super::volume::{Grid, inner_cut};
-use super::{Batch, ModelShape};
+use super::{Batch, ModelShape, Pair};
 use crate::pipeline::Schedule;
-use crate::{Axis, MeshShape, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 use std::collections::BTreeMap;
 use std::fmt;
 
@@ -45,6 +46,8 @@ pub enum Family {
     Summa,
     /// Weight-stationary everywhere.
     WeightStationary,
+    /// On a plane, attention by the one and the feed-forward part by the other.
+    Mixed,
     /// 2.5D.
     TwoPointFiveD,
     /// 3D.
@@ -149,7 +152,12 @@ struct Found {
 }
 
 /// What a layer's cost depends on: the tensor mesh, cp, ep, rows of a microbatch.
-type LayerKey = (Grid, Scheme, usize, usize, usize);
+type LayerKey = (Grid, Scheme, Parts, usize, usize, usize);
+
+fn key(plan: &Plan) -> LayerKey {
+    let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
+    (grid, plan.scheme, plan.parts, cp, ep, plan.microbatch_rows)
+}
 
 struct Hunt<'a> {
     model: &'a ModelShape,
@@ -159,14 +167,16 @@ struct Hunt<'a> {
     /// Plans that take longer are of no interest.
     limit: f64,
     layers: BTreeMap<LayerKey, LayerCost>,
+    /// Mixed layers that take less time than unmixed ones.
+    paying: BTreeMap<LayerKey, bool>,
     bests: BTreeMap<Family, Found>,
     priced: usize,
 }
 
 impl<'a> Hunt<'a> {
     fn new(model: &'a ModelShape, batch: Batch, cluster: &'a Cluster, space: Space) -> Hunt<'a> {
-        let (layers, bests) = (BTreeMap::new(), BTreeMap::new());
-        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, bests, priced: 0 }
+        let (layers, paying, bests) = Default::default();
+        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, paying, bests, priced: 0 }
     }
 
     fn all_meshes(&mut self) {
@@ -206,25 +216,53 @@ impl<'a> Hunt<'a> {
         if mesh.replicas() > self.batch.rows {
             return;
         }
-        let rows = self.batch.rows.div_ceil(mesh.replicas());
-        for (family, scheme) in schemes(mesh.grid()) {
-            let (tokens, heads) = inner_cut(scheme, mesh.grid());
-            if heads > self.model.heads {
+        let rows = microbatches(self.batch.rows.div_ceil(mesh.replicas()));
+        let one = schemes(mesh.grid()).into_iter().map(|(family, scheme)| (family, scheme, Parts::default()));
+        let parts = mixed(mesh.grid()).into_iter().map(|(scheme, parts)| (Family::Mixed, scheme, parts));
+        for (family, scheme, parts) in one.chain(parts) {
+            let mut plan = Plan {
+                mesh,
+                scheme,
+                parts,
+                zero: Zero::One,
+                schedule: Schedule::OneFOneB,
+                microbatch_rows: 1,
+                recompute: false,
+                offload: Offload::default(),
+            };
+            let attention = plan.laid(Pair::Attention);
+            if inner_cut(attention.scheme, attention.grid).1 > self.model.heads {
                 continue;
             }
-            for microbatch_rows in microbatches(rows).into_iter().filter(|rows| *rows >= tokens) {
-                let plan = Plan {
-                    mesh,
-                    scheme,
-                    zero: Zero::One,
-                    schedule: Schedule::OneFOneB,
-                    microbatch_rows,
-                    recompute: false,
-                    offload: Offload::default(),
-                };
-                self.on_microbatch(family, plan);
+            let tokens = plan.token_cut();
+            for microbatch_rows in rows.iter().filter(|rows| **rows >= tokens) {
+                plan.microbatch_rows = *microbatch_rows;
+                if family != Family::Mixed || self.pays(&plan) {
+                    self.on_microbatch(family, plan);
+                }
             }
         }
+    }
+
+    /// Whether a layer of mixed schemes takes less time than it does in each of them alone, where heads
+    /// allow that: a plan that gains nothing there gains nothing elsewhere. Asked once a layer's cost.
+    fn pays(&mut self, plan: &Plan) -> bool {
+        if let Some(known) = self.paying.get(&key(plan)) {
+            return *known;
+        }
+        let own = self.layer(plan).layer.total();
+        let pays = [Pair::Attention, Pair::Mlp].into_iter().all(|part| {
+            let alone = Plan { scheme: plan.scheme_of(part), parts: Parts::default(), ..*plan };
+            let heads = inner_cut(alone.scheme, alone.mesh.grid()).1;
+            heads > self.model.heads || own < self.layer(&alone).layer.total()
+        });
+        self.paying.insert(key(plan), pays);
+        pays
+    }
+
+    fn layer(&mut self, plan: &Plan) -> &LayerCost {
+        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
+        self.layers.entry(key(plan)).or_insert_with(|| LayerCost::new(model, batch, cluster, plan))
     }
 
     /// All plans that share mesh, schemes and microbatch.
@@ -232,17 +270,14 @@ impl<'a> Hunt<'a> {
         if plan.check(self.model, self.batch).is_err() {
             return;
         }
-        let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
-        let key = (grid, plan.scheme, cp, ep, plan.microbatch_rows);
-        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
-        let layer = self.layers.entry(key).or_insert_with(|| LayerCost::new(model, batch, cluster, &plan));
+        let each = self.layer(&plan).layer.total() / self.cluster.pace.sharing;
         let found = self.bests.entry(family).or_default();
-        let each = layer.layer.total() / cluster.pace.sharing;
         let layers = self.model.layers.div_ceil(plan.mesh.size(Axis::Pp));
         let bound = plan.microbatches(self.batch) as f64 * layers as f64 * each;
         if bound >= found.best.map_or(self.limit, |best| best.step().min(self.limit)) {
             return;
         }
+        let layer = &self.layers[&key(&plan)];
         for plan in variants(&plan, self.model, self.batch, self.space.offload) {
             let Ok(pipeline) = plan.check(self.model, self.batch) else { continue };
             let run =
@@ -345,7 +380,7 @@ fn grids(tensor: usize) -> Vec<Grid> {
 
 /// Families that run on a grid. Plain 1D is not tried: sequence-parallel 1D moves the same bytes and
 /// keeps less.
-fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
+pub(super) fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
     match grid {
         Grid { x: 1, y: 1, z: 1 } => vec![(Family::NoTensor, Scheme::OneD)],
         Grid { y: 1, z: 1, .. } => vec![(Family::OneD, Scheme::OneDSequence)],
@@ -354,6 +389,19 @@ fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
         }
         _ => vec![(Family::TwoPointFiveD, Scheme::TwoPointFiveD), (Family::ThreeD, Scheme::ThreeD)],
     }
+}
+
+/// Schemes of the residual stream and of one part that has its own, on a plane.
+pub(super) fn mixed(grid: Grid) -> Vec<(Scheme, Parts)> {
+    if grid.x == 1 || grid.y == 1 || grid.z > 1 {
+        return Vec::new();
+    }
+    let pairs = [(Scheme::Summa, Scheme::WeightStationary), (Scheme::WeightStationary, Scheme::Summa)];
+    let parts = |(stream, other)| {
+        let attention = Parts { attention: Some(other), ffn: None };
+        [(stream, attention), (stream, Parts { attention: None, ffn: Some(other) })]
+    };
+    pairs.into_iter().flat_map(parts).collect()
 }
 
 /// Rows of a microbatch: divisors, and powers of two for rows that have few.
@@ -394,49 +442,10 @@ pub(super) fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: b
     all
 }
 
-fn offloads(allowed: bool) -> Vec<Offload> {
+pub(super) fn offloads(allowed: bool) -> Vec<Offload> {
     let all = [(false, false), (true, false), (false, true), (true, true)];
     let all = all.map(|(optimizer, activations)| Offload { optimizer, activations });
     all[..if allowed { 4 } else { 1 }].to_vec()
-}
-
-/// A plan with one thing changed, named.
-fn changed(plan: &Plan, offload: bool) -> Vec<(String, Plan)> {
-    let mut all = Vec::new();
-    if plan.mesh.size(Axis::Pp) > 1 {
-        let chunks = plan.schedule.chunks().max(2);
-        let schedules =
-            [Schedule::GPipe, Schedule::OneFOneB, Schedule::Interleaved { chunks }, Schedule::ZeroBubble];
-        for schedule in schedules.into_iter().filter(|schedule| *schedule != plan.schedule) {
-            all.push((format!("schedule {schedule}"), Plan { schedule, ..*plan }));
-        }
-    }
-    let recompute = !plan.recompute;
-    let word = if recompute { "recompute always" } else { "recompute never" };
-    all.push((word.into(), Plan { recompute, ..*plan }));
-    for choice in offloads(offload).into_iter().filter(|choice| *choice != plan.offload) {
-        all.push((format!("{choice} on the host"), Plan { offload: choice, ..*plan }));
-    }
-    if plan.mesh.size(Axis::Fsdp) > 1 {
-        for zero in [Zero::One, Zero::Two, Zero::Three].into_iter().filter(|zero| *zero != plan.zero) {
-            all.push((format!("{zero}"), Plan { zero, ..*plan }));
-        }
-    }
-    for rows in [plan.microbatch_rows / 2, plan.microbatch_rows * 2].into_iter().filter(|rows| *rows > 0) {
-        all.push((format!("microbatches of {rows} rows"), Plan { microbatch_rows: rows, ..*plan }));
-    }
-    all
-}
-
-/// The plan with experts shared by half as many replicas, or by twice as many: `fsdp` of them, else `dp`, go
-/// the other way.
-fn other_experts(plan: &Plan) -> Vec<(String, Plan)> {
-    let (mesh, ep) = (&plan.mesh, plan.mesh.size(Axis::Ep));
-    let halved = |axis: Axis| mesh.size(axis).is_multiple_of(2).then(|| mesh.with(axis, mesh.size(axis) / 2));
-    let other = if mesh.size(Axis::Fsdp) > 1 { Axis::Fsdp } else { Axis::Dp };
-    let fewer = halved(Axis::Ep).map(|half| half.with(other, 2 * mesh.size(other)));
-    let more = halved(other).map(|half| half.with(Axis::Ep, 2 * ep));
-    fewer.into_iter().chain(more).map(|mesh| (mesh.to_string(), Plan { mesh, ..*plan })).collect()
 }
 
 /// All divisors, ascending.
@@ -448,11 +457,12 @@ fn divisors(n: usize) -> Vec<usize> {
 
 impl Family {
     /// All of them.
-    pub const ALL: [Family; 6] = [
+    pub const ALL: [Family; 7] = [
         Family::NoTensor,
         Family::OneD,
         Family::Summa,
         Family::WeightStationary,
+        Family::Mixed,
         Family::TwoPointFiveD,
         Family::ThreeD,
     ];
@@ -465,18 +475,9 @@ impl fmt::Display for Family {
             Family::OneD => "1D",
             Family::Summa => "2D SUMMA",
             Family::WeightStationary => "2D weight-stationary",
+            Family::Mixed => "2D mixed",
             Family::TwoPointFiveD => "2.5D",
             Family::ThreeD => "3D",
-        })
-    }
-}
-
-impl fmt::Display for Zero {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Zero::One => "ZeRO 1",
-            Zero::Two => "ZeRO 2",
-            Zero::Three => "ZeRO 3",
         })
     }
 }

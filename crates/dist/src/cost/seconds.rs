@@ -1,10 +1,10 @@
 //! Seconds of one layer on one rank: products beside the messages that feed them.
 
 use super::cluster::Cluster;
-use super::memory::{ACTIVATION_BYTES, kept_elements, tokens};
+use super::memory::{ACTIVATION_BYTES, passing_elements, tokens};
 use super::plan::Plan;
-use super::volume::{Flow, Half, Product, block, inner_cut, overlaps, panels, volume};
-use super::{Batch, ExpertFlows, MixtureShape, ModelShape, expert_flows, expert_products, experts};
+use super::volume::{Flow, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
+use super::{Batch, ExpertFlows, MixtureShape, ModelShape, Pair, expert_flows, expert_products, experts};
 use crate::pipeline::Times;
 use crate::{Axis, ContextAttention, Moved, Scheme};
 
@@ -64,6 +64,8 @@ impl Seconds {
     }
 }
 
+const TENSOR: [Axis; 3] = [Axis::X, Axis::Y, Axis::Z];
+
 /// One phase of one layer.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Phase {
@@ -118,23 +120,44 @@ impl LayerCost {
         };
         for pair in model.pairs() {
             for (half, product) in model.products(*pair, m) {
-                let (phases, flows) = product_seconds(cluster, plan, plan.scheme, (half, product));
+                let (phases, flows) = product_seconds(cluster, plan, plan.laid(*pair), (half, product));
                 cost.layer.add(phases, 1.0);
-                for axis in 0..3 {
-                    cost.flows.0[axis].add(flows.0[axis]);
-                    cost.flows.1[axis].add(flows.1[axis]);
-                }
+                cost.receive(flows);
             }
+            cost.cross(cluster, plan, *pair, m * model.width as f64);
         }
         if let Some(mixture) = &model.mixture {
             cost.add_experts((model, mixture), cluster, plan, m);
         }
         attention_seconds(&mut cost.layer, model, batch, cluster, plan);
-        let bytes = ELEMENT_PASSES * ACTIVATION_BYTES * kept_elements(model, plan, m);
-        cost.layer.forward.compute += bytes / cluster.pace.element_bytes_per_s;
-        cost.layer.input.compute += 2.0 * bytes / cluster.pace.element_bytes_per_s;
+        let (stream, inner) = passing_elements(model, plan, m);
+        let each = stream / cluster.pace.norm_bytes_per_s + inner / cluster.pace.element_bytes_per_s;
+        let seconds = ELEMENT_PASSES * ACTIVATION_BYTES * each;
+        cost.layer.forward.compute += seconds;
+        cost.layer.input.compute += 2.0 * seconds;
         (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
         cost
+    }
+
+    fn receive(&mut self, (forward, backward): ([Flow; 3], [Flow; 3])) {
+        for axis in 0..3 {
+            self.flows.0[axis].add(forward[axis]);
+            self.flows.1[axis].add(backward[axis]);
+        }
+    }
+
+    /// The way of a part's input from the residual stream and of its output back, and both gradients.
+    fn cross(&mut self, cluster: &Cluster, plan: &Plan, pair: Pair, elements: f64) {
+        // Too far apart is no plan: `Plan::check` says so.
+        let flows = crossing(&plan.mesh, plan.scheme, plan.scheme_of(pair), elements).unwrap_or_default();
+        let seconds = TENSOR.iter().zip(flows).map(|(axis, flow)| {
+            let packed = ACTIVATION_BYTES * flow.elements / cluster.pace.element_bytes_per_s;
+            cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES) + packed
+        });
+        let seconds: f64 = seconds.sum();
+        self.layer.forward.tensor += seconds;
+        self.layer.input.tensor += seconds;
+        self.receive((flows, flows));
     }
 
     fn add_experts(
@@ -183,11 +206,11 @@ impl Phases {
 fn product_seconds(
     cluster: &Cluster,
     plan: &Plan,
-    scheme: Scheme,
+    laid: Laid,
     (half, product): (Half, Product),
 ) -> (Phases, ([Flow; 3], [Flow; 3])) {
-    let grid = plan.mesh.grid();
-    let mut volume = volume(scheme, grid, product, half);
+    let Laid { scheme, grid, .. } = laid;
+    let mut volume = laid.volume(product, half);
     if scheme == Scheme::TwoPointFiveD {
         // The sum over depth is taken once a step, with the other gradients.
         volume.backward_weight[2] = Flow::default();
@@ -195,8 +218,7 @@ fn product_seconds(
     let panels = panels(scheme, grid) as f64;
     let compute = gemm_seconds(cluster, block(scheme, grid, product, half), panels);
     let phase = |flows: [Flow; 3]| {
-        let axes = [Axis::X, Axis::Y, Axis::Z];
-        let each = axes.iter().zip(flows);
+        let each = TENSOR.iter().zip(flows);
         let messages: f64 =
             each.map(|(axis, flow)| cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)).sum();
         // Streaming panels, only the first and what is longer than the products show.
@@ -229,8 +251,9 @@ fn gemm_seconds(cluster: &Cluster, block: Product, panels: f64) -> f64 {
 }
 
 fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) {
-    let (m, grid, cp) = (tokens(batch, plan), plan.mesh.grid(), plan.mesh.size(Axis::Cp));
-    let (_, head_cut) = inner_cut(plan.scheme, grid);
+    let (m, cp) = (tokens(batch, plan), plan.mesh.size(Axis::Cp));
+    let Laid { scheme, grid, .. } = plan.laid(Pair::Attention);
+    let (_, head_cut) = inner_cut(scheme, grid);
     // Heads that do not divide leave some ranks with one more.
     let uneven = (model.heads.div_ceil(head_cut) * head_cut) as f64 / model.heads as f64;
     let flops = model.attention_flops(m, batch.context) * uneven / grid.size() as f64;
@@ -262,7 +285,8 @@ pub(super) struct ContextFlows {
 /// are the tokens of a context shard.
 pub(super) fn context_flows(model: &ModelShape, plan: &Plan, m: f64) -> ContextFlows {
     let ranks = plan.mesh.size(Axis::Cp);
-    let (token_cut, head_cut) = inner_cut(plan.scheme, plan.mesh.grid());
+    let Laid { scheme, grid, .. } = plan.laid(Pair::Attention);
+    let (token_cut, head_cut) = inner_cut(scheme, grid);
     let k = model.kv_heads.div_ceil(head_cut);
     let heads = (k * (model.heads / model.kv_heads), k);
     let each = m / token_cut as f64 * model.head_dim as f64;
@@ -288,8 +312,12 @@ fn head_seconds(model: &ModelShape, cluster: &Cluster, plan: &Plan, m: f64) -> (
         _ => std::slice::from_ref(&plan.scheme),
     };
     let priced = schemes.iter().map(|scheme| {
-        let (phases, (forward, backward)) =
-            product_seconds(cluster, plan, *scheme, (Half::Leave, model.head(m)));
+        let (phases, (forward, backward)) = product_seconds(
+            cluster,
+            plan,
+            Laid::new(&plan.mesh, *scheme, *scheme),
+            (Half::Leave, model.head(m)),
+        );
         let mut flows = forward;
         for (sum, flow) in flows.iter_mut().zip(backward) {
             sum.add(flow);

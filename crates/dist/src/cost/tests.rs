@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::pipeline::Schedule;
-use crate::{Axis, MeshShape, Scheme};
+use crate::{Axis, MeshShape, Parts, Scheme};
 
 /// The layer all published formulas are for: four h x 4h-like products, 12 h^2 weights.
 fn classic(h: usize) -> ModelShape {
@@ -111,6 +111,7 @@ fn solo() -> Plan {
     Plan {
         mesh: MeshShape::SOLO,
         scheme: Scheme::OneD,
+        parts: Parts::default(),
         zero: Zero::One,
         schedule: Schedule::OneFOneB,
         microbatch_rows: 4,
@@ -218,6 +219,48 @@ fn the_choice_is_the_cheapest_of_all_plans_and_always_the_same() {
         let better = variation.price.is_ok_and(|p| p.fits(&cluster()) && p.step() < decision.best.step());
         assert!(!better, "{} would be better", variation.what);
     }
+}
+
+/// Three tokens a column and slow links: attention wants SUMMA, the feed-forward part weight-stationary
+/// products.
+#[test]
+fn a_plane_is_mixed_where_its_parts_want_different_schemes() {
+    let (model, batch) = (ModelShape { layers: 4, ..small().0 }, Batch { rows: 8, context: 384 });
+    let mesh = MeshShape::SOLO.with(Axis::X, 8).with(Axis::Y, 8);
+    let mut slow = cluster();
+    slow.pace.beside = false;
+    slow.intra = Link { latency_s: 0.0, call_s: 0.0, bytes_per_s: 1e9 };
+    slow.inter = slow.intra;
+    let space = Space { devices: 64, mesh: Some(mesh), offload: false };
+    let decision = search(&model, batch, &slow, space).unwrap();
+    let plan = decision.best.plan;
+    let parts = [Pair::Attention, Pair::Mlp].map(|part| plan.scheme_of(part));
+    assert_eq!(parts, [Scheme::Summa, Scheme::WeightStationary], "{plan:?}");
+    let named = |what: &str| decision.variations.iter().find(|changed| changed.what == what);
+    let alone = named("summa").unwrap().price.as_ref().unwrap();
+    assert!(alone.step() > decision.best.step());
+    let heads = named("weight-stationary").unwrap().price.as_ref().unwrap_err();
+    assert!(heads.to_string().contains("cuts 16 heads into 64"), "{heads}");
+    // What a layer adds to the bytes over x and y is what `mixed_flows` says, which tests of the model count.
+    let bytes = |layers| {
+        let price = price(&ModelShape { layers, ..model }, batch, &slow, &plan).unwrap();
+        [Axis::X, Axis::Y].map(|axis| price.traffic[axis as usize].bytes)
+    };
+    let flows = mixed_flows(&model, (plan.scheme, plan.parts), &mesh, 3072.0);
+    assert!(!plan.recompute, "nothing asks for it");
+    for ((two, one), flow) in bytes(2).iter().zip(bytes(1)).zip(flows) {
+        close(two - one, 2.0 * flow.elements);
+    }
+}
+
+#[test]
+fn a_part_that_cannot_lie_beside_the_stream_is_no_plan() {
+    let (model, batch) = (ModelShape { width: 1000, ..small().0 }, small().1);
+    let mesh = MeshShape::SOLO.with(Axis::X, 2).with(Axis::Y, 3);
+    let parts = Parts { attention: None, ffn: Some(Scheme::WeightStationary) };
+    let plan = Plan { mesh, scheme: Scheme::Summa, parts, microbatch_rows: 6, ..solo() };
+    let refused = price(&model, batch, &cluster(), &plan).unwrap_err().to_string();
+    assert!(refused.contains("width 1000 does not divide into the 6 pieces"), "{refused}");
 }
 
 #[test]

@@ -1,7 +1,9 @@
 //! Elements a rank receives for one product, by scheme, phase and axis. `docs/cost-model.md` has
 //! the derivations; tests sum them to the formulas per transformer layer.
 
-use crate::Scheme;
+use crate::redistribute::{Step, steps_into};
+use crate::scheme::{lcm, turned};
+use crate::{Axis, FlowError, MeshShape, Scheme};
 
 /// Sizes of the tensor axes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +63,69 @@ pub struct Volume {
 /// Distinct ranks a rank exchanges data with over the tensor axes.
 pub fn peers(grid: Grid) -> usize {
     (grid.x - 1) + (grid.y - 1) + (grid.z - 1)
+}
+
+/// How the products of a part of a layer lie: its scheme, on a grid whose x and y are exchanged where it
+/// is turned.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Laid {
+    pub scheme: Scheme,
+    pub grid: Grid,
+    turned: bool,
+}
+
+impl Laid {
+    /// A part of `scheme` beside a residual stream of scheme `stream`.
+    pub fn new(mesh: &MeshShape, stream: Scheme, scheme: Scheme) -> Laid {
+        let (grid, turned) = (mesh.grid(), turned(mesh, stream, scheme));
+        let grid = if turned { Grid { x: grid.y, y: grid.x, ..grid } } else { grid };
+        Laid { scheme, grid, turned }
+    }
+
+    /// What a rank receives for one product, over the axes of the mesh.
+    pub fn volume(&self, product: Product, half: Half) -> Volume {
+        let mut volume = volume(self.scheme, self.grid, product, half);
+        if self.turned {
+            for phase in [&mut volume.forward, &mut volume.backward_input, &mut volume.backward_weight] {
+                phase.swap(X, Y);
+            }
+        }
+        volume
+    }
+}
+
+/// What a rank receives over x, y and z where `elements` of the residual stream are led into a part of
+/// another scheme and back, forward; backward the same. An axis that is exchanged moves twice (n - 1)/n of
+/// what a rank has; one that only one of the two layouts cuts is gathered once.
+pub(super) fn crossing(
+    mesh: &MeshShape,
+    stream: Scheme,
+    part: Scheme,
+    elements: f64,
+) -> Result<[Flow; 3], FlowError> {
+    let mut flows = [NONE; 3];
+    let (outer, _) = stream.layouts(mesh, false);
+    let cut = outer.rows.axes().chain(outer.cols.axes());
+    let mut here = elements / cut.map(|axis| mesh.size(axis)).product::<usize>() as f64;
+    for step in steps_into(mesh, stream, part)? {
+        let n = mesh.size(step.axis()) as f64;
+        let flow = &mut flows[step.axis() as usize - Axis::X as usize];
+        match step {
+            Step::Exchange { .. } => {
+                flow.add(Flow::ring(n, here));
+                flow.add(Flow::ring(n, here));
+            }
+            Step::Gather { .. } => {
+                here *= n;
+                flow.add(Flow::ring(n, here));
+            }
+            Step::Narrow { .. } => {
+                flow.add(Flow::ring(n, here));
+                here /= n;
+            }
+        }
+    }
+    Ok(flows)
 }
 
 /// Whether panels stream beside the product that uses them.
@@ -238,12 +303,4 @@ pub fn weight_stationary(grid: Grid, product: Product, half: Half) -> Volume {
     pass[from] = Flow::ring(gather, m * k / scatter);
     pass[to] = Flow::ring(scatter, m * n / gather);
     Volume { forward: pass, backward_input: pass, backward_weight: [NONE; 3] }
-}
-
-fn lcm(a: usize, b: usize) -> usize {
-    let (mut high, mut low) = (a, b);
-    while low != 0 {
-        (high, low) = (low, high % low);
-    }
-    a / high * b
 }

@@ -1,9 +1,10 @@
 //! GPT-2: LayerNorm, learnt positions, GELU, biases everywhere, tied head.
 
 use crate::config::Keys;
-use crate::layers::{LinearSpec, StreamNorm, attend, local_heads};
+use crate::layers::{LinearSpec, StreamNorm, attend, attended, local_heads};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
+use dist::cost::Pair;
 use dist::{Context, Dim, Flow, Table};
 use serde_json::{Value, json};
 use tensor::{AttentionShape, Fault, GeluKind, Init, KvCache, Norm, ParamRef, ParamSpec, Tape, Var};
@@ -192,7 +193,7 @@ impl Gpt2 {
         recompute: Recompute,
     ) -> Result<Var, Fault> {
         let tokens = tokens.padded(&self.flow);
-        let inner = tokens.local(&self.flow, self.flow.inner.rows);
+        let inner = attended(&self.flow, &tokens);
         let mut x = match x {
             Some(x) => x.clone(),
             None => self.embed(tape, &tokens)?,
@@ -257,7 +258,7 @@ impl Block {
         let (d, f, n, h) = (config.width, config.ffn, config.heads, config.width / config.heads);
         let stored = format!("transformer.h.{layer}");
         let parts = |theirs: &str, outputs: &Dim| vec![(format!("{stored}.{theirs}"), outputs.len())];
-        let spec = |ours: &str, inputs, outputs, std, parts| LinearSpec {
+        let spec = |pair, ours: &str, inputs, outputs, std, parts| LinearSpec {
             name: format!("layers.{layer}.{ours}"),
             inputs,
             outputs,
@@ -265,15 +266,16 @@ impl Block {
             std,
             parts,
             place: Place::Transposed,
+            pair,
         };
-        let opening = |builder: &mut Builder, ours: &str, theirs: &str, outputs: Dim| {
+        let opening = |builder: &mut Builder, pair, (ours, theirs): (&str, &str), outputs: Dim| {
             let parts = parts(theirs, &outputs);
-            Linear::opening(&spec(ours, Dim::plain(d), outputs, INIT_STD, parts), builder)
+            Linear::opening(&spec(pair, ours, Dim::plain(d), outputs, INIT_STD, parts), builder)
         };
         let residual_std = INIT_STD / (2.0 * config.layers as f32).sqrt();
-        let closing = |builder: &mut Builder, ours: &str, theirs: &str, inputs: Dim| {
+        let closing = |builder: &mut Builder, pair, (ours, theirs): (&str, &str), inputs: Dim| {
             let parts = parts(theirs, &Dim::plain(d));
-            Linear::closing(&spec(ours, inputs, Dim::plain(d), residual_std, parts), builder)
+            Linear::closing(&spec(pair, ours, inputs, Dim::plain(d), residual_std, parts), builder)
         };
         let norm = |builder: &mut Builder, ours: &str, theirs: &str| {
             layer_norm(builder, &format!("layers.{layer}.{ours}"), &format!("{stored}.{theirs}"), config)
@@ -281,12 +283,12 @@ impl Block {
         Ok(Block {
             layer,
             attention_norm: norm(builder, "attention_norm", "ln_1"),
-            qkv: opening(builder, "qkv", "attn.c_attn", Dim::of_parts(&[(n, h); 3]))?,
+            qkv: opening(builder, Pair::Attention, ("qkv", "attn.c_attn"), Dim::of_parts(&[(n, h); 3]))?,
             context: Context::new(&builder.flow.mesh, builder.flow.attention),
-            out: closing(builder, "out", "attn.c_proj", Dim::of_parts(&[(n, h)]))?,
+            out: closing(builder, Pair::Attention, ("out", "attn.c_proj"), Dim::of_parts(&[(n, h)]))?,
             mlp_norm: norm(builder, "mlp_norm", "ln_2"),
-            up: opening(builder, "up", "mlp.c_fc", Dim::plain(f))?,
-            down: closing(builder, "down", "mlp.c_proj", Dim::plain(f))?,
+            up: opening(builder, Pair::Mlp, ("up", "mlp.c_fc"), Dim::plain(f))?,
+            down: closing(builder, Pair::Mlp, ("down", "mlp.c_proj"), Dim::plain(f))?,
             heads: local_heads(&builder.flow, n, n).0,
             head_dim: h,
             gelu: if config.exact_gelu { GeluKind::Erf } else { GeluKind::Tanh },

@@ -7,9 +7,10 @@ mod moe;
 pub use config::{Family, LlamaConfig};
 pub use moe::MoeConfig;
 
-use crate::layers::{LinearSpec, StreamNorm, attend, local_heads, real_rows};
+use crate::layers::{LinearSpec, StreamNorm, attend, attended, local_heads, real_rows};
 use crate::names::{Builder, Place, Vector};
 use crate::{ConfigError, Linear, Recompute, Slice, Stage, Tokens};
+use dist::cost::Pair;
 use dist::{Context, Dim, Flow, Table};
 use std::sync::Arc;
 use tensor::{AttentionShape, Fault, Init, KvCache, Norm, ParamRef, ParamSpec, Real, RopeTable, Tape, Var};
@@ -126,7 +127,7 @@ impl Llama {
     ) -> Result<Var, Fault> {
         let real = real_rows(&self.flow, tokens);
         let tokens = tokens.padded(&self.flow);
-        let inner = tokens.local(&self.flow, self.flow.inner.rows);
+        let inner = attended(&self.flow, &tokens);
         let mut x = match x {
             Some(x) => x.clone(),
             None => self.embed(tape, &tokens)?,
@@ -207,6 +208,7 @@ impl Mlp {
             std: INIT_STD,
             parts: vec![part("gate_proj", f), part("up_proj", f)],
             place: Place::Rows,
+            pair: Pair::Mlp,
         };
         let gate_up = Linear::opening(&gate_up, builder)?;
         let down = LinearSpec {
@@ -217,6 +219,7 @@ impl Mlp {
             std: residual_std(config),
             parts: vec![part("down_proj", d)],
             place: Place::Rows,
+            pair: Pair::Mlp,
         };
         Ok(Mlp::Dense { gate_up, down: Linear::closing(&down, builder)? })
     }
@@ -244,6 +247,7 @@ impl Block {
             std,
             parts,
             place: Place::Rows,
+            pair: Pair::Attention,
         };
         let residual_std = residual_std(config);
         let width = || Dim::plain(d);

@@ -6,6 +6,7 @@ use crate::ConfigError;
 use crate::config::Keys;
 use crate::layers::{Linear, LinearSpec};
 use crate::names::{Builder, Place};
+use dist::cost::Pair;
 use dist::{Dim, Experts, Mixture};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -224,7 +225,7 @@ impl Parts {
     fn matrix(&self, name: &str, inputs: usize, std: f32, parts: Vec<(String, usize)>) -> LinearSpec {
         let (name, place) = (format!("layers.{}.{name}", self.layer), Place::Rows);
         let (inputs, outputs) = (Dim::plain(inputs), Dim::plain(parts.iter().map(|(_, rows)| rows).sum()));
-        LinearSpec { name, inputs, outputs, bias: false, std, parts, place }
+        LinearSpec { name, inputs, outputs, bias: false, std, parts, place, pair: Pair::Mlp }
     }
 
     /// Gate and up of every expert [E 2F, D], and down [E D, F].

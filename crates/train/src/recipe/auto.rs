@@ -3,20 +3,26 @@
 use super::values::{Get, impossible};
 use super::{Recipe, RecipeError, Settings};
 use dist::cost::Price;
-use dist::{Axis, MeshShape, Scheme};
+use dist::{Axis, MeshShape, Parts, Scheme};
 
 /// Whether the mesh is to be chosen; refuses one that is given beside it.
-pub(super) fn asked(get: &Get<'_>, shape: &MeshShape, scheme: Option<Scheme>) -> Result<bool, RecipeError> {
+pub(super) fn asked(
+    get: &Get<'_>,
+    shape: &MeshShape,
+    (scheme, parts): (Option<Scheme>, Parts),
+) -> Result<bool, RecipeError> {
     let auto = get.text("mesh.axes").is_some_and(|axes| axes == "auto");
-    let given = match (shape.world_size(), scheme) {
+    let pins = [("scheme", scheme), ("attention_scheme", parts.attention), ("ffn_scheme", parts.ffn)];
+    let mut pins = pins.into_iter().filter_map(|(key, scheme)| Some((key, scheme?)));
+    let given = match (shape.world_size(), pins.next()) {
         (1, None) => return Ok(auto),
-        (1, Some(scheme)) => format!("mesh.scheme = \"{}\"", scheme.name()),
+        (1, Some((key, scheme))) => format!("mesh.{key} = \"{}\"", scheme.name()),
         _ => format!("mesh `{shape}`"),
     };
     if auto {
         return impossible(
             format!("mesh = \"auto\" and {given} are given"),
-            "auto chooses axes and scheme for the ranks there are (--ranks); leave one of them away",
+            "auto chooses axes and schemes for the ranks there are (--ranks); leave one of them away",
         );
     }
     Ok(false)
@@ -32,6 +38,10 @@ impl Settings {
         sets.extend(Axis::ALL.map(|axis| format!("mesh.{}={}", axis.name(), mesh.size(axis))));
         let scheme = if mesh.grid().size() == 1 { "auto" } else { plan.scheme.name() };
         sets.push(format!("mesh.scheme={scheme}"));
+        for (part, scheme) in [("attention", plan.parts.attention), ("ffn", plan.parts.ffn)] {
+            let own = scheme.filter(|own| *own != plan.scheme).map_or("same", Scheme::name);
+            sets.push(format!("mesh.{part}_scheme={own}"));
+        }
         sets.push(format!("mesh.zero={}", plan.zero as usize + 1));
         sets.extend(schedule(plan.schedule, mesh.size(Axis::Pp)));
         sets.push(format!("train.batch={}", plan.microbatch_rows * mesh.replicas()));

@@ -302,7 +302,7 @@ pub const KEYS: &[Key] = &[
         Choice(&["given", "auto"]),
         "\"given\"",
         "",
-        "auto: the axes below, mesh.scheme, mesh.zero and the microbatches are chosen for the ranks there are, by speeds measured when the run starts (docs/parallelism.md); rows of a step stay. `mesh = \"auto\"` is short for it.",
+        "auto: the axes below, the schemes, mesh.zero and the microbatches are chosen for the ranks there are, by speeds measured when the run starts (docs/parallelism.md); rows of a step stay. `mesh = \"auto\"` is short for it.",
     ),
     key(
         "mesh.pp",
@@ -363,6 +363,20 @@ pub const KEYS: &[Key] = &[
         "\"auto\"",
         "",
         "How products are spread over x, y and z (docs/parallelism.md); auto goes by the axes: 1d, summa or 3d.",
+    ),
+    key(
+        "mesh.attention_scheme",
+        Choice(&["same", "1d", "1d-sequence", "summa", "2.5d", "3d", "weight-stationary"]),
+        "\"same\"",
+        "",
+        "The scheme of q, k, v and out where it is not mesh.scheme: the normed stream is laid out for it and its output laid back (docs/parallelism.md).",
+    ),
+    key(
+        "mesh.ffn_scheme",
+        Choice(&["same", "1d", "1d-sequence", "summa", "2.5d", "3d", "weight-stationary"]),
+        "\"same\"",
+        "",
+        "The same for the feed-forward part; routed experts follow mesh.scheme.",
     ),
     key(
         "mesh.deadline",

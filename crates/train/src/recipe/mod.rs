@@ -279,6 +279,12 @@ mod tests {
             ("[memory]\ndir = \"x\"", "memory.dram"),
             ("[mesh]\naxes = \"auto\"\nx = 2", "leave one of them away"),
             ("[mesh]\naxes = \"auto\"\nscheme = \"summa\"", "mesh.scheme = \"summa\""),
+            ("[mesh]\naxes = \"auto\"\nffn_scheme = \"summa\"", "mesh.ffn_scheme = \"summa\""),
+            ("[mesh]\nx = 2\nffn_scheme = \"summa\"\nz = 2", "`summa` has no use for mesh axis z = 2"),
+            (
+                "[mesh]\nx = 2\ny = 2\nz = 2\nffn_scheme = \"2.5d\"",
+                "[rows over x,y; columns over z], that of scheme `2.5d` as [rows over z,x; columns over y]",
+            ),
             ("[model]\nexperts = 4", "mixtral, qwen2_moe and qwen3_moe"),
             ("[model]\nfamily = \"mixtral\"\nexperts = 4\nexperts_per_token = 5", "at most all experts"),
             ("[model]\nfamily = \"mixtral\"\nshared_ffn = 64", "qwen2_moe"),

@@ -9,7 +9,7 @@ use crate::shards::Sharding;
 use device::DType;
 use dist::cost::{Cluster, Link, Pace, Zero};
 use dist::pipeline;
-use dist::{Axis, Combination, ContextAttention, Flow, FlowError, Mesh, MeshShape, Scheme};
+use dist::{Axis, Combination, ContextAttention, Flow, FlowError, Mesh, MeshShape, Parts, Scheme};
 use memory::pager::Policy;
 use model::Recompute;
 use std::path::PathBuf;
@@ -74,6 +74,8 @@ pub struct MeshRecipe {
     pub shape: MeshShape,
     /// How products are spread; none: by the axes.
     pub scheme: Option<Scheme>,
+    /// How those of parts of a layer are, where not by that.
+    pub parts: Parts,
     /// How attention sees the tokens of other context ranks.
     pub attention: ContextAttention,
     /// Longest time a rank waits for another in one call.
@@ -87,8 +89,13 @@ pub struct MeshRecipe {
 impl MeshRecipe {
     /// How activations and weights lie on `mesh`.
     pub fn flow(&self, mesh: &Mesh) -> Result<Flow, FlowError> {
-        let flow = Flow::new(mesh, self.scheme.unwrap_or_else(|| Scheme::of(mesh)))?;
+        let flow = Flow::new(mesh, self.scheme())?.with_parts(self.parts)?;
         Ok(Flow { attention: self.attention, schedule: self.schedule, ..flow })
+    }
+
+    /// The scheme of the residual stream.
+    pub fn scheme(&self) -> Scheme {
+        self.scheme.unwrap_or_else(|| Scheme::of(&self.shape))
     }
 }
 
@@ -453,7 +460,9 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
             "every replica learns from the same number of rows; choose a multiple",
         );
     }
-    let scheme = Scheme::from_name(&get.text("mesh.scheme").unwrap_or_default());
+    let scheme = |key| Scheme::from_name(&get.text(key).unwrap_or_default());
+    let parts = Parts { attention: scheme("mesh.attention_scheme"), ffn: scheme("mesh.ffn_scheme") };
+    let scheme = scheme("mesh.scheme");
     if get.text("memory.dram").is_some() {
         tiers_of_ranks(get, &shape)?;
     }
@@ -466,10 +475,10 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
     let attention = attention.unwrap_or_default();
-    Combination { mesh: shape, scheme, zero, context: train.context }.check()?;
+    Combination { mesh: shape, scheme, parts, zero, context: train.context }.check()?;
     let schedule = stages::schedule(get, &shape, train)?;
-    let auto = auto::asked(get, &shape, scheme)?;
-    Ok(MeshRecipe { auto, shape, scheme, attention, deadline, sharding, schedule })
+    let auto = auto::asked(get, &shape, (scheme, parts))?;
+    Ok(MeshRecipe { auto, shape, scheme, parts, attention, deadline, sharding, schedule })
 }
 
 /// What runs of several ranks over tiers cannot do.
