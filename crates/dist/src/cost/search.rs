@@ -24,6 +24,9 @@ const LEAST_CONTEXT: usize = 256;
 /// Most slices of the model on one stage.
 const MOST_CHUNKS: usize = 8;
 
+/// Numbers of devices that `fewer` tries.
+const MOST_COUNTS: usize = 6;
+
 /// What may be chosen.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Space {
@@ -117,19 +120,21 @@ pub fn search(
     }
 }
 
-/// The cheapest plan on nine tenths of the devices or more, whole nodes whose number has small
+/// The cheapest plan on nine tenths of the devices or more, on the largest numbers of whole nodes with small
 /// factors, if a step takes less than `limit` seconds: sometimes faster than all of them, and what
 /// is left when their number has no factors.
 pub fn fewer(model: &ModelShape, batch: Batch, cluster: &Cluster, space: Space, limit: f64) -> Option<Price> {
     let node = cluster.node_devices;
-    let counts = (space.devices * 9 / 10..space.devices).filter(|n| n.is_multiple_of(node) && smooth(*n));
+    let counts = (space.devices * 9 / 10..space.devices).rev();
+    let counts = counts.filter(|n| n.is_multiple_of(node) && smooth(*n)).take(MOST_COUNTS);
     let mut best: Option<Price> = None;
     for devices in counts {
         let mut hunt = Hunt::new(model, batch, cluster, Space { devices, mesh: None, ..space });
-        hunt.limit = best.map_or(limit, |best| best.step().min(limit));
+        let limit = best.map_or(limit, |best| best.step().min(limit));
+        (hunt.limit, hunt.one_is_enough) = (limit, true);
         hunt.all_meshes();
         let found = hunt.bests.values().filter_map(|found| found.best);
-        let found = found.filter(|price| price.step() < hunt.limit);
+        let found = found.filter(|price| price.step() < limit);
         best = found.min_by(|a, b| a.step().total_cmp(&b.step())).or(best);
     }
     best
@@ -166,6 +171,8 @@ struct Hunt<'a> {
     space: Space,
     /// Plans that take longer are of no interest.
     limit: f64,
+    /// Whether the best of all will do, whatever its family.
+    one_is_enough: bool,
     layers: BTreeMap<LayerKey, LayerCost>,
     /// Mixed layers that take less time than unmixed ones.
     paying: BTreeMap<LayerKey, bool>,
@@ -176,7 +183,8 @@ struct Hunt<'a> {
 impl<'a> Hunt<'a> {
     fn new(model: &'a ModelShape, batch: Batch, cluster: &'a Cluster, space: Space) -> Hunt<'a> {
         let (layers, paying, bests) = Default::default();
-        Hunt { model, batch, cluster, space, limit: f64::INFINITY, layers, paying, bests, priced: 0 }
+        let (limit, one_is_enough, priced) = (f64::INFINITY, false, 0);
+        Hunt { model, batch, cluster, space, limit, one_is_enough, layers, paying, bests, priced }
     }
 
     fn all_meshes(&mut self) {
@@ -287,6 +295,9 @@ impl<'a> Hunt<'a> {
             if price.fits(self.cluster) {
                 if found.best.is_none_or(|best| price.step() < best.step()) {
                     found.best = Some(price);
+                    if self.one_is_enough {
+                        self.limit = self.limit.min(price.step());
+                    }
                 }
             } else if found.best.is_none()
                 && found.least.is_none_or(|least| price.memory.device() < least.memory.device())
