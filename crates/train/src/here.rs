@@ -218,18 +218,24 @@ impl<'a> Probe<'a> {
             },
         };
         let parts = [mean(|r| r.attention), mean(|r| r.norms), mean(|r| r.layers), mean(|r| r.head)];
-        self.rest(cluster, parts)
+        let cluster = self.rest(cluster, parts);
+        // The clock of whole steps has the last word: parts timed one by one take longer together.
+        let all = self.compute(&self.shape, &cluster) + beside;
+        faster(cluster, all / mean(|r| r.step))
+    }
+
+    /// Seconds of a step without its optimizer.
+    fn compute(&self, model: &ModelShape, cluster: &Cluster) -> f64 {
+        let batch = Batch { rows: self.rows, context: self.context };
+        let priced = price(model, batch, cluster, &solo(self.rows));
+        priced.map_or(0.0, |price| price.seconds.compute)
     }
 
     /// Rates of what the pass took beside products: its seconds are linear in each.
     fn rest(&self, cluster: Cluster, [attention, norms, layers, head]: [f64; 4]) -> Cluster {
         let m = self.tokens() as f64;
         let body = ModelShape { vocab: 0, ..self.shape };
-        let compute = |model: &ModelShape, pace: Pace| {
-            let batch = Batch { rows: self.rows, context: self.context };
-            let priced = price(model, batch, &Cluster { pace, ..cluster }, &solo(self.rows));
-            priced.map_or(0.0, |price| price.seconds.compute)
-        };
+        let compute = |model: &ModelShape, pace: Pace| self.compute(model, &Cluster { pace, ..cluster });
         let products = compute(&body, cluster.pace);
         let head_products = compute(&self.shape, cluster.pace) - products;
         let bytes = |pace: Pace| compute(&body, pace) - products;
@@ -246,6 +252,21 @@ impl<'a> Probe<'a> {
         };
         Cluster { pace, ..cluster }
     }
+}
+
+/// All that a device does, so many times as fast.
+fn faster(cluster: Cluster, times: f64) -> Cluster {
+    let pace = cluster.pace;
+    let pace = Pace {
+        attention_flops_per_s: times * pace.attention_flops_per_s,
+        packed_bytes_per_s: times * pace.packed_bytes_per_s,
+        norm_bytes_per_s: times * pace.norm_bytes_per_s,
+        element_bytes_per_s: times * pace.element_bytes_per_s,
+        logits_per_s: times * pace.logits_per_s,
+        update_bytes_per_s: times * pace.update_bytes_per_s,
+        ..pace
+    };
+    Cluster { flops_per_s: times * cluster.flops_per_s, pace, ..cluster }
 }
 
 /// Bytes an update reads and writes a parameter, as the cost model counts them.
