@@ -8,6 +8,7 @@ mod changed;
 mod cluster;
 mod every;
 mod experts;
+mod family;
 mod memory;
 mod model_shape;
 mod picture;
@@ -20,12 +21,13 @@ mod volume;
 pub use cluster::{Cluster, Link, Pace};
 pub use every::every;
 pub use experts::{ExpertFlow, ExpertFlows, expert_flows, expert_products, pool_flows};
+pub use family::Family;
 pub use memory::{Memory, STATE_BYTES, StateBytes};
 pub use model_shape::{Batch, MixtureShape, ModelShape, Pair};
 pub use picture::{layer_flows, mixed_flows, pure_grids, svg, table, title};
 pub use plan::{Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
-pub use search::{Contender, Decision, Family, NoFit, Space, Variation, fewer, search};
+pub use search::{Contender, Decision, NoFit, Space, Variation, fewer, search};
 pub use seconds::Seconds;
 pub use volume::{
     Flow, Grid, Half, Product, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,

@@ -8,6 +8,7 @@
 
 use super::changed::{changed, other_experts};
 use super::cluster::Cluster;
+use super::family::Family;
 use super::plan::{Offload, Plan, PlanError, Zero};
 use super::price::{Price, Run, price};
 use super::seconds::LayerCost;
@@ -16,7 +17,6 @@ use super::{Batch, ModelShape, Pair};
 use crate::pipeline::Schedule;
 use crate::{Axis, MeshShape, Parts, Scheme};
 use std::collections::BTreeMap;
-use std::fmt;
 
 /// Shortest piece of a row a context rank gets.
 const LEAST_CONTEXT: usize = 256;
@@ -36,25 +36,6 @@ pub struct Space {
     pub mesh: Option<MeshShape>,
     /// Whether host memory may be used.
     pub offload: bool,
-}
-
-/// How the products of a plan are distributed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
-    /// Not at all.
-    NoTensor,
-    /// 1D.
-    OneD,
-    /// SUMMA everywhere.
-    Summa,
-    /// Weight-stationary everywhere.
-    WeightStationary,
-    /// On a plane, attention by the one and the feed-forward part by the other.
-    Mixed,
-    /// 2.5D.
-    TwoPointFiveD,
-    /// 3D.
-    ThreeD,
 }
 
 /// The best of a family.
@@ -464,33 +445,6 @@ fn divisors(n: usize) -> Vec<usize> {
     let low: Vec<usize> = (1..=n.isqrt()).filter(|d| n.is_multiple_of(*d)).collect();
     let high = low.iter().rev().map(|d| n / d).filter(|d| d * d > n);
     low.iter().copied().chain(high).collect()
-}
-
-impl Family {
-    /// All of them.
-    pub const ALL: [Family; 7] = [
-        Family::NoTensor,
-        Family::OneD,
-        Family::Summa,
-        Family::WeightStationary,
-        Family::Mixed,
-        Family::TwoPointFiveD,
-        Family::ThreeD,
-    ];
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Family::NoTensor => "no tensor axis",
-            Family::OneD => "1D",
-            Family::Summa => "2D SUMMA",
-            Family::WeightStationary => "2D weight-stationary",
-            Family::Mixed => "2D mixed",
-            Family::TwoPointFiveD => "2.5D",
-            Family::ThreeD => "3D",
-        })
-    }
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ pub mod keys;
 mod kind;
 mod new_model;
 mod stages;
+mod tiers;
 mod values;
 
 pub use values::{

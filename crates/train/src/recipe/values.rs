@@ -1,7 +1,7 @@
 //! A recipe as typed values, and the combinations that cannot be.
 
 use super::keys::parse_bytes;
-use super::{RecipeError, Settings, auto, new_model, stages};
+use super::{RecipeError, Settings, auto, new_model, stages, tiers};
 use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
@@ -464,7 +464,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     let parts = Parts { attention: scheme("mesh.attention_scheme"), ffn: scheme("mesh.ffn_scheme") };
     let scheme = scheme("mesh.scheme");
     if get.text("memory.dram").is_some() {
-        tiers_of_ranks(get, &shape)?;
+        tiers::of_ranks(get, &shape)?;
     }
     let attention = get.text("mesh.attention").and_then(|name| ContextAttention::from_name(&name));
     let deadline = Duration::from_secs_f64(need(get.float("mesh.deadline"), "mesh.deadline")?);
@@ -479,23 +479,4 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     let schedule = stages::schedule(get, &shape, train)?;
     let auto = auto::asked(get, &shape, (scheme, parts))?;
     Ok(MeshRecipe { auto, shape, scheme, parts, attention, deadline, sharding, schedule })
-}
-
-/// What runs of several ranks over tiers cannot do.
-fn tiers_of_ranks(get: &Get<'_>, shape: &MeshShape) -> Result<(), RecipeError> {
-    let fsdp = shape.size(Axis::Fsdp);
-    if fsdp > 1 {
-        return impossible(
-            format!("memory.dram is given for mesh.fsdp = {fsdp}"),
-            "ranks that share the state have no tiers of their own; set mesh.fsdp = 1 (and mesh.dp instead), or drop memory.dram",
-        );
-    }
-    let every = need(get.int("sample.every"), "sample.every")?;
-    if shape.world_size() > 1 && every > 0 {
-        return impossible(
-            format!("sample.every = {every} with memory.dram for mesh `{shape}`"),
-            "a sample needs the whole model on one rank, beyond the budget; set sample.every = 0 and talk to the model that the run leaves (trilith chat)",
-        );
-    }
-    Ok(())
 }
