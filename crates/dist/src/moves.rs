@@ -42,19 +42,26 @@ pub(crate) fn sum_scatter(mesh: &Mesh, axis: Axis, side: Side, x: &Tensor) -> Re
             Ok(out)
         }
         Side::Cols => {
-            assert!(n.is_multiple_of(ranks), "{n} columns over {ranks} ranks");
-            let width = n / ranks;
-            let mut pieces = Tensor::new(x.device(), x.dtype(), &[ranks * m, width])?;
-            for rank in 0..ranks {
-                let from = Mat::new(x.view().narrow(rank * width, x.len() - rank * width), n);
-                let to = pieces.view_mut().narrow(rank * m * width, m * width);
-                block::copy(m, width, from, MatMut { data: to, ld: width });
-            }
-            let mut out = Tensor::new(x.device(), x.dtype(), &[m, width])?;
+            let pieces = column_pieces(x, ranks)?;
+            let mut out = Tensor::new(x.device(), x.dtype(), &[m, n / ranks])?;
             mesh.group(axis).reduce_scatter_sum(pieces.view(), out.view_mut())?;
             Ok(out)
         }
     }
+}
+
+/// x [m, n] -> [ranks m, n / ranks]: the columns of each rank as rows, one rank after the other.
+pub(crate) fn column_pieces(x: &Tensor, ranks: usize) -> Result<Tensor, Fault> {
+    let (m, n) = (x.rows(), x.cols());
+    assert!(n.is_multiple_of(ranks), "{n} columns over {ranks} ranks");
+    let width = n / ranks;
+    let mut pieces = Tensor::new(x.device(), x.dtype(), &[ranks * m, width])?;
+    for rank in 0..ranks {
+        let from = Mat::new(x.view().narrow(rank * width, x.len() - rank * width), n);
+        let to = pieces.view_mut().narrow(rank * m * width, m * width);
+        block::copy(m, width, from, MatMut { data: to, ld: width });
+    }
+    Ok(pieces)
 }
 
 /// The same over every axis of `cut`, outermost first.

@@ -3,11 +3,10 @@
 //! unchanged. The way back takes the same steps in reverse.
 
 use crate::matmul::finish;
-use crate::moves::{copy_into, gather};
+use crate::moves::{column_pieces, copy_into, gather};
 use crate::scheme::turned;
 use crate::{Axis, Flow, FlowError, Layout, Mesh, MeshShape, Scheme, Side};
-use kernels::block;
-use kernels::gemm::{Mat, MatMut};
+use kernels::gemm::Mat;
 use tensor::{Fault, Tape, Tensor, Var};
 
 const MOMENT: &str = "redistribute";
@@ -207,15 +206,8 @@ fn exchange(mesh: &Mesh, axis: Axis, from: Side, x: &Tensor) -> Result<Tensor, F
     let group = mesh.group(axis);
     match from {
         Side::Rows => {
-            assert!(k.is_multiple_of(ranks), "{k} columns over {ranks} ranks");
-            let width = k / ranks;
-            let mut mine = Tensor::new(x.device(), x.dtype(), &[ranks * m, width])?;
-            for rank in 0..ranks {
-                let piece = Mat::new(x.view().narrow(rank * width, x.len() - rank * width), k);
-                let to = mine.view_mut().narrow(rank * each, each);
-                block::copy(m, width, piece, MatMut { data: to, ld: width });
-            }
-            let mut out = Tensor::new(x.device(), x.dtype(), &[ranks * m, width])?;
+            let mine = column_pieces(x, ranks)?;
+            let mut out = Tensor::new(x.device(), x.dtype(), mine.shape())?;
             group.all_to_all((mine.view(), &runs), (out.view_mut(), &runs))?;
             Ok(out)
         }

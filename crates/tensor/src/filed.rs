@@ -50,11 +50,11 @@ impl Tape<'_> {
     /// Files what nobody holds but the nodes from `first` on.
     fn put_away(&mut self, first: usize) -> Result<(), Fault> {
         let mut held: Vec<(Tensor, Vec<(usize, usize)>)> = Vec::new();
-        for (node, op) in self.nodes.iter_mut().enumerate().skip(first) {
-            for (nth, value) in op.op.kept().into_iter().enumerate() {
+        for (at, node) in self.nodes.iter_mut().enumerate().skip(first) {
+            for (nth, value) in node.op.kept().into_iter().enumerate() {
                 match held.iter_mut().find(|(other, _)| other.is_same(value)) {
-                    Some((_, holders)) => holders.push((node, nth)),
-                    None => held.push((value.clone(), vec![(node, nth)])),
+                    Some((_, holders)) => holders.push((at, nth)),
+                    None => held.push((value.clone(), vec![(at, nth)])),
                 }
             }
         }
@@ -65,7 +65,7 @@ impl Tape<'_> {
         let Some(filed) = self.store(&values)? else { return Ok(()) };
         drop(values);
         let nothing = Tensor::new(self.params.device(), dtype, &[0])?;
-        self.put_back(&holders, |_| nothing.clone());
+        put_back(&mut self.nodes, &holders, |_| nothing.clone());
         let put_away = PutAway { filed, holders };
         let output = self.input(nothing).id;
         let layer = self.layer();
@@ -73,23 +73,10 @@ impl Tape<'_> {
         Ok(())
     }
 
-    fn put_back(&mut self, holders: &[Vec<(usize, usize)>], value: impl Fn(usize) -> Tensor) {
-        for (i, (node, nth)) in
-            holders.iter().enumerate().flat_map(|(i, all)| all.iter().map(move |at| (i, at)))
-        {
-            if let Some(place) = self.nodes[*node].op.kept().into_iter().nth(*nth) {
-                *place = value(i);
-            }
-        }
-    }
-
     /// The way back has come to where values were put away, whose nodes are `nodes`.
-    pub(crate) fn take_up(&mut self, put_away: PutAway, nodes: &mut Vec<Node>) -> Result<(), Fault> {
-        let PutAway { filed, holders } = put_away;
-        let values = self.restore(filed)?;
-        let outer = std::mem::replace(&mut self.nodes, std::mem::take(nodes));
-        self.put_back(&holders, |i| values[i].clone());
-        *nodes = std::mem::replace(&mut self.nodes, outer);
+    pub(crate) fn take_up(&mut self, put_away: PutAway, nodes: &mut [Node]) -> Result<(), Fault> {
+        let values = self.restore(put_away.filed)?;
+        put_back(nodes, &put_away.holders, |i| values[i].clone());
         Ok(())
     }
 
@@ -154,6 +141,17 @@ impl Tape<'_> {
         };
         let about = About { phase, op, layer: self.layer() as u32 };
         self.params.bring(about, &[Need { class: Class::Activation, elements, access }])
+    }
+}
+
+/// Gives every holder of the `i`-th value what `value(i)` says.
+fn put_back(nodes: &mut [Node], holders: &[Vec<(usize, usize)>], value: impl Fn(usize) -> Tensor) {
+    for (i, holders) in holders.iter().enumerate() {
+        for (at, nth) in holders {
+            if let Some(place) = nodes[*at].op.kept().into_iter().nth(*nth) {
+                *place = value(i);
+            }
+        }
     }
 }
 

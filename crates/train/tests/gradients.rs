@@ -6,23 +6,13 @@
 mod common;
 
 use common::runs::run;
-use common::{Place, budget, moved};
+use common::{MODEL, Place, budget, moved};
 use std::sync::Mutex;
 use train::{Prepared, Start, TrainError};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
 const ROUNDED: &str = "train.gradients=bf16";
-
-const MODEL: [&str; 7] = [
-    "model.layers=4",
-    "model.width=64",
-    "tokenizer.vocab=500",
-    "train.steps=5",
-    "eval.every=3",
-    "checkpoint.every=3",
-    "checkpoint.keep_last=1",
-];
 
 /// Bytes of a state in memory.
 fn state_bytes(place: &Place, sets: &[&str]) -> u64 {

@@ -5,23 +5,13 @@
 
 mod common;
 
-use common::{Place, bounds, budget, moved};
+use common::{MODEL, Place, bounds, budget, moved};
 use memory::plan::Budgets;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 use train::{BudgetFile, MOST_RECOVERIES, Prepared, Progress, Recovery, Start, TrainError};
 
 static ALONE: Mutex<()> = Mutex::new(());
-
-const MODEL: [&str; 7] = [
-    "model.layers=4",
-    "model.width=64",
-    "tokenizer.vocab=500",
-    "train.steps=5",
-    "eval.every=3",
-    "checkpoint.every=3",
-    "checkpoint.keep_last=1",
-];
 
 /// Run within a budget, which is kept.
 fn run_within(place: &Place, dir: &str, sets: &[&str], start: Start, bytes: u64) -> Result<(), TrainError> {

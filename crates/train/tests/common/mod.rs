@@ -89,6 +89,17 @@ impl Place {
     }
 }
 
+/// A model whose state, over tiers, has chunks to move.
+pub const MODEL: [&str; 7] = [
+    "model.layers=4",
+    "model.width=64",
+    "tokenizer.vocab=500",
+    "train.steps=5",
+    "eval.every=3",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=1",
+];
+
 /// Bytes of memory for all ranks of a run: what is no chunk as predicted, and this part of the state.
 pub fn budget(place: &Place, sets: &[&str], part: f64) -> u64 {
     let recipe = place.settings("probe", sets).recipe().unwrap();
