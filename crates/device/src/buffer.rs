@@ -25,6 +25,8 @@ struct Block {
     device: Device,
     ptr: NonNull<u8>,
     bytes: usize,
+    /// Of the whole block, which may be larger than what was asked for.
+    held_bytes: usize,
 }
 
 // SAFETY: the block is plain bytes; access is governed by the borrows of `Buffer`.
@@ -35,7 +37,7 @@ unsafe impl Sync for Block {}
 impl Drop for Block {
     fn drop(&mut self) {
         match self.device {
-            Device::Cpu => give(self.ptr, self.bytes),
+            Device::Cpu => give(self.ptr, self.held_bytes),
         }
     }
 }
@@ -43,11 +45,11 @@ impl Drop for Block {
 impl Buffer {
     /// `bytes` of unspecified contents (an earlier buffer's bytes, or zeros).
     pub fn new(device: Device, bytes: usize) -> Result<Buffer, OutOfMemory> {
-        let ptr = match device {
+        let block = match device {
             Device::Cpu => take(bytes),
         };
-        let ptr = ptr.ok_or(OutOfMemory { bytes, device })?;
-        Ok(Buffer { block: Arc::new(Block { device, ptr, bytes }) })
+        let (ptr, held_bytes) = block.ok_or(OutOfMemory { bytes, device })?;
+        Ok(Buffer { block: Arc::new(Block { device, ptr, bytes, held_bytes }) })
     }
 
     /// `bytes` of zeros.

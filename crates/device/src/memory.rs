@@ -4,7 +4,7 @@
 //! there and never calls the system allocator.
 
 use std::alloc::{Layout, alloc, dealloc};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::ptr::NonNull;
 use std::sync::{LazyLock, Mutex};
 
@@ -41,13 +41,17 @@ impl MemoryUse {
     }
 }
 
-struct Block(NonNull<u8>);
+/// A parked block, and when it was parked.
+struct Block(NonNull<u8>, u64);
 // SAFETY: a parked block is owned by the cache alone.
 unsafe impl Send for Block {}
 
 #[derive(Default)]
 struct Cache {
-    parked: HashMap<usize, Vec<Block>>,
+    /// By size class; the one parked last is last.
+    parked: BTreeMap<usize, VecDeque<Block>>,
+    /// Blocks parked so far.
+    clock: u64,
     usage: MemoryUse,
     /// Buffers, live and parked, should not hold more.
     limit_bytes: Option<usize>,
@@ -85,45 +89,18 @@ fn ask_for_huge_pages(ptr: NonNull<u8>, layout: Layout) {
     let _ = (ptr, layout);
 }
 
-/// A block of at least `bytes`, from the cache or the system; contents are unspecified.
+/// A parked block may be given to who asks for this many times less, where there is a limit.
+const MOST_TIMES: usize = 4;
+
+/// A block of at least `bytes`, from the cache or the system, and its size; contents are unspecified.
 /// `None` when the system refuses.
-pub(crate) fn take(bytes: usize) -> Option<NonNull<u8>> {
-    let class = size_class(bytes)?;
-    let mut cache = cache();
-    let parked = cache.parked.get_mut(&class).and_then(Vec::pop);
-    let ptr = match parked {
-        Some(block) => {
-            cache.usage.cached_bytes -= class;
-            block.0
-        }
-        None => {
-            let held = cache.usage.live_bytes - cache.usage.region_bytes + cache.usage.cached_bytes;
-            if cache.limit_bytes.is_some_and(|limit| held + class > limit) {
-                cache.release();
-            }
-            let layout = layout_of(class)?;
-            // SAFETY: the size is not zero.
-            let ptr = NonNull::new(unsafe { alloc(layout) })?;
-            ask_for_huge_pages(ptr, layout);
-            // Fresh pages are touched here, so that every element is initialised memory and the
-            // first step, not a random later one, pays for the page faults.
-            // SAFETY: the block has `class` bytes.
-            unsafe { ptr.as_ptr().write_bytes(0, class) };
-            cache.usage.system_allocations += 1;
-            ptr
-        }
-    };
-    cache.usage.grow(class);
-    Some(ptr)
+pub(crate) fn take(bytes: usize) -> Option<(NonNull<u8>, usize)> {
+    cache().take(bytes)
 }
 
-/// Park a block that `take(bytes)` gave.
-pub(crate) fn give(ptr: NonNull<u8>, bytes: usize) {
-    let class = size_class(bytes).unwrap_or(bytes);
-    let mut cache = cache();
-    cache.usage.live_bytes -= class;
-    cache.usage.cached_bytes += class;
-    cache.parked.entry(class).or_default().push(Block(ptr));
+/// Park a block that `take` gave, of the size it said.
+pub(crate) fn give(ptr: NonNull<u8>, class: usize) {
+    cache().give(ptr, class);
 }
 
 /// Granules of a region have come.
@@ -156,7 +133,7 @@ pub fn reset_peak() {
 
 /// Hand every parked block back to the system; returns how many bytes that was.
 pub fn release_cached() -> usize {
-    cache().release()
+    cache().release(usize::MAX)
 }
 
 /// From now on parked blocks are handed back where buffers would otherwise hold more than `bytes`.
@@ -165,15 +142,61 @@ pub fn limit_parked(bytes: Option<usize>) {
 }
 
 impl Cache {
-    fn release(&mut self) -> usize {
-        for (class, blocks) in self.parked.drain() {
-            for block in blocks {
-                let Some(layout) = layout_of(class) else { continue };
-                // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
-                unsafe { dealloc(block.0.as_ptr(), layout) };
+    fn take(&mut self, bytes: usize) -> Option<(NonNull<u8>, usize)> {
+        let class = size_class(bytes)?;
+        let held = self.usage.live_bytes - self.usage.region_bytes + self.usage.cached_bytes;
+        let over = self.limit_bytes.map_or(0, |limit| (held + class).saturating_sub(limit));
+        let most = if over > 0 { class.saturating_mul(MOST_TIMES) } else { class };
+        let (ptr, class) = match self.unpark(class, most) {
+            Some(block) => block,
+            None => {
+                self.release(over);
+                let layout = layout_of(class)?;
+                // SAFETY: the size is not zero.
+                let ptr = NonNull::new(unsafe { alloc(layout) })?;
+                ask_for_huge_pages(ptr, layout);
+                // Fresh pages are touched here, so that every element is initialised memory and the
+                // first step, not a random later one, pays for the page faults.
+                // SAFETY: the block has `class` bytes.
+                unsafe { ptr.as_ptr().write_bytes(0, class) };
+                self.usage.system_allocations += 1;
+                (ptr, class)
             }
+        };
+        self.usage.grow(class);
+        Some((ptr, class))
+    }
+
+    fn give(&mut self, ptr: NonNull<u8>, class: usize) {
+        self.usage.live_bytes -= class;
+        self.usage.cached_bytes += class;
+        self.clock += 1;
+        self.parked.entry(class).or_default().push_back(Block(ptr, self.clock));
+    }
+
+    /// The smallest parked block of `least` to `most` bytes, and its size.
+    fn unpark(&mut self, least: usize, most: usize) -> Option<(NonNull<u8>, usize)> {
+        let mut fitting = self.parked.range_mut(least..=most);
+        let (class, block) = fitting.find_map(|(class, blocks)| Some((*class, blocks.pop_back()?)))?;
+        self.usage.cached_bytes -= class;
+        Some((block.0, class))
+    }
+
+    /// Hands parked blocks back until they were `bytes` at least or there are none; those parked longest
+    /// ago go first. Returns how many bytes it was.
+    fn release(&mut self, bytes: usize) -> usize {
+        let mut released = 0;
+        while released < bytes {
+            let oldest = self.parked.iter().filter_map(|(class, blocks)| Some((blocks.front()?.1, *class)));
+            let Some((_, class)) = oldest.min() else { break };
+            let block = self.parked.get_mut(&class).and_then(VecDeque::pop_front);
+            let (Some(block), Some(layout)) = (block, layout_of(class)) else { break };
+            // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
+            unsafe { dealloc(block.0.as_ptr(), layout) };
+            released += class;
         }
-        std::mem::take(&mut self.usage.cached_bytes)
+        self.usage.cached_bytes -= released;
+        released
     }
 }
 
@@ -234,5 +257,34 @@ mod tests {
             assert!(class - bytes <= (bytes / 8).max(ALIGN_BYTES), "{bytes} -> {class}");
         }
         assert_eq!(size_class(usize::MAX), None);
+    }
+
+    #[test]
+    fn within_a_limit_parked_blocks_serve_smaller_requests_before_the_system_is_asked() {
+        const MIB: usize = 1 << 20;
+        let mut cache = Cache::default();
+        let (large, held) = cache.take(8 * MIB).unwrap();
+        cache.give(large, held);
+        // Without a limit each size has its own list.
+        let (small, held) = cache.take(3 * MIB).unwrap();
+        assert_eq!((held, cache.usage.system_allocations), (3 * MIB, 2));
+        cache.give(small, held);
+        cache.limit_bytes = Some(11 * MIB);
+        let (smallest, held) = cache.take(2 * MIB).unwrap();
+        assert_eq!((smallest, held), (small, 3 * MIB), "the smallest that fits");
+        let (larger, held) = cache.take(3 * MIB).unwrap();
+        assert_eq!((larger, held), (large, 8 * MIB));
+        cache.give(smallest, 3 * MIB);
+        cache.give(larger, 8 * MIB);
+        assert_eq!((cache.usage.live_bytes, cache.usage.system_allocations), (0, 2));
+        // More than four times what is asked for is too good, and 9 MiB are in no block: who was
+        // parked longest ago goes, and no more than that.
+        let (tiny, held) = cache.take(MIB / 2).unwrap();
+        assert_eq!((held, cache.usage.cached_bytes), (MIB / 2, 8 * MIB));
+        cache.give(tiny, held);
+        let (other, held) = cache.take(9 * MIB).unwrap();
+        assert_eq!((cache.usage.cached_bytes, cache.usage.peak_held_bytes), (MIB / 2, 11 * MIB));
+        cache.give(other, held);
+        assert_eq!(cache.release(usize::MAX), 9 * MIB + MIB / 2);
     }
 }

@@ -56,10 +56,6 @@ impl Regions {
         self.0[at.class].as_ref().is_some_and(|array| array.regions[at.depth].is_lent(at.i))
     }
 
-    pub fn bring(&mut self, at: At) {
-        self.region(at).bring(at.i);
-    }
-
     pub fn lend(&mut self, at: At) -> device::Loan {
         self.region(at).lend(at.i)
     }
@@ -264,8 +260,7 @@ impl Arrays {
     }
 
     fn len_of(&self, class: Class) -> usize {
-        let filed = self.filed().filter(|_| class == Class::Activation);
-        filed.map_or(self.len, |(filed, _)| filed.elements)
+        self.pager.as_ref().map_or(self.len, |pager| elements_of(pager, class, self.len))
     }
 
     /// Room for values that are filed on the way forth, and elements of a chunk; none where they stay
@@ -333,6 +328,13 @@ impl Arrays {
         })
     }
 
+    /// All elements of the chunks that hold some of `elements`.
+    pub fn whole_chunks(&self, elements: &Range<usize>) -> Range<usize> {
+        let chunk = self.pager.as_ref().map_or(self.len, Pager::chunk_elements);
+        let chunks = self.chunks_of(elements);
+        (chunks.start * chunk).min(self.len)..(chunks.end * chunk).min(self.len)
+    }
+
     /// The pieces of everything that hold some of `elements`, by their count.
     pub fn chunks_of(&self, elements: &Range<usize>) -> Range<usize> {
         let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
@@ -342,7 +344,7 @@ impl Arrays {
     /// An op is about to run: make what it needs resident.
     pub fn visit(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
         let Some(pager) = &mut self.pager else { return Ok(()) };
-        list_chunks(pager, needs, &mut self.scratch);
+        list_chunks(pager, self.len, needs, &mut self.scratch);
         self.depth = pager.visit(&mut self.regions, about, &self.scratch)?;
         Ok(())
     }
@@ -351,7 +353,7 @@ impl Arrays {
     /// is as well known as ever.
     pub fn pass_over(&mut self, about: About, needs: &[Need]) -> Result<(), PagerError> {
         let Some(pager) = &mut self.pager else { return Ok(()) };
-        list_chunks(pager, needs, &mut self.scratch);
+        list_chunks(pager, self.len, needs, &mut self.scratch);
         pager.pass_over(&mut self.regions, about, &self.scratch)
     }
 
@@ -411,16 +413,25 @@ impl Arrays {
     }
 }
 
-/// The chunks of `needs`, each once.
-fn list_chunks(pager: &Pager, needs: &[Need], list: &mut Vec<(ChunkId, Access)>) {
+/// Elements of a class, where arrays of the state have `len`.
+fn elements_of(pager: &Pager, class: Class, len: usize) -> usize {
+    let filed = pager.filed().filter(|_| class == Class::Activation);
+    filed.map_or(len, |filed| filed.elements)
+}
+
+/// The chunks of `needs`, each once. What is written in part only keeps what it has.
+fn list_chunks(pager: &Pager, len: usize, needs: &[Need], list: &mut Vec<(ChunkId, Access)>) {
     list.clear();
     for need in needs.iter().filter(|need| !need.elements.is_empty()) {
         let chunk = pager.chunk_elements();
         for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
             let id = pager.id(need.class, i);
+            let whole = i * chunk..((i + 1) * chunk).min(elements_of(pager, need.class, len));
+            let covered = need.elements.start <= whole.start && whole.end <= need.elements.end;
+            let access = if covered { need.access } else { need.access.in_part() };
             match list.iter_mut().find(|(known, _)| *known == id) {
-                Some((_, access)) => *access = access.then(need.access),
-                None => list.push((id, need.access)),
+                Some((_, known)) => *known = known.then(access),
+                None => list.push((id, access)),
             }
         }
     }

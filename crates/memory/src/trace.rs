@@ -34,6 +34,14 @@ impl Access {
         !matches!(self, Access::Read)
     }
 
+    /// The same of a part of the bytes.
+    pub const fn in_part(self) -> Access {
+        match self {
+            Access::Read => Access::Read,
+            Access::Write | Access::ReadWrite => Access::ReadWrite,
+        }
+    }
+
     /// One access that stands for `self` and then `next` in the same moment.
     pub const fn then(self, next: Access) -> Access {
         match (self, next) {

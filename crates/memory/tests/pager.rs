@@ -154,3 +154,42 @@ fn what_one_moment_needs_beyond_the_budget_is_an_error() {
     assert!(matches!(error, PagerError::TooSmall { op: "wide", .. }), "{error}");
     assert!(error.to_string().contains("raise memory.dram"));
 }
+
+#[test]
+fn what_is_written_in_part_begins_as_zeros_whatever_lay_there() {
+    let _others = HELD.lock();
+    let dir = tempfile::tempdir().unwrap();
+    // Whole huge pages, which are handed on from who leaves to who comes.
+    let chunk = 1 << 20;
+    let dram = Some((OTHERS as u64 + 9 * chunk as u64) * 64 / 63);
+    let setup = Setup {
+        budgets: Budgets { hbm: None, dram, nvme: Some(1 << 30) },
+        ranks: 1,
+        dir: dir.path().to_path_buf(),
+        drive: None,
+        policy: Policy::Dynamic,
+        other_bytes: 0,
+        chunk_elements: chunk,
+        filed: None,
+    };
+    let classes = [(Class::Param, DType::F32), (Class::Grad, DType::F32)];
+    let mut arrays = Arrays::paged(Device::Cpu, 4 * chunk + 2048, setup, &classes, None).unwrap();
+    let mut write = |elements: std::ops::Range<usize>, value: f32| {
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Write };
+        arrays.visit(ABOUT, &[need]).unwrap();
+        arrays.view_mut(Class::Grad, elements.clone()).f32().fill(value);
+        let first = elements.start / chunk * chunk;
+        let whole = first..(first + chunk).min(arrays.len());
+        let seen = arrays.view(Class::Grad, whole.clone()).f32().to_vec();
+        arrays.discard(Class::Grad, whole).unwrap();
+        let inside = |i: usize| elements.contains(&(first + i));
+        assert!(seen.iter().enumerate().all(|(i, x)| *x == if inside(i) { value } else { 0.0 }));
+    };
+    for round in 0..3 {
+        write(round * chunk..(round + 1) * chunk, 7.0);
+        write(chunk + 5..2 * chunk, 3.0);
+        write(0..chunk - 1, 4.0);
+        write(4 * chunk..4 * chunk + 2048, 5.0);
+        write(4 * chunk..4 * chunk + 2047, 6.0);
+    }
+}

@@ -104,7 +104,7 @@ impl Tape<'_> {
         }
         self.filed_elements = end;
         for piece in pieces((start, chunk), values) {
-            self.bring_filed(piece.chunk.start..piece.end(), "file", Access::Write)?;
+            self.bring_filed(piece.chunk.clone(), "file", Access::Write)?;
             for (i, here, there) in piece.parts {
                 let from = values[i].view().narrow(here.start, here.len());
                 let to = self.params.arrays_mut().view_mut(Class::Activation, there);
@@ -122,7 +122,7 @@ impl Tape<'_> {
         let made = filed.shapes.iter().map(|shape| Tensor::new(device, room.dtype, shape));
         let mut values = made.collect::<Result<Vec<Tensor>, _>>()?;
         for piece in pieces((filed.start, chunk), &values) {
-            self.bring_filed(piece.chunk.start..piece.end(), "take back", Access::Read)?;
+            self.bring_filed(piece.chunk.clone(), "take back", Access::Read)?;
             for (i, here, there) in piece.parts {
                 let from = self.params.arrays().view(Class::Activation, there);
                 kernels::elementwise::copy(values[i].view_mut().narrow(here.start, here.len()), from);
@@ -161,13 +161,6 @@ struct Piece {
     chunk: Range<usize>,
     /// Which value, its elements in the value, and in the array of the tiers.
     parts: Vec<(usize, Range<usize>, Range<usize>)>,
-}
-
-impl Piece {
-    /// Behind its last element that lies in a value.
-    fn end(&self) -> usize {
-        self.parts.last().map_or(self.chunk.start, |(_, _, there)| there.end)
-    }
 }
 
 /// The chunks of `values` one after the other, from `start` on.

@@ -305,8 +305,7 @@ impl ParamStore {
         for param in moment.params {
             let elements = self.range(*param);
             if moment.writes_grads {
-                let elements = elements.clone();
-                needs.push(Need { class: Class::Grad, elements, access: Access::ReadWrite });
+                needs.push(self.need_of_grad(*param));
             }
             needs.push(Need { class: Class::Param, elements, access: Access::Read });
         }
@@ -316,6 +315,31 @@ impl ParamStore {
             Phase::Recompute => trace::Phase::Recompute,
         };
         self.bring(About { phase, op: moment.op, layer: moment.layer as u32 }, &needs)
+    }
+
+    /// What writing the gradient of a parameter needs. The first to write in a chunk finds nothing there
+    /// that anybody will look at, and needs no zeros either.
+    fn need_of_grad(&self, param: ParamRef) -> Need {
+        let mut elements = self.range(param);
+        if self.touched[param.index()] {
+            return Need { class: Class::Grad, elements, access: Access::ReadWrite };
+        }
+        let whole = self.arrays.whole_chunks(&elements);
+        let is_blank = |run: Range<usize>| self.params_in(&run).all(|other| !self.touched[other.index()]);
+        if is_blank(whole.start..elements.start) {
+            elements.start = whole.start;
+        }
+        if is_blank(elements.end..whole.end) {
+            elements.end = whole.end;
+        }
+        Need { class: Class::Grad, elements, access: Access::Write }
+    }
+
+    /// Elements behind a parameter that belong to none, in the chunk in which it ends.
+    fn padding_behind(&self, param: ParamRef) -> Range<usize> {
+        let range = self.range(param);
+        let next = self.starts.get(param.index() + 1).copied().unwrap_or(usize::MAX);
+        range.end..next.min(self.arrays.whole_chunks(&range).end)
     }
 
     /// Make runs of the flat arrays resident until the next call of this or the next moment.
@@ -401,9 +425,20 @@ impl ParamStore {
     /// overwrites, which saves clearing the gradients and reading them once.
     pub fn weight_and_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>, bool) {
         let add = std::mem::replace(&mut self.touched[param.index()], true);
+        if !add {
+            self.clear_padding_behind(param);
+        }
         let range = self.range(param);
         let (weight, grad) = self.arrays.view_and_mut(Class::Param, Class::Grad, range);
         (weight, grad, add)
+    }
+
+    /// Over tiers what is written first may lie in anything: padding counts in norms, and is zero.
+    fn clear_padding_behind(&mut self, param: ParamRef) {
+        let padding = self.padding_behind(param);
+        if self.arrays.is_paged() && !padding.is_empty() {
+            self.arrays.view_mut(Class::Grad, padding).bytes().fill(0);
+        }
     }
 
     /// The same for kernels that only add: a stale gradient is cleared first.
@@ -445,9 +480,10 @@ impl ParamStore {
             return Ok(());
         }
         let elements = self.range(param);
-        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
+        let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Write };
         self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
         self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
+        self.clear_padding_behind(param);
         Ok(())
     }
 

@@ -47,7 +47,7 @@ impl ParamStore {
         }
         // Rounded where ops compute: the sum was written there last.
         let about = About { phase: Phase::Backward, op: "round", ..about };
-        let needs = [need(Class::Grad, Access::Read), need(Class::Grad16, Access::ReadWrite)];
+        let needs = [need(Class::Grad, Access::Read), need(Class::Grad16, Access::Write)];
         self.bring(about, &needs)?;
         self.round(elements);
         Ok(())

@@ -62,6 +62,12 @@ impl Tile {
         }
     }
 
+    /// Columns of a strip where strips are all there is to share: a worker whose core somebody else
+    /// takes for a while is waited for as long as a strip takes. AMX is through with one in no time.
+    pub(crate) const fn shared_strip(&self) -> usize {
+        if self.runs() { self.strip } else { 4 * self.nr }
+    }
+
     /// Panel steps for `kc` values of k.
     pub(crate) const fn steps(&self, kc: usize) -> usize {
         match (self.pairs, self.runs()) {

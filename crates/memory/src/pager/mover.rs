@@ -31,7 +31,9 @@ pub(super) enum End {
     /// A place on the drive.
     Drive(Slot),
     /// Where zeros come from.
-    Nothing,
+    Zeros,
+    /// Where bytes come from that will all be overwritten, whatever they are.
+    Anything,
 }
 
 /// A chunk on its way over a link.
@@ -87,11 +89,11 @@ impl State {
         self.give_back(depth);
     }
 
-    /// A chunk comes, all of whose bytes are written then.
-    fn come(&mut self, depth: usize, loan: &mut Loan) {
-        match &mut self.frames[depth] {
-            Some(frames) => frames.bring(loan),
-            None => loan.bring(),
+    /// A chunk comes, from wherever. Unless it must be zeros, all its bytes are written then.
+    fn come(&mut self, depth: usize, from: &End, loan: &mut Loan) {
+        match (from, &mut self.frames[depth]) {
+            (End::Zeros, _) | (_, None) => loan.bring(),
+            (_, Some(frames)) => frames.bring(loan),
         }
     }
 
@@ -132,10 +134,8 @@ impl Shared {
             state = self.wait(state);
         }
         state.rooms[depth].take(ticket, bytes);
-        match (&job.from, &mut job.to) {
-            (End::Nothing, End::Memory(to)) => to.bring(),
-            (_, End::Memory(to)) => state.come(depth, to),
-            _ => {}
+        if let End::Memory(to) = &mut job.to {
+            state.come(depth, &job.from, to);
         }
         state.give_back(depth);
         self.changed.notify_all();
@@ -143,8 +143,9 @@ impl Shared {
     }
 }
 
-/// Pages that wait for a chunk, at most: more than what is under way both ways.
-const WAITING_BYTES: usize = 64 << 20;
+/// Pages that wait for a chunk, at most: more than a moment sends away. They wait in room that is free
+/// anyway, and what the system gets back it clears before it gives it again.
+const WAITING_BYTES: usize = 1 << 30;
 
 /// Threads of all links. Dropping it waits for what is under way.
 pub(super) struct Mover {
@@ -195,18 +196,22 @@ impl Mover {
 
     /// Queue a chunk; it waits until there is room.
     pub fn send(&self, link: usize, way: Way, job: Job) {
-        if !matches!(job.from, End::Nothing) {
+        if matches!(job.from, End::Memory(_) | End::Drive(_)) {
             self.shared.lock().sent_bytes[link][way as usize] += job.bytes().unwrap_or(0);
         }
         // The thread ends only after this sender is gone.
         self.queues[link][way as usize].send(job).ok();
     }
 
-    /// The owner brought a chunk itself; false, and nothing counted, when there is no room yet.
-    pub fn try_commit(&self, depth: usize, bytes: u64) -> bool {
+    /// Brings a chunk that is copied from nowhere at once; false, and nothing done, when there is no room
+    /// yet.
+    pub fn try_bring(&self, depth: usize, from: &End, to: &mut Loan) -> bool {
         let mut state = self.shared.lock();
-        let there = state.rooms[depth].try_commit(bytes);
-        state.give_back(depth);
+        let there = state.rooms[depth].try_commit(to.len_bytes() as u64);
+        if there {
+            state.come(depth, from, to);
+            state.give_back(depth);
+        }
         there
     }
 
@@ -310,7 +315,7 @@ fn carry_all(jobs: &Receiver<Job>, shared: &Arc<Shared>, disk: Option<&Disk>, (l
                 });
             }
             (from, to, _) => {
-                // Zeros: nothing moves.
+                // From nowhere: nothing moves.
                 drop((from, to));
                 shared.update(|_| ());
             }

@@ -81,9 +81,9 @@ impl Pager {
         for depth in 0..self.memories {
             self.make_room(regions, depth, 0, NOW)?;
         }
-        for (id, _) in needs {
+        for (id, access) in needs {
             if !self.chunk(*id).valid[self.depth] {
-                self.obtain(regions, *id, self.depth)?;
+                self.obtain(regions, *id, self.depth, *access)?;
             }
         }
         Ok(())
@@ -131,10 +131,16 @@ impl Pager {
         (depth + 1..self.tiers.len()).chain(0..depth).find(|from| valid[*from])
     }
 
-    /// Queue all it takes to have a chunk at `depth`.
-    fn obtain(&mut self, regions: &mut Regions, id: ChunkId, depth: usize) -> Result<(), PagerError> {
+    /// Queue all it takes to have a chunk at `depth` for an access.
+    fn obtain(
+        &mut self,
+        regions: &mut Regions,
+        id: ChunkId,
+        depth: usize,
+        access: Access,
+    ) -> Result<(), PagerError> {
         match self.source(id, depth) {
-            None => self.zeros(regions, id, depth),
+            None => self.begin(regions, id, depth, access),
             Some(from) if from > depth => {
                 for to in (depth..from).rev() {
                     self.make_room(regions, to, self.chunk(id).bytes, NOW)?;
@@ -146,25 +152,25 @@ impl Pager {
         }
     }
 
-    /// Put zeros, for which there is room, where a chunk has no copy.
-    pub(super) fn zeros(
+    /// Put a chunk that has no copy where it is accessed first: zeros, where they are looked at.
+    fn begin(
         &mut self,
         regions: &mut Regions,
         id: ChunkId,
         depth: usize,
+        access: Access,
     ) -> Result<(), PagerError> {
         let bytes = self.chunk(id).bytes;
         self.make_room(regions, depth, bytes, NOW)?;
-        let at = self.at(id, depth);
         self.wait_until_returned(regions, id, depth)?;
         self.arrives(id, depth);
-        if self.mover.try_commit(depth, bytes) {
-            regions.bring(at);
-            return Ok(());
+        let from = if access.reads() { End::Zeros } else { End::Anything };
+        let mut to = regions.lend(self.at(id, depth));
+        if !self.mover.try_bring(depth, &from, &mut to) {
+            let room = Some(self.mover.promise(depth, bytes));
+            let job = Job { from, to: End::Memory(to), room, leaves: None };
+            self.mover.send(self.link_below(depth), Way::Up, job);
         }
-        let room = Some(self.mover.promise(depth, bytes));
-        let job = Job { from: End::Nothing, to: End::Memory(regions.lend(at)), room, leaves: None };
-        self.mover.send(self.link_below(depth), Way::Up, job);
         Ok(())
     }
 
@@ -385,10 +391,9 @@ impl Pager {
             if ahead > 1 && ahead_bytes[depth] > self.capacity_bytes[depth] / WINDOW {
                 break;
             }
-            let missing: Vec<ChunkId> =
-                needs.iter().map(|(id, _)| *id).filter(|id| !self.chunk(*id).valid[depth]).collect();
-            for id in missing {
-                if !self.approach(regions, id, depth, self.clock + ahead as u64)? {
+            let missing = needs.iter().filter(|(id, _)| !self.chunk(*id).valid[depth]);
+            for need in missing.copied().collect::<Vec<_>>() {
+                if !self.approach(regions, need, depth, self.clock + ahead as u64)? {
                     return Ok(());
                 }
             }
@@ -400,7 +405,7 @@ impl Pager {
     fn approach(
         &mut self,
         regions: &mut Regions,
-        id: ChunkId,
+        (id, access): (ChunkId, Access),
         depth: usize,
         due: u64,
     ) -> Result<bool, PagerError> {
@@ -422,7 +427,7 @@ impl Pager {
         }
         match source {
             Some(_) => self.up(regions, id, to)?,
-            None => self.zeros(regions, id, to)?,
+            None => self.begin(regions, id, to, access)?,
         }
         Ok(true)
     }
