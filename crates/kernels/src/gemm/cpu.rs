@@ -96,9 +96,9 @@ fn blocks(tile: Tile, k: usize) -> impl Iterator<Item = (usize, usize)> {
 /// share among workers. No sum depends on where a strip ends.
 fn columns_per_task(tile: Tile, m: usize, n: usize) -> usize {
     // Equal shares: the strips of one run of rows are a multiple of the workers where they can be.
-    let (workers, strip) = match m > ROWS_PER_TASK {
-        true => (1, tile.strip),
-        false => (device::num_threads(), tile.shared_strip()),
+    let (workers, strip) = match device::num_threads() {
+        workers if workers > 1 && m <= ROWS_PER_TASK => (workers, tile.shared_strip()),
+        _ => (1, tile.strip),
     };
     let rounds = n.div_ceil(workers * strip).max(1);
     n.div_ceil(workers * rounds).next_multiple_of(tile.nr)
