@@ -50,7 +50,8 @@ pub struct Moment<'a> {
 pub type Watch<'a> = &'a mut dyn FnMut(&Moment<'_>, &mut ParamStore) -> Result<(), Fault>;
 
 /// The way back of an op of another room: gradient of its output to those of its inputs.
-pub(crate) type WayBack = Box<dyn FnOnce(&mut Tape<'_>, Tensor) -> Result<Vec<Option<Tensor>>, Fault>>;
+pub(crate) type WayBack =
+    Box<dyn FnOnce(&mut Tape<'_>, Vec<Tensor>, Tensor) -> Result<Vec<Option<Tensor>>, Fault>>;
 
 /// A stretch of ops that can be run again.
 pub(crate) type Replay = Rc<dyn Fn(&mut Tape<'_>, &Var) -> Result<Var, Fault>>;
@@ -224,8 +225,19 @@ impl<'a> Tape<'a> {
         value: Tensor,
         back: impl FnOnce(&mut Tape<'_>, Tensor) -> Result<Vec<Option<Tensor>>, Fault> + 'static,
     ) -> Var {
+        self.outside_keeping(inputs, value, Vec::new(), |tape, _, dy| back(tape, dy))
+    }
+
+    /// The same of an op that keeps values for `back`: they are handed to it, and may be filed meanwhile.
+    pub(crate) fn outside_keeping(
+        &mut self,
+        inputs: &[&Var],
+        value: Tensor,
+        kept: Vec<Tensor>,
+        back: impl FnOnce(&mut Tape<'_>, Vec<Tensor>, Tensor) -> Result<Vec<Option<Tensor>>, Fault> + 'static,
+    ) -> Var {
         let ids: Vec<usize> = inputs.iter().map(|input| input.id).collect();
-        self.push(&ids, value, || Op::Outside(Box::new(back)))
+        self.push(&ids, value, || Op::Outside { kept, back: Box::new(back) })
     }
 
     /// Put the output of an op on the tape; `op` is built only while recording.

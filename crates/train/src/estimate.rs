@@ -30,7 +30,7 @@ pub struct Estimate {
     pub filed_bytes: u64,
     /// Layers that run again.
     pub rerun_layers: usize,
-    /// Layers all of whose values are filed: those that do not run again, where they have no experts.
+    /// Layers all of whose values are filed: those that do not run again.
     pub filed_layers: usize,
     /// Input of one layer in one microbatch.
     pub input_bytes: u64,
@@ -57,15 +57,16 @@ impl Estimate {
         let parts = Activations::new(config, recipe);
         let (full, inputs) = kept_layers(config, recipe.recompute);
         let rerun_layers = (0..config.layers()).filter(|layer| recipe.recompute.applies_to(*layer)).count();
-        let filed_layers = if config.moe().is_none() { config.layers() - rerun_layers } else { 0 };
+        let filed_layers = config.layers() - rerun_layers;
         let kept_bytes = full as u64 * parts.kept_bytes;
-        let at_work = if filed_layers > 0 { parts.kept_bytes } else { kept_bytes };
-        let filed_bytes = inputs as u64 * parts.input_bytes + kept_bytes - at_work;
+        let others = if filed_layers > 0 { full as u64 - 1 } else { 0 };
+        let filed_bytes =
+            inputs as u64 * parts.input_bytes + others * (parts.kept_bytes - parts.staying_bytes);
         Estimate {
             params: count,
             state_bytes: (count * per_param) as u64,
             exponent_bytes: exponents as u64,
-            activation_bytes: at_work + filed_bytes + parts.scratch_bytes,
+            activation_bytes: kept_bytes + inputs as u64 * parts.input_bytes + parts.scratch_bytes,
             filed_bytes,
             rerun_layers,
             filed_layers,
@@ -141,6 +142,8 @@ impl Estimate {
 pub(crate) struct Activations {
     /// What one layer keeps from its forward to its backward pass, beside its input.
     pub(crate) kept_bytes: u64,
+    /// Of these the single values per token, head and expert, which are not filed over tiers.
+    pub(crate) staying_bytes: u64,
     /// The input of one layer.
     pub(crate) input_bytes: u64,
     /// The largest scratch beside them.
@@ -162,19 +165,24 @@ impl Activations {
         let inner = if config.gated() { gates } else { 2 * f };
         let before_norm = if config.qk_norm() { (n + 2 * k) * h } else { 0 };
         let kept = 4 * d + (n + 2 * k) * h + before_norm + n * h + inner;
-        // Of experts also the rows that go to them and come back, and the probabilities in f32.
+        // Of experts also the rows that go to them and come back; of the one all tokens share its inner
+        // values, too.
         let (routed, choices) = config.moe().map_or((0, 0), |moe| {
-            let shared = moe.shared_ffn.map_or(0, |ffn| ffn + d);
-            (2 * moe.choices * d + shared + 4 * moe.experts / size, moe.choices)
+            let shared = moe.shared_ffn.map_or(0, |ffn| 2 * ffn + 2 * d);
+            (2 * moe.choices * d + shared, moe.choices)
         });
         let kept = kept + routed;
+        // In f32: a sum per head, the router's probabilities and weights, a gate before and behind its sigmoid.
+        let routes = config.moe().map_or(0, |moe| moe.experts + moe.choices + 2);
+        let staying = (m * (n + routes) * 4) as u64;
         // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the
         // inner values, the packed operand of the widest product.
         let slice = tensor::loss_slice_tokens(v).min(m);
         let head = 2 * slice * v * 4 + 2 * m * d * size;
         let scratch = m * (gates + f + (2 + 2 * choices) * d) * size + m * gates * 4;
         Activations {
-            kept_bytes: (m * (kept * size + n * 4)) as u64,
+            kept_bytes: (m * kept * size) as u64 + staying,
+            staying_bytes: staying,
             input_bytes: (m * d * size) as u64,
             scratch_bytes: (head.max(scratch) + 2 * m * d * size) as u64,
         }

@@ -95,10 +95,11 @@ impl Tape<'_> {
             let out = MatMut { data: y.view_mut().narrow(first * d, m * d), ld: d };
             gemm(m, d, f, a, Mat::new(w.narrow(e * d * f, d * f), f).t(), out, false, Epilogue::default());
         }
-        let (kept, starts) = (x.value.clone(), starts.clone());
-        Ok(self.outside(&[x], y, move |tape, dy| {
+        let (kept, starts) = (vec![x.value.clone(), inner], starts.clone());
+        Ok(self.outside_keeping(&[x], y, kept, move |tape, kept, dy| {
             tape.moment_back("experts", &[gate_up, down])?;
-            Ok(vec![Some(experts_backward(tape, (kept, &inner), starts, (gate_up, down), dy)?)])
+            let dx = experts_backward(tape, (kept[0].clone(), &kept[1]), starts, (gate_up, down), dy)?;
+            Ok(vec![Some(dx)])
         }))
     }
 
@@ -117,11 +118,12 @@ impl Tape<'_> {
         let mut y = Tensor::new(device, dtype, &[weights.value.rows(), d])?;
         let (w, base) = (weights.value.view(), residual.map(|residual| residual.value.view()));
         kernels::experts::combine(rows.value.view(), d, &order.slot_of, Some(w), base, y.view_mut());
-        let (kept, w, order) = (rows.value.clone(), weights.value.clone(), order.clone());
+        let (kept, w, order) = (vec![rows.value.clone()], weights.value.clone(), order.clone());
         let (inputs, added) = ([rows, weights, residual.unwrap_or(rows)], residual.is_some());
-        Ok(self.outside(&inputs[..2 + usize::from(added)], y, move |tape, dy| {
+        Ok(self.outside_keeping(&inputs[..2 + usize::from(added)], y, kept, move |tape, kept, dy| {
             tape.moment("combine", &[])?;
-            let mut drows = Tensor::new(device, dtype, kept.shape())?;
+            let rows = &kept[0];
+            let mut drows = Tensor::new(device, dtype, rows.shape())?;
             let mut by_slot = Tensor::new(device, DType::F32, &[order.pair_of.len()])?;
             let (given, out) = ((w.view(), order.choices), (drows.view_mut(), by_slot.view_mut()));
             kernels::experts::combine_backward(
@@ -129,7 +131,7 @@ impl Tape<'_> {
                 d,
                 &order.pair_of,
                 given,
-                kept.view(),
+                rows.view(),
                 out.0,
                 out.1,
             );

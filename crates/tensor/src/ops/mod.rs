@@ -29,7 +29,10 @@ pub(crate) enum Op {
     HeadNorm(norm::SavedHeads),
     Linear(linear::Saved),
     Norm(norm::Saved),
-    Outside(WayBack),
+    Outside {
+        kept: Vec<Tensor>,
+        back: WayBack,
+    },
     /// Values of the nodes before it are filed from here on.
     PutAway(PutAway),
     Recompute {
@@ -53,9 +56,8 @@ impl Op {
             Op::Linear(saved) => saved.kept(),
             Op::Norm(saved) => saved.kept(),
             Op::SwigluLinear(saved) => saved.kept(),
-            Op::Embedding(_) | Op::HeadLoss(_) | Op::Outside(_) | Op::PutAway(_) | Op::Recompute { .. } => {
-                Vec::new()
-            }
+            Op::Outside { kept, .. } => kept.iter_mut().collect(),
+            Op::Embedding(_) | Op::HeadLoss(_) | Op::PutAway(_) | Op::Recompute { .. } => Vec::new(),
         }
     }
 
@@ -79,8 +81,8 @@ impl Op {
             Op::Linear(saved) => saved.backward(tape, inputs, dy, grads),
             Op::Norm(saved) => saved.backward(tape, inputs, dy, grads),
             Op::SwigluLinear(saved) => saved.backward(tape, inputs, dy, grads),
-            Op::Outside(back) => {
-                for (input, dx) in inputs.iter().zip(back(tape, dy)?) {
+            Op::Outside { kept, back } => {
+                for (input, dx) in inputs.iter().zip(back(tape, kept, dy)?) {
                     if let Some(dx) = dx {
                         grads.add(*input, dx)?;
                     }

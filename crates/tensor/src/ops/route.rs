@@ -93,9 +93,10 @@ impl Tape<'_> {
         let w = Mat::new(self.params.weight(weight), d);
         let out = MatMut { data: scores.view_mut(), ld: n };
         gemm(m, n, d, Mat::new(x.value.view(), d), w.t(), out, false, Epilogue::default());
-        let kept = x.value.clone();
-        Ok(self.outside(&[x], scores, move |tape, ds| {
+        let kept = vec![x.value.clone()];
+        Ok(self.outside_keeping(&[x], scores, kept, move |tape, mut kept, ds| {
             tape.moment_back("scores", &[weight])?;
+            let kept = kept.swap_remove(0);
             let mut dx = Tensor::new(kept.device(), kept.dtype(), &[m, d])?;
             let w = Mat::new(tape.params.weight(weight), d);
             let out = MatMut { data: dx.view_mut(), ld: d };
