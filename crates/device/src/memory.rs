@@ -89,8 +89,8 @@ fn ask_for_huge_pages(ptr: NonNull<u8>, layout: Layout) {
     let _ = (ptr, layout);
 }
 
-/// A parked block may be given to who asks for this many times less, where there is a limit. It counts
-/// as a whole then: more would be held by live blocks than is used.
+/// A parked block may be given to who asks for this many times less, where there is a limit. All of it
+/// counts as live then: blocks that are much too large would use the limit up.
 const MOST_TIMES: usize = 2;
 
 /// A block of at least `bytes`, from the cache or the system, and its size; contents are unspecified.

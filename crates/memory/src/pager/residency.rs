@@ -7,6 +7,9 @@ use crate::arrays::Regions;
 use crate::trace::{Access, ChunkId, Phase};
 use std::time::Instant;
 
+/// A chunk a moment needs, and what for.
+type Needed = (ChunkId, Access);
+
 /// Chunks needed soon may take one part in this many of the capacity.
 const WINDOW: u64 = 3;
 
@@ -81,9 +84,9 @@ impl Pager {
         for depth in 0..self.memories {
             self.make_room(regions, depth, 0, NOW)?;
         }
-        for (id, access) in needs {
-            if !self.chunk(*id).valid[self.depth] {
-                self.obtain(regions, *id, self.depth, *access)?;
+        for need in needs {
+            if !self.chunk(need.0).valid[self.depth] {
+                self.obtain(regions, *need, self.depth)?;
             }
         }
         Ok(())
@@ -132,15 +135,10 @@ impl Pager {
     }
 
     /// Queue all it takes to have a chunk at `depth` for an access.
-    fn obtain(
-        &mut self,
-        regions: &mut Regions,
-        id: ChunkId,
-        depth: usize,
-        access: Access,
-    ) -> Result<(), PagerError> {
+    fn obtain(&mut self, regions: &mut Regions, need: Needed, depth: usize) -> Result<(), PagerError> {
+        let id = need.0;
         match self.source(id, depth) {
-            None => self.begin(regions, id, depth, access),
+            None => self.begin(regions, need, depth),
             Some(from) if from > depth => {
                 for to in (depth..from).rev() {
                     self.make_room(regions, to, self.chunk(id).bytes, NOW)?;
@@ -153,13 +151,8 @@ impl Pager {
     }
 
     /// Put a chunk that has no copy where it is accessed first: zeros, where they are looked at.
-    fn begin(
-        &mut self,
-        regions: &mut Regions,
-        id: ChunkId,
-        depth: usize,
-        access: Access,
-    ) -> Result<(), PagerError> {
+    fn begin(&mut self, regions: &mut Regions, need: Needed, depth: usize) -> Result<(), PagerError> {
+        let (id, access) = need;
         let bytes = self.chunk(id).bytes;
         self.make_room(regions, depth, bytes, NOW)?;
         self.wait_until_returned(regions, id, depth)?;
@@ -405,10 +398,11 @@ impl Pager {
     fn approach(
         &mut self,
         regions: &mut Regions,
-        (id, access): (ChunkId, Access),
+        need: Needed,
         depth: usize,
         due: u64,
     ) -> Result<bool, PagerError> {
+        let id = need.0;
         let source = self.source(id, depth);
         let to = match source {
             // What lies above comes down when it is needed: until then it may still change.
@@ -427,7 +421,7 @@ impl Pager {
         }
         match source {
             Some(_) => self.up(regions, id, to)?,
-            None => self.begin(regions, id, to, access)?,
+            None => self.begin(regions, need, to)?,
         }
         Ok(true)
     }
