@@ -1,4 +1,4 @@
-"""One training step in PyTorch on CPU: forward, backward, fused AdamW on f32 master weights.
+"""One training step in PyTorch: forward, backward, fused AdamW on f32 master weights.
 
 Prints one JSON line a step; see README.md for the fields. Knows nothing of the other implementations.
 """
@@ -14,6 +14,7 @@ import time
 CONFIGS = {
     "S": dict(V=8192, D=512, L=6, N=8, F=1376, B=4, T=256),
     "M": dict(V=32000, D=768, L=12, N=12, F=2048, B=2, T=512),
+    "L": dict(V=32000, D=2048, L=16, N=16, F=5504, B=8, T=2048),
     # The model of `cargo xtask bench memory`.
     "memory": dict(V=4096, D=1024, L=8, N=16, F=2752, B=4, T=128),
 }
@@ -25,6 +26,8 @@ def parse_args():
     parser.add_argument("--config", choices=CONFIGS, default="S")
     parser.add_argument("--mode", choices=MODES, default="eager-f32")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, help="rows instead of those of the configuration")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--mapped", metavar="DIR", help="weights and moments lie in files of this folder")
     parser.add_argument("--mapped-gradients", action="store_true", help="with --mapped: gradients, too")
@@ -133,16 +136,19 @@ def main():
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     c = CONFIGS[args.config]
+    if args.batch:
+        c = dict(c, B=args.batch)
     compiled, bf16 = args.mode.startswith("compiled"), args.mode.endswith("bf16")
 
     model = mapped_model(c) if args.mapped else Llama(**c)
+    model = model.to(args.device)
     step_fn = torch.compile(model) if compiled else model
     adamw = torch.optim.AdamW(
         model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
     )
     if args.mapped:
         map_state(model, adamw)
-    ids = torch.randint(0, c["V"], (c["B"], c["T"] + 1))
+    ids = torch.randint(0, c["V"], (c["B"], c["T"] + 1), device=args.device)
     x_BT, y_BT = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     n_mat = sum(p.numel() for p in model.parameters() if p.dim() > 1) - c["V"] * c["D"]
@@ -151,11 +157,14 @@ def main():
 
     for step in range(args.steps):
         start = time.perf_counter()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(args.device, dtype=torch.bfloat16, enabled=bf16):
             loss = step_fn(x_BT, y_BT)
         loss.backward()
         adamw.step()
         adamw.zero_grad(set_to_none=not args.mapped_gradients)
+        # Reading the loss waits for the forward pass only.
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
         line = {
             "impl": f"torch-{args.mode}",
@@ -164,6 +173,7 @@ def main():
             "tokens_per_s": tokens / seconds,
             "gflops": flop / seconds / 1e9,
             "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_reserved() if args.device == "cuda" else None,
             "loss": loss.item(),
         }
         print(json.dumps(line), flush=True)

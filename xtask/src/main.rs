@@ -63,5 +63,7 @@ fn main() -> ExitCode {
 
 /// The repository's folder.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository").to_path_buf()
+    // Where it was built; elsewhere, the folder it is run in.
+    let built = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask lies in the repository");
+    if built.is_dir() { built.to_path_buf() } else { PathBuf::from(".") }
 }

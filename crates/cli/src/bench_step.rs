@@ -1,6 +1,7 @@
 //! `trilith bench-step`: training steps of a bench configuration, timed, one JSON line each. The
 //! other side of `cargo xtask bench train`.
 
+use crate::on::On;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use data::Batch;
@@ -22,6 +23,12 @@ pub struct Args {
     /// Steps
     #[arg(long, default_value_t = 5)]
     steps: usize,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    device: On,
+    /// Rows of the batch instead of those of the configuration
+    #[arg(long)]
+    batch: Option<usize>,
     /// Worker threads
     #[arg(long, default_value_t = 2)]
     threads: usize,
@@ -39,6 +46,8 @@ enum Size {
     S,
     #[value(name = "M")]
     M,
+    #[value(name = "L")]
+    L,
 }
 
 impl Size {
@@ -47,6 +56,7 @@ impl Size {
         match self {
             Size::S => (8192, 512, 6, 8, 1376, 4, 256),
             Size::M => (32_000, 768, 12, 12, 2048, 2, 512),
+            Size::L => (32_000, 2048, 16, 16, 5504, 8, 2048),
         }
     }
 }
@@ -65,7 +75,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
 
 fn steps(args: &Args) -> Result<()> {
     let (v, d, l, n, f, b, t) = args.config.sizes();
-    let (f32_peak, bf16_peak) = (kernels::peak::gflops_f32(), kernels::peak::gflops_bf16());
+    let b = args.batch.unwrap_or(b);
+    let device = args.device.device()?;
+    let [f32_peak, bf16_peak] = [DType::F32, DType::Bf16].map(|dtype| kernels::peak::gflops(device, dtype));
     println!("{}", json!({ "gemm_peak_gflops_f32": f32_peak, "gemm_peak_gflops_bf16": bf16_peak }));
     let config = Config::from_json(&json!({
         "model_type": "llama", "vocab_size": v, "hidden_size": d, "num_hidden_layers": l,
@@ -81,7 +93,8 @@ fn steps(args: &Args) -> Result<()> {
         gradients: DType::F32,
     };
     let dtype: DType = args.mode.dtype();
-    let options = LearnerOptions { context: t, dtype, adamw, recompute: Recompute::Never, tiers: None };
+    let options =
+        LearnerOptions { context: t, dtype, adamw, recompute: Recompute::Never, device, tiers: None };
     let mut learner = Learner::new(&config, options)?;
     learner.initialise(1)?;
     let batch = random_batch(v, b, t);
@@ -92,14 +105,14 @@ fn steps(args: &Args) -> Result<()> {
         let loss = learner.accumulate(&batch, 1.0 / (b * t) as f32)? / (b * t) as f64;
         learner.apply_settled(3e-4)?;
         let seconds = started.elapsed().as_secs_f64();
-        let memory = device::memory_use();
+        let memory = device::memory_use_of(device);
         println!(
             "{}",
             json!({
                 "impl": format!("trilith-{dtype}"), "step": step, "seconds": seconds,
                 "tokens_per_s": (b * t) as f64 / seconds, "gflops": flops / seconds / 1e9,
                 "peak_rss_bytes": device::resident_bytes().map(|(_, peak)| peak), "loss": loss,
-                "system_allocations": memory.system_allocations,
+                "peak_device_bytes": (device == device::Device::Cuda).then_some(memory.peak_held_bytes), "system_allocations": memory.system_allocations,
             })
         );
     }

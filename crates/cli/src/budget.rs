@@ -4,6 +4,7 @@ use crate::plan_memory::parse_bytes;
 use crate::show;
 use ::train::{BudgetFile, Settings};
 use anyhow::{Context, Result, anyhow, bail};
+use device::Device;
 use memory::Tier;
 use memory::pager::key_of;
 use memory::plan::Budgets;
@@ -42,7 +43,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let tiers = began
         .memory
         .ok_or_else(|| anyhow!("the run in {dir} has no tiers; set memory.dram when a run begins"))?;
-    if device.is_some() && tiers.device_bytes.is_none() {
+    if device.is_some() && tiers.device_bytes.is_none() && began.train.device == Device::Cpu {
         bail!("the run in {dir} has no device; set memory.simulate_device when a run begins");
     }
     let stands = if recipe { BudgetFile::default() } else { BudgetFile::read(&run)? };
@@ -51,8 +52,8 @@ pub fn run(args: Args) -> Result<ExitCode> {
         dram_bytes: dram.or(stands.dram_bytes),
         nvme_bytes: nvme.or(stands.nvme_bytes),
     };
-    let budgets =
-        named(&Budgets { hbm: wanted.device_bytes, dram: wanted.dram_bytes, nvme: wanted.nvme_bytes });
+    let budgets = Budgets { hbm: wanted.device_bytes, dram: wanted.dram_bytes, nvme: wanted.nvme_bytes };
+    let budgets = named(&budgets, began.train.device);
     if !recipe && dram.or(device).or(nvme).is_none() {
         println!("{dir}: {budgets}");
         return Ok(ExitCode::SUCCESS);
@@ -63,9 +64,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
 }
 
 /// The budgets there are, by their keys.
-pub fn named(budgets: &Budgets) -> String {
+pub fn named(budgets: &Budgets, device: Device) -> String {
     let all = [Tier::Hbm, Tier::Dram, Tier::Nvme];
-    let given = all.into_iter().filter_map(|tier| Some((key_of(tier), budgets.of(tier)?)));
+    let given = all.into_iter().filter_map(|tier| Some((key_of(tier, device), budgets.of(tier)?)));
     let given: Vec<String> = given
         .map(|(key, bytes)| match bytes {
             u64::MAX => format!("{key} without limit"),

@@ -1,5 +1,6 @@
 //! `trilith chat`: a conversation, or one prompt.
 
+use crate::on::On;
 use crate::show;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
@@ -51,6 +52,9 @@ pub struct LoadArgs {
     /// Type of weights in memory; default: f32 for f32 files, bf16 otherwise
     #[arg(long, value_enum)]
     pub dtype: Option<Dtype>,
+    /// Where to compute
+    #[arg(long, value_enum, default_value = "cpu")]
+    pub device: On,
     /// Longest sequence [tokens], cut to what the model was made for
     #[arg(long, default_value_t = 4096)]
     pub context: usize,
@@ -82,7 +86,8 @@ impl LoadArgs {
     }
 
     pub fn open(&self, path: &std::path::Path) -> Result<LoadedModel> {
-        Ok(LoadedModel::open(path, self.dtype.map(Dtype::dtype), self.context)?)
+        let device = self.device.device()?;
+        Ok(LoadedModel::open(path, device, self.dtype.map(Dtype::dtype), self.context)?)
     }
 }
 
@@ -101,7 +106,7 @@ struct Speaker {
 
 fn talk(args: &Args) -> Result<()> {
     let loaded = args.load.open(&args.model)?;
-    let session = Session::new(&loaded.config, loaded.store.dtype(), loaded.context)?;
+    let session = Session::new(&loaded.config, &loaded.store, loaded.context)?;
     let turns = !args.raw && loaded.tokenizer.chat_template().is_some();
     let sampling =
         Sampling { temperature: args.temperature, top_p: args.top_p, top_k: args.top_k, seed: args.seed };

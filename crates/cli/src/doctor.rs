@@ -3,7 +3,7 @@
 use crate::show;
 use anyhow::{Context, Result};
 use comfy_table::Table;
-use device::Isa;
+use device::{DType, Device, Isa, cuda};
 use memory::disk::{self, DiskError, DriveFigures, Effort, Engine, Options, Trial};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -18,7 +18,10 @@ pub struct Args {
 pub fn run(args: Args) -> Result<ExitCode> {
     let cores = device::cores();
     let pool = device::Threads::new(cores).context("cannot start the worker threads")?;
-    let (f32_peak, bf16_peak) = pool.run(|| (kernels::peak::gflops_f32(), kernels::peak::gflops_bf16()));
+    let (f32_peak, bf16_peak) = pool.run(|| {
+        let reached = |dtype| kernels::peak::gflops(Device::Cpu, dtype);
+        (reached(DType::F32), reached(DType::Bf16))
+    });
     let isa = Isa::active();
     let mut facts = vec![
         ("processor", processor()),
@@ -120,17 +123,27 @@ fn megabytes(bytes_per_s: f64) -> String {
 }
 
 /// The CUDA driver's answer, or why there is none. This version computes on the CPU either way.
+/// What the GPU is and reaches, or why there is none.
 fn gpu() -> String {
-    // `nvidia-smi` comes with every driver; loading the driver ourselves would need unsafe code.
-    let asked = std::process::Command::new("nvidia-smi")
-        .args(["--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"])
-        .output();
-    match asked {
-        Ok(answer) if answer.status.success() => {
-            let names = String::from_utf8_lossy(&answer.stdout).trim().replace('\n', "; ");
-            format!("{names}; not used: this version computes on the CPU")
-        }
-        Ok(answer) => format!("none: nvidia-smi says {}", String::from_utf8_lossy(&answer.stdout).trim()),
-        Err(_) => "none: no NVIDIA driver is installed; everything runs on the CPU".into(),
+    let card = match cuda::gpu() {
+        Ok(gpu) => gpu.card(),
+        Err(none) => return none.to_string(),
+    };
+    let ((major, minor), (driver, point)) = (card.capability, card.driver);
+    let what = format!(
+        "{}, {}, compute capability {major}.{minor}, driver for CUDA {driver}.{point}",
+        card.name,
+        show::bytes(card.memory_bytes as u64)
+    );
+    if let Err(error) = kernels::cuda::load() {
+        return format!("{what}; not usable: {error}");
     }
+    let reached = |dtype| kernels::peak::gflops(Device::Cuda, dtype) / 1e3;
+    let (f32_peak, bf16_peak) = (reached(DType::F32), reached(DType::Bf16));
+    let (up, down) = cuda::copied_per_s();
+    format!(
+        "{what}; measured {f32_peak:.0} TFLOP/s f32, {bf16_peak:.0} TFLOP/s bf16, {:.1} GB/s up and {:.1} GB/s down its link",
+        up / 1e9,
+        down / 1e9
+    )
 }

@@ -9,6 +9,7 @@ mod doctor;
 mod eval;
 mod inspect;
 mod launch;
+mod on;
 mod outcome;
 mod plan;
 mod plan_memory;

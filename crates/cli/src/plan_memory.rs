@@ -5,7 +5,6 @@ use crate::show;
 use ::train::recipe::keys;
 use ::train::{Recipe, Rerun, Speeds, outlook};
 use anyhow::{Result, anyhow};
-use device::DType;
 use memory::Class;
 use memory::plan::{
     Budgets, LinkRate, Rates, Transformer, class_table, limit, link_table, picture, plan, replay,
@@ -151,10 +150,7 @@ impl Machine {
             (None, Some(_)) => return Err(anyhow!("how fast is that GPU? Give --tflops beside --hbm")),
             (None, None) => {
                 let pool = device::Threads::new(device::cores())?;
-                let gflops = pool.run(|| match recipe.train.dtype {
-                    DType::F32 => kernels::peak::gflops_f32(),
-                    _ => kernels::peak::gflops_bf16(),
-                });
+                let gflops = pool.run(|| kernels::peak::gflops(recipe.train.device, recipe.train.dtype));
                 gflops * 1e9
             }
         };

@@ -11,6 +11,7 @@ use ::train::{
 };
 use ::train::{Predicted, StepMetrics, TrainError, Trainer};
 use anyhow::{Context, Result, anyhow};
+use device::Device;
 use dist::Parts;
 use indicatif::ProgressBar;
 use infer::{Generation, Sampling, Session};
@@ -137,10 +138,7 @@ pub fn cook(recipe: &Recipe, settings: &Settings, start: Start, seat: &Seat) -> 
 
 /// Measured, of the pool this runs in.
 fn peak(recipe: &Recipe) -> f64 {
-    match recipe.train.dtype {
-        device::DType::F32 => kernels::peak::gflops_f32(),
-        _ => kernels::peak::gflops_bf16(),
-    }
+    kernels::peak::gflops(recipe.train.device, recipe.train.dtype)
 }
 
 /// One rank's run; the first one has the screen. `began` is told when the run is set up. Whether
@@ -212,8 +210,9 @@ fn drive(trainer: &mut Trainer, stop: &AtomicBool, outcome: Option<&mut Outcome>
     let bar = show::bar(steps, "{bar:14} {pos}/{len} {msg} {eta} left");
     bar.set_position(trainer.step());
     bar.reset_eta();
-    let (started, first) = (Instant::now(), trainer.step());
-    let mut screen = Screen { bar, steps, started, first, said: None, traffic: Traffic::default(), outcome };
+    let (started, first, device) = (Instant::now(), trainer.step(), trainer.recipe().train.device);
+    let mut screen =
+        Screen { bar, steps, started, first, said: None, traffic: Traffic::default(), device, outcome };
     let mut told = false;
     while let Some(progress) = trainer.advance()? {
         match progress {
@@ -264,6 +263,8 @@ struct Screen<'a> {
     first: u64,
     said: Option<Instant>,
     traffic: Traffic,
+    /// Where ops compute.
+    device: Device,
     outcome: Option<&'a mut Outcome>,
 }
 
@@ -273,7 +274,11 @@ impl Screen<'_> {
         if let Some(outcome) = &mut self.outcome {
             outcome.add(m);
         }
-        let memory = device::resident_bytes().map_or(String::new(), |(now, _)| show::bytes(now as u64));
+        let memory = match self.device {
+            Device::Cpu => device::resident_bytes().map_or(0, |(now, _)| now),
+            Device::Cuda => device::memory_use_of(Device::Cuda).live_bytes,
+        };
+        let memory = show::bytes(memory as u64);
         let experts = m.balance.map_or(String::new(), |balance| {
             format!("  balance {:.3}, fullest expert {:.2} x mean", balance.loss, balance.imbalance)
         });
@@ -304,7 +309,7 @@ impl Screen<'_> {
         if let Some(why) = refused {
             return self.line(&format!("warning: step {step}: {why}"));
         }
-        self.line(&format!("step {step:>6}  from here on {}", budget::named(budgets)));
+        self.line(&format!("step {step:>6}  from here on {}", budget::named(budgets, self.device)));
         if let Some(outcome) = &mut self.outcome {
             outcome.may_hold([budgets.hbm, budgets.dram].into_iter().flatten().sum());
         }
@@ -336,7 +341,7 @@ fn sample(trainer: &mut Trainer) -> Result<String> {
         seed: trainer.recipe().run.seed ^ trainer.step(),
     };
     let (model, store) = trainer.parts();
-    let mut session = Session::new(&config, store.dtype(), context)?;
+    let mut session = Session::new(&config, store, context)?;
     let given = prompt.len();
     let stop = tokenizer.eos_ids();
     let mut generation =

@@ -36,26 +36,21 @@ unsafe impl Sync for Block {}
 
 impl Drop for Block {
     fn drop(&mut self) {
-        match self.device {
-            Device::Cpu => give(self.ptr, self.held_bytes),
-        }
+        give(self.device, self.ptr, self.held_bytes);
     }
 }
 
 impl Buffer {
     /// `bytes` of unspecified contents (an earlier buffer's bytes, or zeros).
     pub fn new(device: Device, bytes: usize) -> Result<Buffer, OutOfMemory> {
-        let block = match device {
-            Device::Cpu => take(bytes),
-        };
-        let (ptr, held_bytes) = block.ok_or(OutOfMemory { bytes, device })?;
+        let (ptr, held_bytes) = take(device, bytes).ok_or(OutOfMemory { bytes, device })?;
         Ok(Buffer { block: Arc::new(Block { device, ptr, bytes, held_bytes }) })
     }
 
     /// `bytes` of zeros.
     pub fn zeroed(device: Device, bytes: usize) -> Result<Buffer, OutOfMemory> {
         let mut buffer = Self::new(device, bytes)?;
-        buffer.view_mut(DType::U16, 0, bytes / 2).bytes().fill(0);
+        crate::fill_zero(buffer.view_mut(DType::U8, 0, bytes));
         Ok(buffer)
     }
 

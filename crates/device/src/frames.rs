@@ -61,7 +61,7 @@ impl Frames {
     /// Puts memory behind the granule of a loan, waiting pages first. Its bytes are anything: they
     /// are to be overwritten whole.
     pub fn bring(&mut self, loan: &mut Loan) {
-        loan.bring();
+        loan.bring_anything();
         for page in loan.huge_pages().unwrap_or_default() {
             if self.waiting == 0 {
                 return;

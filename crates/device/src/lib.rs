@@ -4,6 +4,8 @@
 //! `unsafe` is allowed here and in `kernels` only.
 
 mod buffer;
+mod copy;
+pub mod cuda;
 mod dtype;
 mod frames;
 mod isa;
@@ -14,12 +16,14 @@ mod threads;
 mod view;
 
 pub use buffer::{Buffer, OutOfMemory};
+pub use copy::{copy, fill_zero};
 pub use dtype::DType;
 pub use frames::Frames;
 pub use isa::Isa;
 pub use loan::{Borrowed, Exclusive, Window};
 pub use memory::{
-    MemoryUse, available_bytes, limit_parked, memory_use, release_cached, reset_peak, resident_bytes,
+    MemoryUse, available_bytes, limit_parked, memory_use, memory_use_of, release_cached, reset_peak,
+    resident_bytes,
 };
 pub use region::{Loan, Region, Stretch};
 pub use threads::{Threads, cores, for_each_chunk, for_each_index, for_each_part, num_threads};
@@ -30,12 +34,25 @@ pub use view::{Slice, SliceMut, View, ViewMut};
 pub enum Device {
     /// The cores and the DRAM of this machine.
     Cpu,
+    /// The GPU of this process (`cuda::gpu`) and its memory.
+    Cuda,
+}
+
+impl Device {
+    /// All there are.
+    pub const ALL: [Device; 2] = [Device::Cpu, Device::Cuda];
+
+    /// Only memory of the host opens into slices; anything else is our bug.
+    fn assert_opens(self) {
+        assert!(self == Device::Cpu, "memory of a GPU was opened on the host");
+    }
 }
 
 impl std::fmt::Display for Device {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Device::Cpu => f.write_str("cpu"),
-        }
+        f.write_str(match self {
+            Device::Cpu => "cpu",
+            Device::Cuda => "cuda",
+        })
     }
 }

@@ -3,10 +3,11 @@
 //! Freed blocks wait on lists by size class; a warmed-up step takes from the lists what it put
 //! there and never calls the system allocator.
 
+use crate::{Device, cuda};
 use std::alloc::{Layout, alloc, dealloc};
 use std::collections::{BTreeMap, VecDeque};
 use std::ptr::NonNull;
-use std::sync::{LazyLock, Mutex};
+use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
 /// Every block starts on a page: O_DIRECT and SIMD both like it.
 pub(crate) const ALIGN_BYTES: usize = 4096;
@@ -46,8 +47,9 @@ struct Block(NonNull<u8>, u64);
 // SAFETY: a parked block is owned by the cache alone.
 unsafe impl Send for Block {}
 
-#[derive(Default)]
 struct Cache {
+    /// Whose memory.
+    device: Device,
     /// By size class; the one parked last is last.
     parked: BTreeMap<usize, VecDeque<Block>>,
     /// Blocks parked so far.
@@ -57,10 +59,28 @@ struct Cache {
     limit_bytes: Option<usize>,
 }
 
-static CACHE: LazyLock<Mutex<Cache>> = LazyLock::new(Mutex::default);
+impl Default for Cache {
+    fn default() -> Cache {
+        Cache {
+            device: Device::Cpu,
+            parked: BTreeMap::new(),
+            clock: 0,
+            usage: MemoryUse::default(),
+            limit_bytes: None,
+        }
+    }
+}
 
-fn cache() -> std::sync::MutexGuard<'static, Cache> {
-    CACHE.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+static HOST: LazyLock<Mutex<Cache>> = LazyLock::new(Mutex::default);
+static CARD: LazyLock<Mutex<Cache>> =
+    LazyLock::new(|| Mutex::new(Cache { device: Device::Cuda, ..Cache::default() }));
+
+fn cache(device: Device) -> MutexGuard<'static, Cache> {
+    let cache = match device {
+        Device::Cpu => &HOST,
+        Device::Cuda => &CARD,
+    };
+    cache.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes really reserved for a request: an eighth of the leading power of two, at least a page,
@@ -95,37 +115,46 @@ const MOST_TIMES: usize = 2;
 
 /// A block of at least `bytes`, from the cache or the system, and its size; contents are unspecified.
 /// `None` when the system refuses.
-pub(crate) fn take(bytes: usize) -> Option<(NonNull<u8>, usize)> {
-    cache().take(bytes)
+pub(crate) fn take(device: Device, bytes: usize) -> Option<(NonNull<u8>, usize)> {
+    cache(device).take(bytes)
 }
 
 /// Park a block that `take` gave, of the size it said.
-pub(crate) fn give(ptr: NonNull<u8>, class: usize) {
-    cache().give(ptr, class);
+pub(crate) fn give(device: Device, ptr: NonNull<u8>, class: usize) {
+    cache(device).give(ptr, class);
 }
 
 /// Granules of a region have come.
-pub(crate) fn count_committed(bytes: usize) {
-    let usage = &mut cache().usage;
+pub(crate) fn count_committed(device: Device, bytes: usize) {
+    let usage = &mut cache(device).usage;
     usage.region_bytes += bytes;
     usage.grow(bytes);
 }
 
 /// Granules of a region have gone.
-pub(crate) fn count_returned(bytes: usize) {
-    let usage = &mut cache().usage;
+pub(crate) fn count_returned(device: Device, bytes: usize) {
+    let usage = &mut cache(device).usage;
     usage.region_bytes -= bytes;
     usage.live_bytes -= bytes;
 }
 
-/// Where memory stands now.
+/// Where memory of the host stands now.
 pub fn memory_use() -> MemoryUse {
-    cache().usage
+    memory_use_of(Device::Cpu)
+}
+
+/// Where memory of a device stands now.
+pub fn memory_use_of(device: Device) -> MemoryUse {
+    cache(device).usage
 }
 
 /// Start a new peak from what is live now.
 pub fn reset_peak() {
-    let mut cache = cache();
+    Device::ALL.into_iter().for_each(reset_peak_of);
+}
+
+fn reset_peak_of(device: Device) {
+    let mut cache = cache(device);
     cache.usage.peak_bytes = cache.usage.live_bytes;
     cache.usage.peak_held_bytes = 0;
     cache.usage.peak_other_bytes = 0;
@@ -134,12 +163,13 @@ pub fn reset_peak() {
 
 /// Hand every parked block back to the system; returns how many bytes that was.
 pub fn release_cached() -> usize {
-    cache().release(usize::MAX)
+    Device::ALL.into_iter().map(|device| cache(device).release(usize::MAX)).sum()
 }
 
-/// From now on parked blocks are handed back where buffers would otherwise hold more than `bytes`.
-pub fn limit_parked(bytes: Option<usize>) {
-    cache().limit_bytes = bytes;
+/// From now on parked blocks are handed back where buffers on a device would otherwise hold more than
+/// `bytes`.
+pub fn limit_parked(device: Device, bytes: Option<usize>) {
+    cache(device).limit_bytes = bytes;
 }
 
 impl Cache {
@@ -152,6 +182,19 @@ impl Cache {
             Some(block) => block,
             None => {
                 self.release(over);
+                let ptr = self.ask(class)?;
+                self.usage.system_allocations += 1;
+                (ptr, class)
+            }
+        };
+        self.usage.grow(class);
+        Some((ptr, class))
+    }
+
+    /// A new block of the system.
+    fn ask(&mut self, class: usize) -> Option<NonNull<u8>> {
+        match self.device {
+            Device::Cpu => {
                 let layout = layout_of(class)?;
                 // SAFETY: the size is not zero.
                 let ptr = NonNull::new(unsafe { alloc(layout) })?;
@@ -160,12 +203,30 @@ impl Cache {
                 // first step, not a random later one, pays for the page faults.
                 // SAFETY: the block has `class` bytes.
                 unsafe { ptr.as_ptr().write_bytes(0, class) };
-                self.usage.system_allocations += 1;
-                (ptr, class)
+                Some(ptr)
             }
-        };
-        self.usage.grow(class);
-        Some((ptr, class))
+            Device::Cuda => {
+                let driver = cuda::present().driver();
+                let at = driver.allocate(class).or_else(|| {
+                    // Blocks of other sizes may be in the way.
+                    self.release(usize::MAX);
+                    driver.allocate(class)
+                })?;
+                NonNull::new(at as *mut u8)
+            }
+        }
+    }
+
+    /// A block that nobody holds, back to the system.
+    fn give_back(&self, ptr: NonNull<u8>, class: usize) {
+        match self.device {
+            Device::Cpu => {
+                let layout = layout_of(class).expect("a block was allocated with this layout");
+                // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
+                unsafe { dealloc(ptr.as_ptr(), layout) };
+            }
+            Device::Cuda => cuda::present().driver().release(ptr.as_ptr() as cuda::Address),
+        }
     }
 
     fn give(&mut self, ptr: NonNull<u8>, class: usize) {
@@ -190,10 +251,8 @@ impl Cache {
         while released < bytes {
             let oldest = self.parked.iter().filter_map(|(class, blocks)| Some((blocks.front()?.1, *class)));
             let Some((_, class)) = oldest.min() else { break };
-            let block = self.parked.get_mut(&class).and_then(VecDeque::pop_front);
-            let (Some(block), Some(layout)) = (block, layout_of(class)) else { break };
-            // SAFETY: parked blocks were allocated with this very layout and nobody holds them.
-            unsafe { dealloc(block.0.as_ptr(), layout) };
+            let Some(block) = self.parked.get_mut(&class).and_then(VecDeque::pop_front) else { break };
+            self.give_back(block.0, class);
             released += class;
         }
         self.usage.cached_bytes -= released;

@@ -51,6 +51,11 @@ pub enum SliceMut<'a> {
     Bf16(&'a mut [bf16]),
 }
 
+fn elements_in(dtype: DType, bytes: usize) -> usize {
+    assert!(bytes.is_multiple_of(dtype.size_bytes()), "{bytes} bytes of {dtype}");
+    bytes / dtype.size_bytes()
+}
+
 impl<'a> View<'a> {
     /// Window on bytes of a buffer; `ptr` must stay valid and aligned for `dtype` during `'a`.
     ///
@@ -77,6 +82,18 @@ impl<'a> View<'a> {
     pub fn of_u32(data: &'a [u32]) -> Self {
         // SAFETY: the slice is valid for 'a and shared.
         unsafe { Self::new(Device::Cpu, DType::U32, data.as_ptr().cast(), data.len()) }
+    }
+
+    /// Window on a slice of 16-bit words in CPU memory.
+    pub fn of_u16(data: &'a [u16]) -> Self {
+        // SAFETY: the slice is valid for 'a and shared.
+        unsafe { Self::new(Device::Cpu, DType::U16, data.as_ptr().cast(), data.len()) }
+    }
+
+    /// Window on bytes in CPU memory as elements of any type, for copies: bytes have no alignment.
+    pub fn of_bytes(dtype: DType, data: &'a [u8]) -> Self {
+        let len = elements_in(dtype, data.len());
+        View { device: Device::Cpu, dtype, ptr: data.as_ptr(), len, life: PhantomData }
     }
 
     /// Device of the window.
@@ -106,8 +123,15 @@ impl<'a> View<'a> {
         unsafe { View::new(self.device, self.dtype, self.ptr.add(start * self.dtype.size_bytes()), len) }
     }
 
+    /// Where the first element lies in the memory of the device.
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     fn open<T>(&self, dtype: DType) -> &'a [T] {
         assert_eq!(self.dtype, dtype, "view of {} opened as {dtype}", self.dtype);
+        assert!((self.ptr as usize).is_multiple_of(dtype.size_bytes()), "bytes are copied, not opened");
+        self.device.assert_opens();
         // SAFETY: `new` promised `len` initialised elements of `dtype` for 'a; the type matches it.
         unsafe { std::slice::from_raw_parts(self.ptr.cast(), self.len) }
     }
@@ -143,6 +167,7 @@ impl<'a> View<'a> {
 
     /// The raw bytes, for files and checksums.
     pub fn bytes(&self) -> &'a [u8] {
+        self.device.assert_opens();
         // SAFETY: plain old data, valid for 'a.
         unsafe { std::slice::from_raw_parts(self.ptr, self.len * self.dtype.size_bytes()) }
     }
@@ -156,6 +181,12 @@ impl<'a> ViewMut<'a> {
     pub(crate) unsafe fn new(device: Device, dtype: DType, ptr: *mut u8, len: usize) -> Self {
         debug_assert!((ptr as usize).is_multiple_of(dtype.size_bytes()));
         Self { device, dtype, ptr, len, life: PhantomData }
+    }
+
+    /// Writable window on bytes in CPU memory as elements of any type, for copies: bytes have no alignment.
+    pub fn of_bytes(dtype: DType, data: &'a mut [u8]) -> Self {
+        let len = elements_in(dtype, data.len());
+        ViewMut { device: Device::Cpu, dtype, ptr: data.as_mut_ptr(), len, life: PhantomData }
     }
 
     /// Writable window on floats in CPU memory.
@@ -228,8 +259,15 @@ impl<'a> ViewMut<'a> {
         }
     }
 
+    /// Where the first element lies in the memory of the device.
+    pub fn address(&self) -> u64 {
+        self.ptr as u64
+    }
+
     fn open<T>(self, dtype: DType) -> &'a mut [T] {
         assert_eq!(self.dtype, dtype, "view of {} opened as {dtype}", self.dtype);
+        assert!((self.ptr as usize).is_multiple_of(dtype.size_bytes()), "bytes are copied, not opened");
+        self.device.assert_opens();
         // SAFETY: `new` promised `len` exclusive initialised elements of `dtype` for 'a.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.len) }
     }
@@ -265,6 +303,7 @@ impl<'a> ViewMut<'a> {
 
     /// The raw bytes, for files.
     pub fn bytes(self) -> &'a mut [u8] {
+        self.device.assert_opens();
         // SAFETY: plain old data, exclusive for 'a; every bit pattern is a valid element.
         unsafe { std::slice::from_raw_parts_mut(self.ptr, self.len * self.dtype.size_bytes()) }
     }

@@ -42,7 +42,7 @@ fn layer(
     let mut store = ParamStore::new(Device::Cpu, dtype, &list)?;
     store.enable_grads()?;
     list.initial_values(11, |param, first, values| {
-        store.set_weights(param, first, device::View::of_f32(values));
+        store.set_weights(param, first, device::View::of_f32(values)).unwrap();
         Ok::<_, Fault>(())
     })?;
     let m = tokens.len() / D;
@@ -236,7 +236,7 @@ fn even_loads(mesh: &Mesh, scheme: Scheme) -> Result<u64, Fault> {
             _ => 0.0,
         })
         .collect();
-    store.set_weights(route, 0, device::View::of_f32(&weights));
+    store.set_weights(route, 0, device::View::of_f32(&weights)).unwrap();
     let router = Router { experts, choices, normalise: true, balance: 0.1 };
     let mut tape = Tape::recording(&mut store);
     let one_hot = |i: usize| {

@@ -2,7 +2,6 @@
 //! turn of a conversation costs only its own tokens.
 
 use crate::{Sampler, Sampling};
-use device::{DType, Device};
 use model::{Config, Model};
 use tensor::{Fault, KvCache, ParamStore, Tape};
 
@@ -48,11 +47,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// Room for `context` tokens.
-    pub fn new(config: &Config, dtype: DType, context: usize) -> Result<Session, Fault> {
+    /// Room for `context` tokens on the device and in the type of the weights in `store`.
+    pub fn new(config: &Config, store: &ParamStore, context: usize) -> Result<Session, Fault> {
         let (_, k, h) = config.heads();
         let caches = (0..config.layers())
-            .map(|_| KvCache::new(Device::Cpu, dtype, context, k * h))
+            .map(|_| KvCache::new(store.device(), store.dtype(), context, k * h))
             .collect::<Result<_, _>>()?;
         Ok(Session { caches, seen: Vec::new(), context, vocab: config.vocab() })
     }

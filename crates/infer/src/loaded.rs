@@ -57,9 +57,14 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// From a Hugging Face folder or a GGUF file. `dtype` defaults to f32 for f32 files and bf16
+    /// From a Hugging Face folder or a GGUF file, onto a device. `dtype` defaults to f32 for f32 files and bf16
     /// for all others; `context` is cut to what the model was made for.
-    pub fn open(path: &Path, dtype: Option<DType>, context: usize) -> Result<LoadedModel, LoadError> {
+    pub fn open(
+        path: &Path,
+        device: Device,
+        dtype: Option<DType>,
+        context: usize,
+    ) -> Result<LoadedModel, LoadError> {
         let files = ModelFiles::open(path)?;
         let config = Config::from_json(files.config())?;
         let tokenizer = files.tokenizer()?;
@@ -71,15 +76,14 @@ impl LoadedModel {
         let whole = files.weights().infos().iter().all(|info| info.dtype == WeightType::F32);
         let dtype = dtype.unwrap_or(if whole { DType::F32 } else { DType::Bf16 });
         let built = Model::build(&config, context, &Mesh::solo())?;
-        check_memory(&config, &built.params, dtype, context)?;
-        let mut store = ParamStore::new(Device::Cpu, dtype, &built.params)?;
+        check_memory(&config, &built.params, (device, dtype), context)?;
+        let mut store = ParamStore::new(device, dtype, &built.params)?;
         model::fill(
             &built.params,
             &built.stored,
             |name, shape| files.read(name, shape).map_err(LoadError::from),
             |param, first, values| {
-                store.set_weights(param, first, View::of_f32(values));
-                Ok(())
+                store.set_weights(param, first, View::of_f32(values)).map_err(LoadError::from)
             },
         )?;
         Ok(LoadedModel { config, model: built.model, store, tokenizer, context })
@@ -89,13 +93,17 @@ impl LoadedModel {
 fn check_memory(
     config: &Config,
     params: &tensor::ParamList,
-    dtype: DType,
+    (device, dtype): (Device, DType),
     context: usize,
 ) -> Result<(), LoadError> {
     let (_, k, h) = config.heads();
     let count: usize = params.specs().iter().map(|spec| spec.len()).sum();
     let needs = (count + 2 * config.layers() * context * k * h) * dtype.size_bytes();
-    match device::available_bytes() {
+    let available = match device {
+        Device::Cpu => device::available_bytes(),
+        Device::Cuda => device::cuda::gpu().ok().map(|gpu| gpu.driver().free_bytes()),
+    };
+    match available {
         Some(available) if needs > available => Err(LoadError::TooLarge {
             needs_mib: (needs >> 20) as u64,
             available_mib: (available >> 20) as u64,

@@ -1,7 +1,7 @@
 //! GFLOP/s of the product over the shapes of a training step, beside the machine's own peak.
 //! `cargo run --release -p kernels --example gemm_bench [threads [instruction set]]`
 
-use device::{DType, Isa, Threads, View, ViewMut};
+use device::{DType, Device, Isa, Threads, View, ViewMut};
 use half::bf16;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use std::time::Instant;
@@ -60,7 +60,8 @@ fn main() {
         Shape { name: "small 1024x512x512 NT", sizes: (1024, 512, 512), transposed: (false, true) },
     ];
     Threads::new(threads).expect("a pool").run(|| {
-        let (peak, peak_bf16) = (kernels::peak::gflops_f32(), kernels::peak::gflops_bf16());
+        let (peak, peak_bf16) =
+            [DType::F32, DType::Bf16].map(|dtype| kernels::peak::gflops(Device::Cpu, dtype)).into();
         println!("{threads} threads, peak {peak:.0} GFLOP/s f32, {peak_bf16:.0} bf16");
         for shape in &shapes {
             let (f, b) = (measure(shape, DType::F32), measure(shape, DType::Bf16));

@@ -176,8 +176,8 @@ fn sums() -> Vec<Case> {
         }),
         ("adamw 8 bits", 0.0, 4.0 + 1.0 / BLOCK as f64, |r| {
             let [mc, me, vc, ve] = &mut r.packed;
-            let m = Packed { codes: mc.m().bytes(), exponents: me.m().bytes() };
-            let v = Packed { codes: vc.m().bytes(), exponents: ve.m().bytes() };
+            let m = Packed { codes: mc.m(), exponents: me.m() };
+            let v = Packed { codes: vc.m(), exponents: ve.m() };
             adamw8::update(Master::F32(r.master.m()), r.grad.v(), m, v, 0, &HYPER);
         }),
         ("global_norm", 1.0, 0.0, |r| {

@@ -1,5 +1,6 @@
 //! The math, one folder per op: `mod.rs` holds the shape contract and the one `match` on the
-//! device, `reference.rs` the obvious version, `cpu.rs` the fast one, tested against each other.
+//! device, `reference.rs` the obvious version, `cpu.rs` the fast one, tested against each other; `cuda.cu`
+//! and `cuda.rs` are its twin on a GPU.
 //!
 //! Kernels take views and shapes. This room never learns a tensor, a parameter or a rank.
 //!
@@ -19,6 +20,7 @@ pub mod adamw8;
 pub mod attention;
 pub mod block;
 pub mod cross_entropy;
+pub mod cuda;
 pub mod cut_norm;
 pub mod elementwise;
 pub mod embedding;

@@ -2,91 +2,103 @@
 
 use crate::adamw::{Hyper, Master};
 use crate::gemm::{Epilogue, Mat, MatMut, gemm};
-use device::{DType, View, ViewMut};
+use device::{Buffer, DType, Device, OutOfMemory, View};
 use half::bf16;
 use std::time::Instant;
 
-/// Sides of the product: its operands stay in cache, and each element serves a thousand times.
-const SIDE: usize = 1024;
-const RUNS: usize = 8;
-
-/// f32 GFLOP/s of our own product in the pool the caller runs in, best of several short runs.
-pub fn gflops_f32() -> f64 {
-    let (a, b) = (vec![0.5f32; SIDE * SIDE], vec![0.25f32; SIDE * SIDE]);
-    best(View::of_f32(&a), View::of_f32(&b), DType::F32)
+/// Sides of the product: each element serves a thousand times. On a CPU its operands stay in cache, on a GPU there
+/// is work for all of it.
+const fn side(device: Device) -> usize {
+    match device {
+        Device::Cpu => 1024,
+        Device::Cuda => 8192,
+    }
 }
 
-/// The same of bf16 operands and results (f32 accumulation).
-pub fn gflops_bf16() -> f64 {
-    let (a, b) = (vec![bf16::ONE; SIDE * SIDE], vec![bf16::ONE; SIDE * SIDE]);
-    best(View::of_bf16(&a), View::of_bf16(&b), DType::Bf16)
+/// Shortest of so many runs, of so many calls each: on a GPU waiting for one costs as much as a small product.
+const RUNS: usize = 8;
+const fn calls(device: Device) -> usize {
+    match device {
+        Device::Cpu => 1,
+        Device::Cuda => 8,
+    }
+}
+
+/// GFLOP/s of our product on a device, with operands and results of `dtype` (f32 accumulation); on the CPU in the
+/// pool the caller runs in. Best of several short runs; 0 where there is no memory for it.
+pub fn gflops(device: Device, dtype: DType) -> f64 {
+    gflops_of(device, dtype, [side(device); 3])
 }
 
 /// What the product [m, k] x [n, k]^T reaches, in GFLOP/s: a layer's own shape.
-pub fn gflops_of(dtype: DType, m: usize, k: usize, n: usize) -> f64 {
-    match dtype {
-        DType::F32 => {
-            let (a, b) = (vec![0.5f32; m * k], vec![0.25f32; n * k]);
-            best_of(View::of_f32(&a), View::of_f32(&b), dtype, (m, k, n))
-        }
-        _ => {
-            let (a, b) = (vec![bf16::ONE; m * k], vec![bf16::ONE; n * k]);
-            best_of(View::of_bf16(&a), View::of_bf16(&b), dtype, (m, k, n))
-        }
-    }
+pub fn gflops_of(device: Device, dtype: DType, [m, k, n]: [usize; 3]) -> f64 {
+    let seconds = || -> Result<f64, OutOfMemory> {
+        let (a, b) = (values(device, dtype, m * k)?, values(device, dtype, n * k)?);
+        let mut c = Buffer::new(device, m * n * dtype.size_bytes())?;
+        Ok(shortest(device, || {
+            let (a, b) = (Mat::new(a.view(dtype, 0, m * k), k), Mat::new(b.view(dtype, 0, n * k), k).t());
+            let c = MatMut { data: c.view_mut(dtype, 0, m * n), ld: n };
+            gemm(m, n, k, a, b, c, false, Epilogue::default());
+        }))
+    };
+    seconds().map_or(0.0, |seconds| 2.0 * (m * k * n) as f64 / seconds / 1e9)
 }
 
 /// Seconds AdamW takes for a parameter with bf16 weights and f32 moments that lie in no cache: bound by
 /// the memory.
-pub fn update_seconds() -> f64 {
-    const LEN: usize = 3 << 20;
-    let (mut high, mut low) = (vec![bf16::ONE; LEN], vec![0u16; LEN]);
-    let (grad, mut m, mut v) = (vec![0.5f32; LEN], vec![0f32; LEN], vec![0f32; LEN]);
-    let (beta1, beta2, eps, weight_decay, grad_scale) = (0.9, 0.95, 1e-8, 0.1, 1.0);
-    let mut seconds = f64::INFINITY;
-    for step in 1..=4 {
-        let master = Master::Split { high: ViewMut::of_bf16(&mut high), low: ViewMut::of_u16(&mut low) };
-        let hyper = Hyper { lr: 1e-3, beta1, beta2, eps, weight_decay, step, grad_scale };
-        let started = Instant::now();
-        let (m, v) = (ViewMut::of_f32(&mut m), ViewMut::of_f32(&mut v));
-        crate::adamw::update(master, View::of_f32(&grad), m, v, &hyper);
-        seconds = seconds.min(started.elapsed().as_secs_f64());
-    }
-    seconds / LEN as f64
+pub fn update_seconds(device: Device) -> f64 {
+    let len = match device {
+        Device::Cpu => 3 << 20,
+        Device::Cuda => 64 << 20,
+    };
+    let seconds = || -> Result<f64, OutOfMemory> {
+        let [mut high, mut m, mut v] =
+            [DType::Bf16, DType::F32, DType::F32].map(|dtype| values(device, dtype, len));
+        let (high, m, v) = (high.as_mut(), m.as_mut(), v.as_mut());
+        let (Ok(high), Ok(m), Ok(v)) = (high, m, v) else {
+            return Err(OutOfMemory { bytes: 10 * len, device });
+        };
+        let (grad, mut low) = (values(device, DType::F32, len)?, Buffer::zeroed(device, 2 * len)?);
+        let (beta1, beta2, eps, weight_decay, grad_scale) = (0.9, 0.95, 1e-8, 0.1, 1.0);
+        let mut step = 0;
+        Ok(shortest(device, || {
+            step += 1;
+            let (high, low) = (high.view_mut(DType::Bf16, 0, len), low.view_mut(DType::U16, 0, len));
+            let hyper = Hyper { lr: 1e-3, beta1, beta2, eps, weight_decay, step, grad_scale };
+            let (m, v) = (m.view_mut(DType::F32, 0, len), v.view_mut(DType::F32, 0, len));
+            crate::adamw::update(Master::Split { high, low }, grad.view(DType::F32, 0, len), m, v, &hyper);
+        }))
+    };
+    seconds().map_or(f64::INFINITY, |seconds| seconds / len as f64)
 }
 
-fn best(a: View<'_>, b: View<'_>, out: DType) -> f64 {
-    best_of(a, b, out, (SIDE, SIDE, SIDE))
-}
-
-fn best_of(a: View<'_>, b: View<'_>, out: DType, (m, k, n): (usize, usize, usize)) -> f64 {
-    let (mut f32s, mut bf16s) = (Vec::new(), Vec::new());
-    match out {
-        DType::F32 => f32s.resize(m * n, 0f32),
-        _ => bf16s.resize(m * n, bf16::ZERO),
-    }
+/// Seconds of one call.
+fn shortest(device: Device, mut call: impl FnMut()) -> f64 {
     let mut seconds = f64::INFINITY;
     for _ in 0..RUNS {
-        let data = match out {
-            DType::F32 => ViewMut::of_f32(&mut f32s),
-            _ => ViewMut::of_bf16(&mut bf16s),
-        };
         let started = Instant::now();
-        let (a, b) = (Mat::new(a, k), Mat::new(b, k).t());
-        gemm(m, n, k, a, b, MatMut { data, ld: n }, false, Epilogue::default());
+        (0..calls(device)).for_each(|_| call());
+        if device == Device::Cuda {
+            device::cuda::synchronise();
+        }
         seconds = seconds.min(started.elapsed().as_secs_f64());
     }
-    2.0 * (m * k * n) as f64 / seconds / 1e9
+    seconds / calls(device) as f64
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn products_of_any_shape_are_measured() {
-        for dtype in [DType::F32, DType::Bf16] {
-            assert!(gflops_of(dtype, 96, 64, 160) > 0.0);
+/// Values of all magnitudes about one: products of zeros draw less power, and so run faster than others.
+fn values(device: Device, dtype: DType, len: usize) -> Result<Buffer, OutOfMemory> {
+    let value = |i: usize| ((i.wrapping_mul(0x9e37_79b1) >> 8) & 0xffff) as f32 / 65_536.0 - 0.5;
+    let mut buffer = Buffer::new(device, len * dtype.size_bytes())?;
+    match dtype {
+        DType::F32 => {
+            let values: Vec<f32> = (0..len).map(value).collect();
+            device::copy(buffer.view_mut(dtype, 0, len), View::of_f32(&values));
+        }
+        _ => {
+            let values: Vec<bf16> = (0..len).map(|i| bf16::from_f32(value(i))).collect();
+            device::copy(buffer.view_mut(dtype, 0, len), View::of_bf16(&values));
         }
     }
+    Ok(buffer)
 }

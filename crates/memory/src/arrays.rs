@@ -151,13 +151,12 @@ impl Arrays {
     /// The same over tiers, with all its arrays. With `stripes`, of which we have every granule: chunks
     /// are granules.
     pub fn paged(
-        device: Device,
         len: usize,
         setup: Setup,
         classes: &[(Class, DType)],
         stripes: Option<Stripes>,
     ) -> Result<Arrays, PagerError> {
-        let mut arrays = Arrays::new(device, len);
+        let mut arrays = Arrays::new(setup.device, len);
         if let Some(stripes) = stripes {
             let chunk = setup.chunk_elements;
             assert!(stripes.ranks == 1 && stripes.granule == chunk, "{stripes:?}, chunks of {chunk}");
@@ -166,10 +165,19 @@ impl Arrays {
         let mut sizes = Vec::new();
         let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
         let filed = setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.elements));
-        for (class, dtype, len) in state.chain(filed) {
+        let all: Vec<(Class, DType, usize)> = state.chain(filed).collect();
+        let narrowest = all.iter().map(|(_, dtype, _)| dtype.size_bytes()).min().unwrap_or(1);
+        let frame_bytes = setup.chunk_elements * narrowest;
+        for (class, dtype, len) in all {
             let size = dtype.size_bytes();
             let memories = setup.budgets.tiers().into_iter().filter(|tier| *tier != Tier::Nvme);
-            let reserve = memories.map(|_| Region::reserve(device, len * size, setup.chunk_elements * size));
+            let (bytes, granule_bytes) = (len * size, setup.chunk_elements * size);
+            let reserve = memories.enumerate().map(|(depth, _)| match (depth, setup.device) {
+                (0, Device::Cuda) => Region::in_frames(bytes, granule_bytes, frame_bytes),
+                // What stays of those that left is within the budget: it holds all of them.
+                (_, Device::Cuda) if setup.budgets.nvme.is_none() => Region::pinned(bytes, granule_bytes),
+                _ => Region::reserve(Device::Cpu, bytes, granule_bytes),
+            });
             let regions: Vec<Region> = reserve.collect::<Result<_, OutOfMemory>>()?;
             let granules = 0..regions[0].granules();
             sizes.push((class, granules.map(|i| regions[0].granule_bytes(i)).collect()));

@@ -21,6 +21,7 @@ static HELD: LazyLock<Mutex<Buffer>> =
 /// Room for `chunks` chunks of f32, each of 8 KiB.
 fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
     let setup = Setup {
+        device: Device::Cpu,
         // A 64th of the budget stays free.
         budgets: Budgets { hbm: None, dram: Some(budget(OTHERS as u64, chunks)), nvme: Some(1 << 30) },
         ranks: 1,
@@ -31,7 +32,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, chunks: u64) -> Arrays {
         chunk_elements: CHUNK,
         filed: None,
     };
-    Arrays::paged(Device::Cpu, LEN, setup, &CLASSES.map(|class| (class, DType::F32)), None).unwrap()
+    Arrays::paged(LEN, setup, &CLASSES.map(|class| (class, DType::F32)), None).unwrap()
 }
 
 /// A budget that leaves room for `chunks` beside `others`.
@@ -163,6 +164,7 @@ fn what_is_written_in_part_begins_as_zeros_whatever_lay_there() {
     let chunk = 1 << 20;
     let dram = Some((OTHERS as u64 + 9 * chunk as u64) * 64 / 63);
     let setup = Setup {
+        device: Device::Cpu,
         budgets: Budgets { hbm: None, dram, nvme: Some(1 << 30) },
         ranks: 1,
         dir: dir.path().to_path_buf(),
@@ -173,7 +175,7 @@ fn what_is_written_in_part_begins_as_zeros_whatever_lay_there() {
         filed: None,
     };
     let classes = [(Class::Param, DType::F32), (Class::Grad, DType::F32)];
-    let mut arrays = Arrays::paged(Device::Cpu, 4 * chunk + 2048, setup, &classes, None).unwrap();
+    let mut arrays = Arrays::paged(4 * chunk + 2048, setup, &classes, None).unwrap();
     let mut write = |elements: std::ops::Range<usize>, value: f32| {
         let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Write };
         arrays.visit(ABOUT, &[need]).unwrap();

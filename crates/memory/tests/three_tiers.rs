@@ -34,6 +34,7 @@ fn budget(bytes: u64) -> Option<u64> {
 
 fn arrays(dir: &std::path::Path, policy: Policy, budgets: Budgets) -> Arrays {
     let setup = Setup {
+        device: Device::Cpu,
         budgets,
         ranks: 1,
         dir: dir.to_path_buf(),
@@ -43,7 +44,7 @@ fn arrays(dir: &std::path::Path, policy: Policy, budgets: Budgets) -> Arrays {
         chunk_elements: CHUNK,
         filed: None,
     };
-    Arrays::paged(Device::Cpu, LEN as usize, setup, &CLASSES, None).unwrap()
+    Arrays::paged(LEN as usize, setup, &CLASSES, None).unwrap()
 }
 
 fn visit(arrays: &mut Arrays, phase: Phase, op: &'static str, needs: &[(Class, Access)], layer: usize) {

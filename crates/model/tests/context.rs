@@ -25,7 +25,7 @@ fn rank(golden: &Golden, flow: &Flow, dtype: DType, tokens: &Tokens) -> Result<H
     store.enable_grads()?;
     let read = |name: &str, _: &[usize]| Ok::<_, Fault>(golden.weights[name].f32());
     model::fill(&params, &stored, read, |param, first, values| {
-        store.set_weights(param, first, device::View::of_f32(values));
+        store.set_weights(param, first, device::View::of_f32(values)).unwrap();
         Ok(())
     })?;
     let targets = golden.targets();

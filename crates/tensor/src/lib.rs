@@ -13,6 +13,7 @@ mod ops;
 mod params;
 mod piece;
 mod rounded;
+mod state;
 mod stretch;
 mod tape;
 mod value;

@@ -5,14 +5,14 @@
 //! the handles, so that the optimizer, the checkpoint and the memory tiers see runs of bytes, not
 //! tensors.
 
-use crate::Fault;
 use crate::init::{Init, fill};
 use crate::piece::Piece;
 use crate::tape::{Moment, Phase};
+use crate::{Fault, Tensor};
 use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
-use memory::{Arrays, Class, Need, Stripes, Update, trace};
+use memory::{Arrays, Class, Need, Stripes, trace};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;
@@ -166,10 +166,10 @@ pub struct ParamStore {
     dtype: DType,
     specs: Vec<ParamSpec>,
     starts: Vec<usize>,
-    arrays: Arrays,
+    pub(crate) arrays: Arrays,
     /// A byte for each block of first and second moments, where those have 8 bits. They stay in
     /// memory: a 64th of a byte a parameter is not worth a journey.
-    exponents: Option<[Buffer; 2]>,
+    pub(crate) exponents: Option<[Buffer; 2]>,
     /// Whether a gradient was written since the last `clear_grads`; until then its bytes are stale.
     touched: Vec<bool>,
     /// Whether gradients are rounded to bf16 once they are final.
@@ -214,7 +214,6 @@ impl ParamStore {
     /// Storage over tiers, for weights, final gradients (f32, or bf16: rounded) and optimizer state,
     /// whose moments are `moments` (f32 or u8). A `striped` one is that of a rank among others, who share none of its state.
     pub fn paged(
-        device: Device,
         (dtype, grads, moments): (DType, DType, DType),
         list: &ParamList,
         mut setup: Setup,
@@ -233,7 +232,7 @@ impl ParamStore {
             classes.push((Class::Master, DType::U16));
         }
         classes.extend([(Class::M, moments), (Class::V, moments)]);
-        let arrays = Arrays::paged(device, total, setup, &classes, stripes)?;
+        let arrays = Arrays::paged(total, setup, &classes, stripes)?;
         Ok(Self::of(list, dtype, starts, arrays))
     }
 
@@ -246,43 +245,6 @@ impl ParamStore {
     /// Reserve gradients; from now on ops on a recording tape may accumulate into them.
     pub fn enable_grads(&mut self) -> Result<(), OutOfMemory> {
         self.arrays.add(Class::Grad, DType::F32)
-    }
-
-    /// Reserve moments (f32 or u8), as far as they are not there.
-    pub fn enable_moments(&mut self, moments: DType) -> Result<(), OutOfMemory> {
-        self.arrays.add(Class::M, moments)?;
-        self.arrays.add(Class::V, moments)?;
-        if moments == DType::U8 {
-            let one = || Buffer::zeroed(self.arrays.device(), self.arrays.len().div_ceil(BLOCK));
-            self.exponents = Some([one()?, one()?]);
-        }
-        Ok(())
-    }
-
-    /// Windows on the same elements of every class for one update, and on the exponents of their
-    /// blocks (first, second moments) where moments have 8 bits.
-    pub fn update(&mut self, elements: Range<usize>) -> (Update<'_>, Option<[&mut [u8]; 2]>) {
-        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
-        let exponents = self.exponents.as_mut().map(|pair| {
-            pair.each_mut().map(|one| one.view_mut(DType::U8, blocks.start, blocks.len()).bytes())
-        });
-        (self.arrays.update(elements), exponents)
-    }
-
-    /// Codes of 8-bit moments of `class` and the exponents of their blocks.
-    pub fn codes(&self, class: Class, elements: Range<usize>) -> (&[u8], &[u8]) {
-        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
-        let pair = self.exponents.as_ref().expect("moments of 8 bits were enabled");
-        let exponents = pair[usize::from(class == Class::V)].view(DType::U8, blocks.start, blocks.len());
-        (self.arrays.view(class, elements).bytes(), exponents.bytes())
-    }
-
-    /// The same to be written.
-    pub fn codes_mut(&mut self, class: Class, elements: Range<usize>) -> (&mut [u8], &mut [u8]) {
-        let blocks = elements.start / BLOCK..elements.end.div_ceil(BLOCK);
-        let pair = self.exponents.as_mut().expect("moments of 8 bits were enabled");
-        let exponents = pair[usize::from(class == Class::V)].view_mut(DType::U8, blocks.start, blocks.len());
-        (self.arrays.view_mut(class, elements).bytes(), exponents.bytes())
     }
 
     /// The flat arrays, for the optimizer and for files.
@@ -412,8 +374,25 @@ impl ParamStore {
     }
 
     /// Weights of one parameter from element `first` on, rounded to the store's type.
-    pub fn set_weights(&mut self, param: ParamRef, first: usize, values: View<'_>) {
-        kernels::elementwise::copy(self.weight_mut(param).narrow(first, values.len()), values);
+    pub fn set_weights(
+        &mut self,
+        param: ParamRef,
+        first: usize,
+        values: View<'_>,
+    ) -> Result<(), OutOfMemory> {
+        let (dtype, len) = (self.dtype, values.len());
+        if self.device() == Device::Cpu || values.dtype() == dtype {
+            let weights = self.weight_mut(param).narrow(first, len);
+            match values.dtype() == dtype {
+                true => device::copy(weights, values),
+                false => kernels::elementwise::copy(weights, values),
+            }
+            return Ok(());
+        }
+        let mut rounded = Tensor::new(Device::Cpu, dtype, &[len])?;
+        kernels::elementwise::copy(rounded.view_mut(), values);
+        device::copy(self.weight_mut(param).narrow(first, len), rounded.view());
+        Ok(())
     }
 
     /// Gradient of one parameter. Panics when gradients were never enabled: our bug.
@@ -437,7 +416,7 @@ impl ParamStore {
     fn clear_padding_behind(&mut self, param: ParamRef) {
         let padding = self.padding_behind(param);
         if self.arrays.is_paged() && !padding.is_empty() {
-            self.arrays.view_mut(Class::Grad, padding).bytes().fill(0);
+            device::fill_zero(self.arrays.view_mut(Class::Grad, padding));
         }
     }
 
@@ -445,7 +424,7 @@ impl ParamStore {
     pub fn weight_and_added_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>) {
         let (weight, mut grad, add) = self.weight_and_grad(param);
         if !add {
-            grad.reborrow().bytes().fill(0);
+            device::fill_zero(grad.reborrow());
         }
         (weight, grad)
     }
@@ -482,7 +461,7 @@ impl ParamStore {
         let elements = self.range(param);
         let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Write };
         self.bring(About { phase: trace::Phase::Backward, op: "settle", layer: 0 }, &[need])?;
-        self.arrays.view_mut(Class::Grad, elements).bytes().fill(0);
+        device::fill_zero(self.arrays.view_mut(Class::Grad, elements));
         self.clear_padding_behind(param);
         Ok(())
     }

@@ -23,7 +23,7 @@ impl Tensor {
     /// All zeros.
     pub fn zeros(device: Device, dtype: DType, shape: &[usize]) -> Result<Tensor, OutOfMemory> {
         let mut tensor = Self::new(device, dtype, shape)?;
-        tensor.view_mut().bytes().fill(0);
+        device::fill_zero(tensor.view_mut());
         Ok(tensor)
     }
 
@@ -37,10 +37,19 @@ impl Tensor {
 
     /// Values widened to f32.
     pub fn to_f32(&self) -> Vec<f32> {
+        if self.device() != Device::Cpu {
+            let here = self.to_device(Device::Cpu).expect("room for values that are looked at");
+            return here.to_f32();
+        }
         match self.view().floats() {
             device::Slice::F32(values) => values.to_vec(),
             device::Slice::Bf16(values) => values.iter().copied().map(bf16::to_f32).collect(),
         }
+    }
+
+    /// The same elements on `device`; itself where it is there.
+    pub fn on(self, device: Device) -> Result<Tensor, OutOfMemory> {
+        if self.device() == device { Ok(self) } else { self.to_device(device) }
     }
 
     /// The elements at the start of a buffer that came from elsewhere.
@@ -145,8 +154,13 @@ impl Tensor {
 
     /// A private copy on the same device.
     pub fn duplicate(&self) -> Result<Tensor, OutOfMemory> {
-        let mut copy = Tensor::new(self.device(), self.dtype, &self.shape)?;
-        copy.view_mut().bytes().copy_from_slice(self.view().bytes());
+        self.to_device(self.device())
+    }
+
+    /// A private copy on any device.
+    pub fn to_device(&self, device: Device) -> Result<Tensor, OutOfMemory> {
+        let mut copy = Tensor::new(device, self.dtype, &self.shape)?;
+        device::copy(copy.view_mut(), self.view());
         Ok(copy)
     }
 }

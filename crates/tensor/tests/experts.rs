@@ -46,7 +46,7 @@ impl Net {
         store.enable_grads().unwrap();
         let put = |param, first, values: &[f32]| {
             let values = Tensor::from_f32(values, DType::F32, &[values.len()]).unwrap();
-            store.set_weights(param, first, values.view());
+            store.set_weights(param, first, values.view()).unwrap();
             Ok::<_, Infallible>(())
         };
         self.list.initial_values(11, put).unwrap();
@@ -102,7 +102,7 @@ fn check(router: Router) {
             let mut at = |step: f32| {
                 let moved: Vec<f32> = weight.iter().zip(&direction).map(|(w, d)| w + step * d).collect();
                 let moved = Tensor::from_f32(&moved, DType::F32, &[moved.len()]).unwrap();
-                store.set_weights(param, 0, moved.view());
+                store.set_weights(param, 0, moved.view()).unwrap();
                 net.loss(&mut store, false)
             };
             let step = 1e-3;
@@ -112,7 +112,7 @@ fn check(router: Router) {
             let apart = (found - expected).abs() / norm;
             assert!(apart < 1e-2, "{router:?} {name}: slope {found}, by the gradient {expected}");
             let original = Tensor::from_f32(&weight, DType::F32, &[weight.len()]).unwrap();
-            store.set_weights(param, 0, original.view());
+            store.set_weights(param, 0, original.view()).unwrap();
         }
     }
 }
@@ -150,7 +150,7 @@ fn even_loads_have_the_least_balance_loss() {
     let net = Net::new(Router { experts: 4, choices: 2, normalise: true, balance: 1.0 });
     let mut store = net.store(DType::F32);
     let zeros = Tensor::zeros(Device::Cpu, DType::F32, &[4 * D]).unwrap();
-    store.set_weights(net.route, 0, zeros.view());
+    store.set_weights(net.route, 0, zeros.view()).unwrap();
     let ids: Arc<[u32]> = (0..M as u32).collect();
     let mut tape = Tape::running(&mut store);
     let x = tape.embedding(&[(ids, net.embedding)]).unwrap();

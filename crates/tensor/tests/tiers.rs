@@ -79,6 +79,7 @@ fn gradients_that_begin_in_pages_of_others_have_the_bits_of_those_in_memory() {
     let expected = step(&mut plain, params);
     let dir = tempfile::tempdir().unwrap();
     let setup = Setup {
+        device: Device::Cpu,
         // Four chunks beside 32 MiB: weights and gradients are three each.
         budgets: Budgets { hbm: None, dram: Some((32 << 20) + 17 * CHUNK as u64), nvme: Some(1 << 30) },
         ranks: 1,
@@ -90,7 +91,7 @@ fn gradients_that_begin_in_pages_of_others_have_the_bits_of_those_in_memory() {
         filed: None,
     };
     let types = (DType::F32, DType::F32, DType::F32);
-    let mut paged = ParamStore::paged(Device::Cpu, types, &list, setup, false).unwrap();
+    let mut paged = ParamStore::paged(types, &list, setup, false).unwrap();
     fill(&mut paged);
     for nth in 0..3 {
         litter(&mut paged);

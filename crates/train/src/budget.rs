@@ -6,6 +6,7 @@ use crate::learner::Learner;
 use crate::ranks::{self, first_says, numbers_of, words_of};
 use crate::{TrainError, bytes};
 use checkpoint::write_file;
+use device::Device;
 use dist::{Axis, Mesh};
 use memory::Tier;
 use memory::pager::{PagerError, key_of};
@@ -108,6 +109,8 @@ pub(crate) struct LiveBudgets {
 /// The file of a run.
 struct Watched {
     run: PathBuf,
+    /// Where ops compute.
+    device: Device,
     /// As the run was set up.
     recipe: Budgets,
     seen: Option<Stamp>,
@@ -123,7 +126,7 @@ impl Watched {
         self.seen = stamp;
         let wanted = BudgetFile::read(&self.run)?.over(self.recipe);
         if wanted != before {
-            check_available(before, wanted)?;
+            check_available(before, wanted, self.device)?;
         }
         Ok((wanted != before).then_some(wanted))
     }
@@ -164,7 +167,8 @@ impl LiveBudgets {
     /// While a run is set up: take up what stands in its folder, which is given on the first rank.
     pub fn begin(run: Option<&Path>, learner: &mut Learner) -> Result<LiveBudgets, TrainError> {
         let recipe = learner.budgets().unwrap_or_default();
-        let file = run.map(|run| Watched { run: run.into(), recipe, seen: None });
+        let file =
+            run.map(|run| Watched { run: run.into(), device: learner.store.device(), recipe, seen: None });
         let mut live = LiveBudgets { file, found: None };
         live.found = live.look(learner)?;
         Ok(live)
@@ -252,8 +256,10 @@ fn set_on_all(
 }
 
 /// Refuse to promise memory the system does not have beside what is held.
-fn check_available(before: Budgets, wanted: Budgets) -> Result<(), TrainError> {
-    let memory = |budgets: Budgets| budgets.hbm.unwrap_or(0).saturating_add(budgets.dram.unwrap_or(0));
+fn check_available(before: Budgets, wanted: Budgets, device: Device) -> Result<(), TrainError> {
+    // A GPU has memory of its own: what it has not, its chunks will say.
+    let hbm = |budgets: Budgets| budgets.hbm.filter(|_| device == Device::Cpu).unwrap_or(0);
+    let memory = |budgets: Budgets| hbm(budgets).saturating_add(budgets.dram.unwrap_or(0));
     let Some(free) = device::available_bytes().filter(|_| memory(wanted) > memory(before)) else {
         return Ok(());
     };
@@ -263,7 +269,7 @@ fn check_available(before: Budgets, wanted: Budgets) -> Result<(), TrainError> {
     }
     let named = [Tier::Hbm, Tier::Dram].into_iter().filter_map(|tier| Some((tier, wanted.of(tier)?)));
     let named: Vec<String> =
-        named.map(|(tier, budget)| format!("{} = {}", key_of(tier), bytes(budget))).collect();
+        named.map(|(tier, budget)| format!("{} = {}", key_of(tier, device), bytes(budget))).collect();
     Err(TrainError::Budget {
         what: format!("{}, {} are available", named.join(" beside "), bytes(available)),
         remedy: "ask for less; the budgets stay as they were".into(),

@@ -133,8 +133,8 @@ impl Estimate {
         let (k, n) = (config.width(), config.ffn());
         let rows = (PRODUCT_S * peak_gflops * 1e9 / (2 * k * n) as f64) as usize;
         let m = (recipe.batch * recipe.context).min(rows.max(64));
-        let gflops = kernels::peak::gflops_of(recipe.dtype, m, k, n);
-        self.step_flops / (gflops * 1e9) + self.params as f64 * kernels::peak::update_seconds()
+        let gflops = kernels::peak::gflops_of(recipe.device, recipe.dtype, [m, k, n]);
+        self.step_flops / (gflops * 1e9) + self.params as f64 * kernels::peak::update_seconds(recipe.device)
     }
 }
 
@@ -177,7 +177,7 @@ impl Activations {
         let staying = (m * (n + routes) * 4) as u64;
         // The head: a slice of logits and its packed copy; the layers' scratch: gradients of the
         // inner values, the packed operand of the widest product.
-        let slice = tensor::loss_slice_tokens(v).min(m);
+        let slice = tensor::loss_slice_tokens(recipe.device, v).min(m);
         let head = 2 * slice * v * 4 + 2 * m * d * size;
         let scratch = m * (gates + f + (2 + 2 * choices) * d) * size + m * gates * 4;
         Activations {

@@ -74,7 +74,14 @@ impl Weights<'_, '_> {
                 pieces.into_iter().try_for_each(|piece| {
                     let need = Need { class: Class::Param, elements: piece.clone(), access: Access::Read };
                     store.bring(EXPORT, &[need]).map_err(io::Error::other)?;
-                    put(store.arrays().view(Class::Param, piece))
+                    let weights = store.arrays().view(Class::Param, piece);
+                    if weights.device() == Device::Cpu {
+                        return put(weights);
+                    }
+                    let mut here = Buffer::new(Device::Cpu, weights.len() * weights.dtype().size_bytes())
+                        .map_err(io::Error::other)?;
+                    device::copy(here.view_mut(weights.dtype(), 0, weights.len()), weights);
+                    put(here.view(weights.dtype(), 0, weights.len()))
                 })
             }
             Weights::Ranks(reader) => {

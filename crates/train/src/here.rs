@@ -142,6 +142,7 @@ impl<'a> Probe<'a> {
             dtype: train.dtype,
             adamw: train.adamw,
             recompute: Recompute::Never,
+            device: Device::Cpu,
             tiers: None,
         };
         let mut learner = Learner::on(&Flow::solo(), &self.config, options)

@@ -16,7 +16,7 @@ use memory::plan::Budgets;
 use model::{Built, Config, ConfigError, Model, Recompute, Spread, StoredWeight, Tokens};
 use std::collections::HashMap;
 use std::time::Instant;
-use tensor::{Fault, Load, Moment, ParamList, ParamStore, Tape, Targets, Var};
+use tensor::{Fault, Load, Moment, ParamList, ParamStore, Tape, Targets, Tensor, Var};
 
 /// A model that learns.
 pub struct Learner {
@@ -59,7 +59,9 @@ pub struct LearnerOptions {
     pub adamw: AdamWConfig,
     /// Layers that run again.
     pub recompute: Recompute,
-    /// Tiers the state may spread over; none: all of it stays in memory.
+    /// Where ops compute.
+    pub device: Device,
+    /// Tiers the state may spread over; none: all of it stays in the memory of the device.
     pub tiers: Option<Setup>,
 }
 
@@ -95,7 +97,7 @@ impl Learner {
         options: LearnerOptions,
         sharding: Sharding,
     ) -> Result<Learner, LearnerError> {
-        let LearnerOptions { context, dtype, adamw, recompute, tiers } = options;
+        let LearnerOptions { context, dtype, adamw, recompute, device, tiers } = options;
         let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
         let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
         let share = (mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
@@ -103,9 +105,9 @@ impl Learner {
             Some(setup) => {
                 let dtypes = (dtype, adamw.gradients, adamw.moments.dtype());
                 let striped = mesh.world_size() > 1;
-                ParamStore::paged(Device::Cpu, dtypes, &params, setup, striped)?
+                ParamStore::paged(dtypes, &params, setup, striped)?
             }
-            None if mesh.world_size() == 1 => ParamStore::new(Device::Cpu, dtype, &params)?,
+            None if mesh.world_size() == 1 => ParamStore::new(device, dtype, &params)?,
             None => ParamStore::striped(Device::Cpu, dtype, &params, share, sharding.away())?,
         };
         store.enable_grads()?;
@@ -308,9 +310,9 @@ fn run(model: &Model, mut tape: Tape<'_>, batch: &Batch) -> Result<f64, Fault> {
     let tokens = tokens_of(batch);
     let hidden = model.hidden(&mut tape, &tokens, Recompute::Never)?;
     let losses = model.loss(&mut tape, &hidden, Targets { ids: &batch.targets, scale: 1.0 }, batch.b)?;
-    Ok(sum(losses.view().f32()))
+    Ok(sum(&losses))
 }
 
-pub(crate) fn sum(losses: &[f32]) -> f64 {
-    losses.iter().map(|loss| f64::from(*loss)).sum()
+pub(crate) fn sum(losses: &Tensor) -> f64 {
+    losses.to_f32().into_iter().map(f64::from).sum()
 }

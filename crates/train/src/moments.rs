@@ -2,9 +2,9 @@
 //! which holds their values exactly, so a state knows no blocks and goes on under any mesh and with
 //! either kind of moments.
 
-use device::DType;
+use device::{DType, Device, View, ViewMut};
 use half::bf16;
-use kernels::adamw8::{BLOCK, Order, Packed, pack, unpack_bf16};
+use kernels::adamw8::{BLOCK, Order, pack, unpack_bf16};
 use memory::Class;
 use std::borrow::Cow;
 use std::ops::Range;
@@ -49,7 +49,7 @@ pub(crate) fn read(store: &ParamStore, class: Class, elements: Range<usize>, out
     let within = elements.start % BLOCK;
     let (codes, exponents) = store.codes(class, elements);
     let mut values = vec![bf16::ZERO; codes.len()];
-    unpack_bf16(order(class), codes, exponents, within, &mut values);
+    unpack_bf16(order(class), &here(codes), &here(exponents), within, &mut values);
     for (out, value) in out.as_chunks_mut().0.iter_mut().zip(values) {
         *out = value.to_le_bytes();
     }
@@ -59,8 +59,21 @@ pub(crate) fn read(store: &ParamStore, class: Class, elements: Range<usize>, out
 pub(crate) fn write(store: &mut ParamStore, class: Class, elements: Range<usize>, bytes: &[u8]) {
     assert!(elements.start.is_multiple_of(BLOCK), "moments are written in whole blocks");
     let values: Vec<bf16> = bytes.as_chunks().0.iter().map(|value| bf16::from_le_bytes(*value)).collect();
-    let (codes, exponents) = store.codes_mut(class, elements);
-    pack(order(class), &values, Packed { codes, exponents });
+    let (mut codes, mut exponents) = (vec![0; elements.len()], vec![0; elements.len().div_ceil(BLOCK)]);
+    pack(order(class), &values, &mut codes, &mut exponents);
+    let (to_codes, to_exponents) = store.codes_mut(class, elements);
+    device::copy(to_codes, View::of_bytes(DType::U8, &codes));
+    device::copy(to_exponents, View::of_bytes(DType::U8, &exponents));
+}
+
+/// Bytes of a window, of whatever device.
+fn here(view: View<'_>) -> Cow<'_, [u8]> {
+    if view.device() == Device::Cpu {
+        return Cow::Borrowed(view.bytes());
+    }
+    let mut bytes = vec![0; view.len()];
+    device::copy(ViewMut::of_bytes(DType::U8, &mut bytes), view);
+    Cow::Owned(bytes)
 }
 
 /// Moments of a state with `from` bytes each as `to` bytes each: bf16 widened, or f32 rounded.

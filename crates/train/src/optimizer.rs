@@ -2,7 +2,8 @@
 //! masters. Works chunk by chunk where chunks come and go.
 
 use crate::moments::{self, Moments};
-use device::{DType, Device, OutOfMemory};
+use device::{DType, Device, OutOfMemory, View, ViewMut};
+use half::bf16;
 use kernels::adamw::{self, Hyper, Master};
 use kernels::adamw8::{self, Packed};
 use memory::pager::About;
@@ -71,11 +72,18 @@ impl AdamW {
             let needs = [need(Class::Param), need(Class::Master)];
             store.bring(LOAD, &needs[..1 + usize::from(split)])?;
             if !split {
-                store.arrays_mut().view_mut(Class::Param, piece).f32().copy_from_slice(values);
+                device::copy(store.arrays_mut().view_mut(Class::Param, piece), View::of_f32(values));
                 continue;
             }
             let [high, low] = store.arrays_mut().views_mut([Class::Param, Class::Master], piece);
-            adamw::split_all(values, high.bf16(), low.u16());
+            if high.device() == Device::Cpu {
+                adamw::split_all(values, high.bf16(), low.u16());
+                continue;
+            }
+            let (mut above, mut below) = (vec![bf16::ZERO; values.len()], vec![0; values.len()]);
+            adamw::split_all(values, &mut above, &mut below);
+            device::copy(high, View::of_bf16(&above));
+            device::copy(low, View::of_u16(&below));
         }
         Ok(())
     }
@@ -124,8 +132,8 @@ impl AdamW {
             match exponents {
                 None => adamw::update(master, grad, m, v, &hyper),
                 Some([m_exponents, v_exponents]) => {
-                    let m = Packed { codes: m.bytes(), exponents: m_exponents };
-                    let v = Packed { codes: v.bytes(), exponents: v_exponents };
+                    let m = Packed { codes: m, exponents: m_exponents };
+                    let v = Packed { codes: v, exponents: v_exponents };
                     adamw8::update(master, grad, m, v, first, &hyper);
                 }
             }
@@ -155,7 +163,7 @@ impl AdamW {
             let out = &mut out[(piece.start - start) * size..(piece.end - start) * size];
             match store.arrays().dtype(class) {
                 DType::U8 => moments::read(store, class, piece, out),
-                _ => out.copy_from_slice(store.arrays().view(class, piece).bytes()),
+                dtype => device::copy(ViewMut::of_bytes(dtype, out), store.arrays().view(class, piece)),
             }
         }
         Ok(())
@@ -170,7 +178,9 @@ impl AdamW {
             let bytes = &bytes[(piece.start - start) * size..(piece.end - start) * size];
             match store.arrays().dtype(class) {
                 DType::U8 => moments::write(store, class, piece, bytes),
-                _ => store.arrays_mut().view_mut(class, piece).bytes().copy_from_slice(bytes),
+                dtype => {
+                    device::copy(store.arrays_mut().view_mut(class, piece), View::of_bytes(dtype, bytes))
+                }
             }
         }
         Ok(())
@@ -224,7 +234,5 @@ const UPDATE: About = About { phase: Phase::Optimizer, op: "adamw", layer: 0 };
 /// root of their sum in the order of the parameters: so it has the same bits whether a gradient was
 /// summed the moment it was ready or at the end.
 pub fn squared_norm(store: &ParamStore, param: ParamRef) -> f64 {
-    match store.device() {
-        Device::Cpu => kernels::global_norm::sum_of_squares(store.final_grad(param)),
-    }
+    kernels::global_norm::sum_of_squares(store.final_grad(param))
 }

@@ -5,6 +5,7 @@ use crate::outlook::{Speeds, transformer, updates};
 use crate::prepare::Prepared;
 use crate::recipe::{Recipe, TrainRecipe};
 use crate::rerun::{MICROBATCHES, planned};
+use device::Device;
 use memory::Tier;
 use memory::pager::Setup;
 use memory::plan::{Budgets, Transformer};
@@ -84,13 +85,18 @@ impl Prepared {
         let unknown = Speeds { flops_per_s: 1.0, fastest_per_s: 1.0, host_per_s: None };
         let (count, when) = (estimate.params as u64, updates(1, train.clip));
         let model = transformer(&self.config, count, (train, when), &unknown);
-        let update_s = kernels::peak::update_seconds();
+        // Behind a GPU updates are made on the host, where the state lies.
+        let update_s = kernels::peak::update_seconds(train.device);
+        let host_update_s = match train.device {
+            Device::Cpu => update_s,
+            Device::Cuda => kernels::peak::update_seconds(Device::Cpu),
+        };
         let passes_s = (step_s - update_s * estimate.params as f64).max(0.0);
         let of_layer = f64::from(model.layers) * train.accumulate as f64;
         Transformer {
             layer_forward_s: passes_s / 3.0 / of_layer,
             update_s,
-            host_update_s: Some(update_s),
+            host_update_s: Some(host_update_s),
             ..model
         }
     }

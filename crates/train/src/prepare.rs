@@ -11,7 +11,7 @@ use crate::rerun::{NOMINAL_RATES, Rerun};
 use crate::tiers::{self, Links};
 use checkpoint::ModelFiles;
 use data::{Document, TokenizedCorpus, Tokenizer, documents};
-use device::DType;
+use device::{DType, Device};
 use dist::{Communicator, Flow, Mesh};
 use memory::pager::Setup;
 use memory::plan::Rates;
@@ -121,8 +121,16 @@ impl Prepared {
         if let Some(setup) = self.tiers(recipe) {
             return tiers::check(recipe, &self.of_rank, &estimate, &setup);
         }
-        let Some(available) = device::available_bytes() else { return Ok(()) };
-        let (needs, available) = (estimate.total_bytes(), available as u64);
+        let available = match recipe.train.device {
+            Device::Cpu => device::available_bytes().map(|free| free as u64),
+            Device::Cuda => tiers::card_free_bytes(),
+        };
+        let Some(available) = available else { return Ok(()) };
+        let needs = match recipe.train.device {
+            Device::Cpu => estimate.total_bytes(),
+            // Snapshots lie on the host.
+            Device::Cuda => estimate.total_bytes() - estimate.snapshot_bytes,
+        };
         if needs <= available {
             return Ok(());
         }
@@ -149,11 +157,11 @@ impl Prepared {
 
     /// A learner with zero weights, as the rank of the mesh of `flow`.
     pub fn learner(&self, recipe: &Recipe, flow: &Flow) -> Result<Learner, TrainError> {
-        let TrainRecipe { context, dtype, adamw, .. } = recipe.train;
+        let TrainRecipe { context, device, dtype, adamw, .. } = recipe.train;
         let recompute = self.recompute(recipe);
         let processes = ranks::processes(&flow.mesh);
         let tiers = self.tiers(recipe).map(|setup| tiers::apart(setup, processes));
-        let options = LearnerOptions { context, dtype, adamw, recompute, tiers };
+        let options = LearnerOptions { context, dtype, adamw, recompute, device, tiers };
         Learner::sharded(flow, &self.config, options, recipe.mesh.sharding).map_err(|error| match error {
             LearnerError::Config(error) => TrainError::Model(error),
             LearnerError::Memory(error) => TrainError::Memory(error),
@@ -188,10 +196,7 @@ fn choose_rerun(recipe: &Recipe, config: &Config, rates: &Rates) -> Result<Rerun
             what: "train.recompute = \"auto\" is for runs of one rank: ranks on different machines could choose differently; set it to \"never\" or \"always\"".into(),
         });
     }
-    let gflops = match recipe.train.dtype {
-        DType::F32 => kernels::peak::gflops_f32(),
-        _ => kernels::peak::gflops_bf16(),
-    };
+    let gflops = kernels::peak::gflops(recipe.train.device, recipe.train.dtype);
     let speeds = Speeds { flops_per_s: gflops * 1e9, fastest_per_s: NOMINAL_BYTES_PER_S, host_per_s: None };
     Rerun::choose(config, recipe, &speeds, (&tiers::budgets(recipe), rates))
 }

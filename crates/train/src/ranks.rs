@@ -2,6 +2,7 @@
 //! and what the first rank decides; and over which axes gradients are added up. Everything goes along
 //! one axis at a time, so that a rank meets its own lines of the mesh only, and sums have one order.
 
+use crate::learner;
 use device::{Buffer, DType, Device, ViewMut};
 use dist::{Axis, Communicator, Mesh};
 use model::Spread;
@@ -84,14 +85,13 @@ pub(crate) fn sum_over(mesh: &Mesh, axes: &[Axis], x: f64) -> Result<f64, Fault>
 /// Sum of the losses of every row of a microbatch, of which this replica has `losses` [M]: taken in
 /// the order of the rows, so that it does not depend on how many replicas there are.
 pub(crate) fn sum_of_losses(mesh: &Mesh, losses: &Tensor) -> Result<f64, Fault> {
-    let sum = |losses: &Tensor| losses.view().f32().iter().map(|loss| f64::from(*loss)).sum();
     let mut all = losses.clone();
     for axis in ROWS.into_iter().rev().filter(|axis| mesh.size(*axis) > 1) {
         let mut wider = Tensor::new(losses.device(), DType::F32, &[mesh.size(axis) * all.len()])?;
         mesh.group(axis).all_gather(all.view(), wider.view_mut())?;
         all = wider;
     }
-    Ok(sum(&all))
+    Ok(learner::sum(&all))
 }
 
 /// Numbers as the words that ranks send each other, the low ones first.

@@ -78,7 +78,7 @@ impl Learner {
         let tape = Tape::running(store).watched_by(&mut watch);
         let mut stage = Worker::new(model, mesh, tape, (microbatches, 1.0), Recompute::Never);
         stage.run(list)?;
-        let losses = stage.end()?.losses.iter().map(|losses| sum(losses.view().f32())).collect();
+        let losses = stage.end()?.losses.iter().map(sum).collect();
         shards.end_pass(store)?;
         Ok(losses)
     }

@@ -10,6 +10,7 @@ use crate::optimizer::{AdamW, squared_norm};
 use crate::shards::{self, Shards};
 use crate::{ranks, stages};
 use data::Batch;
+use device::View;
 use dist::Axis;
 use memory::pager::About;
 use memory::trace::Phase;
@@ -183,12 +184,12 @@ impl Learner {
 
     /// Squared norm of the whole gradient.
     fn squared_norm(&mut self) -> Result<f64, Fault> {
-        let mut squares = 0.0;
         for param in self.store.refs() {
             self.store.finish_grad(NORM, param)?;
-            squares += squared_norm(&self.store, param);
         }
-        Ok(squares)
+        // All of them are here: a GPU is waited for once.
+        let grads: Vec<View<'_>> = self.store.refs().map(|param| self.store.final_grad(param)).collect();
+        Ok(kernels::global_norm::sums_of_squares(&grads).into_iter().sum())
     }
 
     fn update_all(&mut self, done: StepDone, plan: StepPlan) -> Result<(), Fault> {
@@ -228,7 +229,7 @@ impl Learner {
         let targets = Targets { ids: &batch.targets, scale: 1.0 / learned as f32 };
         let losses = self.model.loss(&mut tape, &hidden, targets, batch.b)?;
         drop(hidden);
-        let loss = (before + sum(losses.view().f32())) / learned;
+        let loss = (before + sum(&losses)) / learned;
         early.set(plan.clip.is_infinite() && loss.is_finite());
         tape.backward()?;
         self.loads.append(&mut tape.loads);

@@ -5,8 +5,8 @@ use crate::TrainError;
 use crate::bytes;
 use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
-use crate::recipe::Recipe;
-use device::DType;
+use crate::recipe::{MemoryRecipe, Recipe};
+use device::{DType, Device};
 use memory::disk::{self, DriveFigures, Effort, Options};
 use memory::pager::{self, Filed, Setup, chunk_elements, free_for_chunks, key_of};
 use memory::plan::{Budgets, LinkRate, Rates};
@@ -34,7 +34,20 @@ pub(crate) fn budgets(recipe: &Recipe) -> Budgets {
     let automatic = (available as f64 * AUTO_PART) as u64;
     let dram = memory.dram_bytes.unwrap_or(automatic.saturating_sub(memory.device_bytes.unwrap_or(0)));
     let nvme = memory.nvme_bytes.unwrap_or(i64::MAX as u64);
-    Budgets { hbm: memory.device_bytes, dram: Some(dram), nvme: Some(nvme) }
+    Budgets { hbm: hbm(recipe, memory), dram: Some(dram), nvme: Some(nvme) }
+}
+
+/// Memory of the GPU, or of what plays one.
+fn hbm(recipe: &Recipe, memory: &MemoryRecipe) -> Option<u64> {
+    match recipe.train.device {
+        Device::Cpu => memory.device_bytes,
+        Device::Cuda => memory.hbm_bytes.or_else(|| Some((card_free_bytes()? as f64 * AUTO_PART) as u64)),
+    }
+}
+
+/// What the GPU has free beside what this process holds for its ops.
+pub(crate) fn card_free_bytes() -> Option<u64> {
+    Some(device::cuda::gpu().ok()?.driver().free_bytes() as u64)
 }
 
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
@@ -42,14 +55,20 @@ pub(crate) fn budgets(recipe: &Recipe) -> Budgets {
 pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
     let memory = recipe.memory.as_ref()?;
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
-    let device_bytes = memory.device_bytes;
-    let dram_bytes = memory.dram_bytes.unwrap_or_else(|| auto().saturating_sub(device_bytes.unwrap_or(0)));
+    let (device, device_bytes) = (recipe.train.device, hbm(recipe, memory));
+    let beside = memory.device_bytes.unwrap_or(0);
+    let dram_bytes = memory.dram_bytes.unwrap_or_else(|| auto().saturating_sub(beside));
     let others = |bytes: u64| (bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
     let other_bytes = others(estimate.activation_bytes);
     let ranks = recipe.mesh.shape.world_size();
     let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;
     let fits = |budget: u64, beside: u64| state_bytes + beside <= free_for_chunks(budget, 0);
-    if device_bytes.is_none() && fits(dram_bytes, other_bytes) && memory.policy.is_free_to_keep_all() {
+    // What plays a device shows how it would go, however small the model.
+    let fastest = match device {
+        Device::Cpu => Some(dram_bytes).filter(|_| device_bytes.is_none()),
+        Device::Cuda => device_bytes,
+    };
+    if fastest.is_some_and(|budget| fits(budget, other_bytes)) && memory.policy.is_free_to_keep_all() {
         return None;
     }
     let state_bytes = state_bytes + (held * rounded_bytes(recipe)) as u64;
@@ -60,7 +79,12 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         _ => Stripes::new(held / ranks, 1, 0).granule,
     };
     // A chunk of 8-bit moments is whole pages, too.
-    let chunk_elements = chunk_elements.max(PAGE_BYTES / recipe.train.adamw.moments.dtype().size_bytes());
+    let narrowest = recipe.train.adamw.moments.dtype().size_bytes().min(recipe.train.dtype.size_bytes());
+    let page_bytes = match device {
+        Device::Cpu => PAGE_BYTES,
+        Device::Cuda => device::cuda::gpu().map_or(PAGE_BYTES, |gpu| gpu.driver().granularity()),
+    };
+    let chunk_elements = chunk_elements.max(page_bytes / narrowest);
     let filed = filed(recipe, estimate, chunk_elements);
     let other_bytes = match filed {
         Some(_) => others(estimate.activation_bytes - estimate.filed_bytes),
@@ -76,6 +100,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     Some(Setup {
         budgets: Budgets { hbm: device_bytes, dram: Some(dram_bytes), nvme: nvme_bytes },
         ranks: ranks as u64,
+        device,
         dir: memory.dir.clone(),
         drive: None,
         policy: memory.policy,
@@ -108,8 +133,17 @@ impl Links {
         let effort = Effort { time: PATIENCE, scratch_bytes: (state_bytes / 8).clamp(1 << 20, most) };
         let measured = |_| disk::measure(there, effort, &Options::default()).ok();
         let drive = setup.budgets.nvme.and_then(measured);
-        let copied = setup.budgets.hbm.map(|_| pager::copied_per_s());
-        let host = copied.map_or(nominal.host, |per_s| LinkRate { up_per_s: per_s, down_per_s: per_s });
+        let host = match (setup.device, setup.budgets.hbm) {
+            (Device::Cuda, _) => {
+                let (up_per_s, down_per_s) = device::cuda::copied_per_s();
+                LinkRate { up_per_s, down_per_s }
+            }
+            (Device::Cpu, Some(_)) => {
+                let per_s = pager::copied_per_s();
+                LinkRate { up_per_s: per_s, down_per_s: per_s }
+            }
+            (Device::Cpu, None) => nominal.host,
+        };
         let nvme = drive.as_ref().map_or(nominal.nvme, DriveFigures::rate);
         // The memory it took is no part of the run's budget.
         device::release_cached();
@@ -159,8 +193,26 @@ pub(crate) fn check(
 ) -> Result<(), TrainError> {
     let available = device::available_bytes().map_or(u64::MAX, |free| free as u64);
     let (device_bytes, dram_bytes) = (setup.budgets.hbm.unwrap_or(0), setup.budgets.dram.unwrap_or(0));
+    let device_bytes = match setup.device {
+        Device::Cpu => device_bytes,
+        // It has a memory of its own.
+        Device::Cuda => {
+            let free = card_free_bytes().unwrap_or(0);
+            if device_bytes > free {
+                return Err(TrainError::Budget {
+                    what: format!(
+                        "memory.hbm = {}, {} are free on the GPU",
+                        bytes(device_bytes),
+                        bytes(free)
+                    ),
+                    remedy: "lower memory.hbm, or set it to \"auto\"".into(),
+                });
+            }
+            0
+        }
+    };
     if dram_bytes.saturating_add(device_bytes) > available {
-        let device = match setup.budgets.hbm {
+        let device = match setup.budgets.hbm.filter(|_| setup.device == Device::Cpu) {
             Some(device) => format!(" beside memory.simulate_device = {}", bytes(device)),
             None => String::new(),
         };
@@ -180,7 +232,7 @@ pub(crate) fn check(
         });
     }
     for (tier, least) in least_budgets(recipe, params, setup) {
-        let (key, budget) = (key_of(tier), setup.budgets.of(tier).unwrap_or(0));
+        let (key, budget) = (key_of(tier, setup.device), setup.budgets.of(tier).unwrap_or(0));
         if least <= budget {
             continue;
         }

@@ -39,6 +39,15 @@ pub struct Args {
     /// Threads of every implementation.
     #[arg(long, default_value_t = 2)]
     threads: usize,
+    /// Where ours and torch compute. On a GPU candle and burn are not measured.
+    #[arg(long, value_parser = ["cpu", "cuda"], default_value = "cpu")]
+    device: String,
+    /// Rows of a batch instead of those of the model size; ours and torch only.
+    #[arg(long)]
+    batch: Option<usize>,
+    /// A trilith that was built elsewhere, instead of building it.
+    #[arg(long, value_name = "PATH")]
+    binary: Option<PathBuf>,
     /// A glance instead of a measurement.
     #[arg(long)]
     quick: bool,
@@ -53,6 +62,7 @@ pub struct Args {
 enum Sizes {
     S,
     M,
+    L,
     #[value(name = "all")]
     All,
 }
@@ -62,6 +72,7 @@ impl Sizes {
         match self {
             Sizes::S => &["S"],
             Sizes::M => &["M"],
+            Sizes::L => &["L"],
             Sizes::All => &["S", "M"],
         }
     }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Args, Failure, Family};
@@ -53,8 +53,9 @@ pub fn prepare(root: &Path, args: &Args) -> Result<(Vec<Program>, Vec<Failure>)>
         spinner.set_message(format!("preparing {family} (the first time takes minutes)"));
         spinner.enable_steady_tick(Duration::from_millis(200));
         let made = match family {
-            Family::Trilith => trilith(root),
-            Family::Torch => torch(root, args.python.as_deref()),
+            Family::Trilith => trilith(root, args),
+            Family::Torch => torch(root, args),
+            _ if args.device != "cpu" => Err(anyhow!("runs on the CPU only")),
             Family::Candle => rust_peer(root, family, "candle-f32"),
             Family::Burn => rust_peer(root, family, "burn-flex-f32"),
         };
@@ -67,13 +68,25 @@ pub fn prepare(root: &Path, args: &Args) -> Result<(Vec<Program>, Vec<Failure>)>
     Ok((programs, failures))
 }
 
-fn trilith(root: &Path) -> Result<Vec<Program>> {
-    let binary = cargo_build(root, &["--package", "trilith"], "trilith")?;
+/// What `args` ask of ours and of torch beside size, mode and steps.
+fn asked(args: &Args) -> Vec<OsString> {
+    let mut asked = vec!["--device".into(), args.device.clone().into()];
+    if let Some(batch) = args.batch {
+        asked.extend(["--batch".into(), batch.to_string().into()]);
+    }
+    asked
+}
+
+fn trilith(root: &Path, args: &Args) -> Result<Vec<Program>> {
+    let binary = match &args.binary {
+        Some(binary) => binary.clone(),
+        None => cargo_build(root, &["--package", "trilith"], "trilith")?,
+    };
     let program = |mode, precision| Program {
         name: format!("trilith-{mode}"),
         family: Family::Trilith,
         precision,
-        argv: vec![binary.clone().into(), "bench-step".into()],
+        argv: [vec![binary.clone().into(), "bench-step".into()], asked(args)].concat(),
         mode,
         warm_up: 1,
     };
@@ -94,9 +107,9 @@ fn rust_peer(root: &Path, family: Family, name: &str) -> Result<Vec<Program>> {
     }])
 }
 
-fn torch(root: &Path, python: Option<&Path>) -> Result<Vec<Program>> {
-    let python = match python {
-        Some(python) => python.to_path_buf(),
+fn torch(root: &Path, args: &Args) -> Result<Vec<Program>> {
+    let python = match &args.python {
+        Some(python) => python.clone(),
         None => venv(root)?,
     };
     torch_version(&python)?;
@@ -104,7 +117,7 @@ fn torch(root: &Path, python: Option<&Path>) -> Result<Vec<Program>> {
         name: format!("torch-{mode}"),
         family: Family::Torch,
         precision,
-        argv: vec![python.clone().into(), root.join("bench/torch_step.py").into()],
+        argv: [vec![python.clone().into(), root.join("bench/torch_step.py").into()], asked(args)].concat(),
         mode,
         warm_up,
     };

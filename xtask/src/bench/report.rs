@@ -33,7 +33,7 @@ fn row(index: usize, program: &Program, programs: &[Program], measured: &Measure
     };
     let (slowest, fastest) = speeds.iter().fold((f64::MAX, 0f64), |(lo, hi), v| (lo.min(*v), hi.max(*v)));
     let gflops = median(measured.of(index).map(|run| run.gflops)).unwrap_or_default();
-    let memory = median(measured.of(index).map(|run| run.peak_rss_bytes)).unwrap_or_default();
+    let memory = median(measured.of(index).map(|run| run.peak_bytes)).unwrap_or_default();
     let share = measured.peak(program.precision).map(|peak| format!("{:.0} %", 100.0 * gflops / peak));
     let ratio = over_rounds(measured, |round| {
         let ours = best(programs, measured, round, |p| p.family == Family::Trilith)?;
@@ -90,7 +90,7 @@ impl Ratios {
             })
         };
         let memory = over_rounds(measured, |round| {
-            pair(round, false).map(|(ours, torch)| ours.peak_rss_bytes / torch.peak_rss_bytes)
+            pair(round, false).map(|(ours, torch)| ours.peak_bytes / torch.peak_bytes)
         });
         Ratios { speed: speed(false), speed_f32: speed(true), memory }
     }
@@ -194,8 +194,8 @@ mod tests {
         Program { name: name.to_string(), family, precision, argv: Vec::new(), mode: "", warm_up: 1 }
     }
 
-    fn run(tokens_per_s: f64, peak_rss_bytes: f64) -> Run {
-        Run { tokens_per_s, gflops: tokens_per_s / 10.0, peak_rss_bytes, steps: Vec::new(), peak: None }
+    fn run(tokens_per_s: f64, peak_bytes: f64) -> Run {
+        Run { tokens_per_s, gflops: tokens_per_s / 10.0, peak_bytes, steps: Vec::new(), peak: None }
     }
 
     /// Ours at twice torch's bf16 in each round, though rounds differ threefold.

@@ -14,7 +14,17 @@ pub struct Step {
     pub tokens_per_s: f64,
     pub gflops: f64,
     pub peak_rss_bytes: f64,
+    /// Memory of the GPU held, where the step ran on one.
+    #[serde(default)]
+    pub peak_device_bytes: Option<f64>,
     pub loss: f64,
+}
+
+impl Step {
+    /// Most held where it computes.
+    pub fn peak_bytes(&self) -> f64 {
+        self.peak_device_bytes.unwrap_or(self.peak_rss_bytes)
+    }
 }
 
 /// The machine's matrix product ceiling, as our own program measures it before its steps.
@@ -41,7 +51,7 @@ impl Peak {
 pub struct Run {
     pub tokens_per_s: f64,
     pub gflops: f64,
-    pub peak_rss_bytes: f64,
+    pub peak_bytes: f64,
     pub steps: Vec<Step>,
     pub peak: Option<Peak>,
 }
@@ -125,7 +135,7 @@ fn summary(peak: Option<Peak>, steps: Vec<Step>, warm_up: usize) -> Run {
     Run {
         tokens_per_s: middle(|step| step.tokens_per_s),
         gflops: middle(|step| step.gflops),
-        peak_rss_bytes: steps.iter().map(|step| step.peak_rss_bytes).fold(0.0, f64::max),
+        peak_bytes: steps.iter().map(Step::peak_bytes).fold(0.0, f64::max),
         steps,
         peak,
     }
@@ -158,7 +168,7 @@ mod tests {
         let (peak, steps) = parse(LINES).expect("valid lines");
         check_losses(&steps, "S").expect("a falling loss");
         let run = summary(peak, steps, 1);
-        assert_eq!((run.tokens_per_s, run.gflops, run.peak_rss_bytes), (70.0, 7.0, 7.0));
+        assert_eq!((run.tokens_per_s, run.gflops, run.peak_bytes), (70.0, 7.0, 7.0));
         assert_eq!(run.peak.map(|peak| peak.of(Precision::Bf16)), Some(400.0));
     }
 

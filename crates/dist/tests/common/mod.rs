@@ -149,7 +149,7 @@ fn layers(pair: Pair, flow: &Flow) -> Layers {
         let whole: Vec<f32> = (0..piece.whole_len()).map(|i| number(&spec.name, i, pair.dtype)).collect();
         let mut here = vec![0f32; spec.len()];
         piece.take(&whole, &mut here, spec.shape[1]);
-        store.set_weights(param, 0, device::View::of_f32(&here));
+        store.set_weights(param, 0, device::View::of_f32(&here)).unwrap();
     }
     Layers { opening, closing, params, list, store }
 }

@@ -9,15 +9,15 @@ const CHUNK: usize = 1 << 14;
 /// The numbers a step boils down to.
 #[derive(Clone, Copy)]
 pub(crate) struct Step {
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    keep: f32,
+    pub(super) beta1: f32,
+    pub(super) beta2: f32,
+    pub(super) eps: f32,
+    pub(super) keep: f32,
     /// lr / (1 - beta1^t)
-    rate: f32,
+    pub(super) rate: f32,
     /// 1 / sqrt(1 - beta2^t)
-    root: f32,
-    grad_scale: f32,
+    pub(super) root: f32,
+    pub(super) grad_scale: f32,
 }
 
 impl Step {

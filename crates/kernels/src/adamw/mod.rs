@@ -5,10 +5,12 @@
 //! bit, and two bytes a parameter are saved.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use cpu::Step;
+pub(crate) use cuda::kind;
 
 use device::{Device, View, ViewMut};
 use half::bf16;
@@ -78,5 +80,6 @@ pub fn update(master: Master<'_>, grad: View<'_>, m: ViewMut<'_>, v: ViewMut<'_>
     assert!(len == grad.len() && len == m.len() && len == v.len(), "state of {len} parameters");
     match grad.device() {
         Device::Cpu => cpu::update(master, grad, m, v, hyper),
+        Device::Cuda => cuda::update(master, grad, m, v, hyper),
     }
 }

@@ -3,7 +3,7 @@
 //! and `pack` finds the same value again: a state that was saved goes on with the same bits.
 
 use super::code::{decode, decode_signed, encode, encode_signed, exponent};
-use super::{BLOCK, Packed, exponents_len};
+use super::{BLOCK, exponents_len};
 use half::bf16;
 
 /// Which average of the gradients.
@@ -36,8 +36,7 @@ pub fn unpack_bf16(order: Order, codes: &[u8], exponents: &[u8], first: usize, o
 /// Moments nearest to `values`, which begin with a block. What `unpack_bf16` gave, of the same
 /// blocks, comes back exactly; in other blocks a value 32 octaves (first moments: 16) below its
 /// block's largest takes the smallest code, or zero.
-pub fn pack(order: Order, values: &[bf16], packed: Packed<'_>) {
-    let Packed { codes, exponents } = packed;
+pub fn pack(order: Order, values: &[bf16], codes: &mut [u8], exponents: &mut [u8]) {
     assert!(codes.len() == values.len() && exponents.len() == exponents_len(values.len()));
     let runs = values.chunks(BLOCK).zip(codes.chunks_mut(BLOCK)).zip(exponents);
     for ((values, codes), shared) in runs {

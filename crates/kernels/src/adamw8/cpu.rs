@@ -22,8 +22,8 @@ pub(super) fn update(
 
 fn run<G: Float>(master: Master<'_>, g: &[G], m: Packed<'_>, v: Packed<'_>, first: u64, hyper: &Hyper) {
     let step = Step::new(hyper);
-    let (m_codes, v_codes) = (Parts::new(m.codes), Parts::new(v.codes));
-    let (m_exps, v_exps) = (Parts::new(m.exponents), Parts::new(v.exponents));
+    let (m_codes, v_codes) = (Parts::new(m.codes.bytes()), Parts::new(v.codes.bytes()));
+    let (m_exps, v_exps) = (Parts::new(m.exponents.bytes()), Parts::new(v.exponents.bytes()));
     let parts = |i: usize, len: usize| {
         let (at, run) = (i * CHUNK, i * CHUNK / BLOCK);
         let (codes, exps) = (at..at + len, run..run + exponents_len(len));

@@ -17,6 +17,7 @@
 mod code;
 mod convert;
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -25,7 +26,7 @@ mod tests;
 pub use convert::{Order, pack, unpack_bf16};
 
 use crate::adamw::{Hyper, Master};
-use device::{Device, View};
+use device::{DType, Device, View, ViewMut};
 
 /// Moments that share an exponent.
 pub const BLOCK: usize = 128;
@@ -35,12 +36,12 @@ pub fn exponents_len(len: usize) -> usize {
     len.div_ceil(BLOCK)
 }
 
-/// Moments of a run of parameters. All zeros is the state before the first step.
+/// Moments of a run of parameters, as bytes. All zeros is the state before the first step.
 pub struct Packed<'a> {
     /// One byte a parameter.
-    pub codes: &'a mut [u8],
+    pub codes: ViewMut<'a>,
     /// One byte for each `BLOCK` parameters, the last run may be shorter.
-    pub exponents: &'a mut [u8],
+    pub exponents: ViewMut<'a>,
 }
 
 /// One step on a run of parameters that begins with the parameter numbered `first` (a multiple of
@@ -59,16 +60,19 @@ pub fn update(master: Master<'_>, grad: View<'_>, m: Packed<'_>, v: Packed<'_>, 
     for moments in [&m, &v] {
         let (codes, exponents) = (moments.codes.len(), moments.exponents.len());
         assert!(codes == len && exponents == exponents_len(len), "moments of {len} parameters");
+        let types = [moments.codes.dtype(), moments.exponents.dtype()];
+        assert_eq!(types, [DType::U8; 2], "types of moments");
     }
     match grad.device() {
         Device::Cpu => cpu::update(master, grad, m, v, first, hyper),
+        Device::Cuda => cuda::update(master, grad, m, v, first, hyper),
     }
 }
 
 /// The moments as floats: (first, second), for inspection and tests.
 pub fn unpack(m: &Packed<'_>, v: &Packed<'_>) -> (Vec<f32>, Vec<f32>) {
     let decode = |packed: &Packed<'_>, one: fn(u8, u8) -> f32| {
-        let runs = packed.codes.chunks(BLOCK).zip(packed.exponents.iter());
+        let runs = packed.codes.as_view().bytes().chunks(BLOCK).zip(packed.exponents.as_view().bytes());
         runs.flat_map(|(codes, e)| codes.iter().map(move |code| one(*code, *e))).collect()
     };
     (decode(m, code::decode_signed), decode(v, code::decode))

@@ -12,6 +12,11 @@ struct Owned {
     v: (Vec<u8>, Vec<u8>),
 }
 
+fn packed<'a>(codes: &'a mut [u8], exponents: &'a mut [u8]) -> Packed<'a> {
+    let bytes = |bytes| ViewMut::of_bytes(DType::U8, bytes);
+    Packed { codes: bytes(codes), exponents: bytes(exponents) }
+}
+
 impl Owned {
     fn zeros(n: usize) -> Owned {
         let one = (vec![0; n], vec![0; exponents_len(n)]);
@@ -19,8 +24,7 @@ impl Owned {
     }
 
     fn packed(&mut self) -> (Packed<'_>, Packed<'_>) {
-        let pack = |(codes, exponents)| Packed { codes, exponents };
-        (pack((&mut self.m.0, &mut self.m.1)), pack((&mut self.v.0, &mut self.v.1)))
+        (packed(&mut self.m.0, &mut self.m.1), packed(&mut self.v.0, &mut self.v.1))
     }
 
     fn step(&mut self, w: &mut [f32], g: &[f32], first: u64, hyper: &Hyper) {
@@ -76,8 +80,8 @@ fn threads_chunks_and_masters_change_no_bit() {
                 for at in (0..n).step_by(cut) {
                     let (end, runs) = ((at + cut).min(n), at / BLOCK..(at + cut).min(n).div_ceil(BLOCK));
                     let (m, v) = (&mut state.m, &mut state.v);
-                    let m = Packed { codes: &mut m.0[at..end], exponents: &mut m.1[runs.clone()] };
-                    let v = Packed { codes: &mut v.0[at..end], exponents: &mut v.1[runs.clone()] };
+                    let m = packed(&mut m.0[at..end], &mut m.1[runs.clone()]);
+                    let v = packed(&mut v.0[at..end], &mut v.1[runs.clone()]);
                     let master = Master::F32(ViewMut::of_f32(&mut w[at..end]));
                     update(master, View::of_f32(&g[at..end]), m, v, at as u64, &hyper(step));
                 }
@@ -193,7 +197,7 @@ fn what_was_unpacked_packs_to_the_same_values_and_goes_on_with_the_same_bits() {
             let mut tail = vec![half::bf16::ZERO; 200];
             unpack_bf16(order, &from.0[300..500], &from.1[2..4], 300 - 2 * BLOCK, &mut tail);
             assert!(tail == values[300..500], "a part that begins within a block");
-            pack(order, &values, Packed { codes: &mut to.0, exponents: &mut to.1 });
+            pack(order, &values, &mut to.0, &mut to.1);
         }
         let floats = |state: &mut Owned| {
             let (m, v) = state.packed();

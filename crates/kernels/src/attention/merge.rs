@@ -1,7 +1,7 @@
 //! What joins attention over parts of the keys: outputs by their log-sums on the way there, and the
 //! sums over each query's output that every part's way back subtracts.
 
-use super::Shape;
+use super::{Shape, cuda};
 use crate::raw::RawFloats;
 use crate::simd::{Float, Open, exp, lane_sum};
 use device::{DType, Device, View, ViewMut};
@@ -38,6 +38,7 @@ pub fn merge(shape: &Shape, (out, lse): (ViewMut<'_>, ViewMut<'_>), part: (View<
                 }
             });
         }
+        Device::Cuda => cuda::merge(shape, (out, lse), part),
     }
 }
 
@@ -77,6 +78,7 @@ pub fn row_sums(shape: &Shape, out: View<'_>, dout: View<'_>, sums: ViewMut<'_>)
                 });
             }));
         }
+        Device::Cuda => cuda::row_sums(shape, out, dout, sums),
     }
 }
 

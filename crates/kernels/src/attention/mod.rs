@@ -2,6 +2,7 @@
 //! documents, sliding windows; a matrix of all scores never exists.
 
 mod backward;
+mod cuda;
 mod decode;
 mod forward;
 mod merge;
@@ -119,6 +120,7 @@ pub fn forward_part(
     match out.device() {
         Device::Cpu if shape.t <= decode::QUERIES => decode::forward(shape, qkv, seen, scale, out, lse),
         Device::Cpu => forward::forward(shape, qkv, seen, scale, out, lse),
+        Device::Cuda => cuda::forward(shape, qkv, seen, scale, (out, lse)),
     }
 }
 
@@ -141,11 +143,14 @@ pub fn backward(
     let tokens = shape.b * shape.t;
     assert!(out.len() == tokens * shape.n * shape.h && dout.len() == out.len());
     assert_eq!(dqkv.len(), tokens * (shape.n + 2 * shape.k) * shape.h, "dqkv");
-    let mut sums = vec![0f32; shape.b * shape.n * shape.t];
-    row_sums(&shape, out, dout, ViewMut::of_f32(&mut sums));
-    let given = Given { lse, sums: View::of_f32(&sums), dout };
+    let task = (shape, qkv, seen, scale);
     match dqkv.device() {
-        Device::Cpu => backward::packed((shape, qkv, seen, scale), given, dqkv),
+        Device::Cpu => {
+            let mut sums = vec![0f32; shape.b * shape.n * shape.t];
+            row_sums(&shape, out, dout, ViewMut::of_f32(&mut sums));
+            backward::packed(task, Given { lse, sums: View::of_f32(&sums), dout }, dqkv);
+        }
+        Device::Cuda => cuda::packed(task, [out, lse, dout], dqkv),
     }
 }
 
@@ -178,5 +183,6 @@ pub fn backward_part(
     assert!(dq.dtype() == DType::F32 && dkv.dtype() == DType::F32, "parts are added up in f32");
     match dq.device() {
         Device::Cpu => backward::parts((shape, qkv, seen, scale), given, (dq, dkv)),
+        Device::Cuda => cuda::parts((shape, qkv, seen, scale), given, (dq, dkv)),
     }
 }

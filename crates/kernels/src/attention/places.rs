@@ -22,6 +22,11 @@ impl Places {
         Places { runs: [early, late] }
     }
 
+    /// (first place, tokens) of both runs, the second without tokens where there is but one.
+    pub(super) const fn both(self) -> [(usize, usize); 2] {
+        self.runs
+    }
+
     /// Tokens.
     pub const fn len(self) -> usize {
         self.runs[0].1 + self.runs[1].1

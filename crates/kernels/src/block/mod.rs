@@ -1,5 +1,6 @@
 //! Rectangles inside matrices: what travels between ranks is cut out and put back here.
 
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -56,6 +57,7 @@ fn walk((rows, cols): (usize, usize), a: Mat<'_>, c: MatMut<'_>, added: [Option<
                 }
             });
         })),
+        Device::Cuda => cuda::walk((rows, cols), a, c, added, keep),
     }
 }
 

@@ -39,6 +39,7 @@ pub fn tops(logits: View<'_>, slice: Slice<'_>, out: ViewMut<'_>) {
                 run_tops(&logits[i * rows * v..][..out.len() * v], slice.valid, out);
             });
         }
+        Device::Cuda => on_host(),
     }
 }
 
@@ -54,6 +55,7 @@ pub fn sums(logits: View<'_>, slice: Slice<'_>, tops: View<'_>, out: ViewMut<'_>
                 run_sums(logits, (&slice.targets[i * rows..], slice.valid), &tops[i * rows..], out);
             });
         }
+        Device::Cuda => on_host(),
     }
 }
 
@@ -85,7 +87,13 @@ pub fn gradient(
                 run_gradient(logits, (&slice.targets[i * rows..], v, slice.valid), stats, scale, narrow);
             });
         }
+        Device::Cuda => on_host(),
     }
+}
+
+/// Ranks among whom rows are cut compute on the host.
+fn on_host() -> ! {
+    unreachable!("a vocabulary cut among ranks lies on no GPU")
 }
 
 multiversion! {

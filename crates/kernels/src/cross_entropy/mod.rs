@@ -1,6 +1,7 @@
 //! Softmax cross-entropy on a slice of logits, turned into its own gradient in place.
 
 mod cpu;
+mod cuda;
 pub mod cut;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ pub fn forward(logits: View<'_>, targets: &[u32], losses: ViewMut<'_>) {
     check(logits.len(), targets, losses.len());
     match logits.device() {
         Device::Cpu => cpu::forward(logits, targets, losses),
+        Device::Cuda => cuda::forward(logits, targets, losses),
     }
 }
 
@@ -33,6 +35,7 @@ pub fn forward_backward(
     check(logits.len(), targets, losses.len());
     match logits.device() {
         Device::Cpu => cpu::forward_backward(logits, targets, scale, losses, gradient),
+        Device::Cuda => cuda::forward_backward(logits, targets, scale, losses, gradient),
     }
 }
 

@@ -49,6 +49,7 @@ pub fn sums(x: View<'_>, sum: Sum<'_>, valid: usize, out: ViewMut<'_>) {
     assert!(x.len() == d * out.len() && valid <= d, "x is [{}, {d}]", out.len());
     match x.device() {
         Device::Cpu => cpu::sums(x, sum, valid, out),
+        Device::Cuda => on_host(),
     }
 }
 
@@ -58,6 +59,7 @@ pub fn apply(rows: Rows<'_>, b: Option<View<'_>>, y: ViewMut<'_>) {
     assert_eq!(rows.x.len(), y.len(), "y");
     match rows.x.device() {
         Device::Cpu => cpu::apply(rows, b, y),
+        Device::Cuda => on_host(),
     }
 }
 
@@ -68,6 +70,7 @@ pub fn backward_sums(rows: Rows<'_>, dy: View<'_>, out: ViewMut<'_>) {
     assert!(rows.x.len() == dy.len() && out.len() == 2 * rows.inv.len(), "sums");
     match rows.x.device() {
         Device::Cpu => cpu::backward_sums(rows, dy, out),
+        Device::Cuda => on_host(),
     }
 }
 
@@ -87,5 +90,11 @@ pub fn backward(
     assert!(dw.len() == rows.w.len() && db.as_ref().is_none_or(|db| db.len() == dw.len()), "gradients");
     match rows.x.device() {
         Device::Cpu => cpu::backward(rows, sums, (dy, carried), dx, dw, db),
+        Device::Cuda => on_host(),
     }
+}
+
+/// Ranks among whom rows are cut compute on the host.
+fn on_host() -> ! {
+    unreachable!("rows cut among ranks lie on no GPU")
 }

@@ -1,5 +1,7 @@
 //! Sums, copies and scalings of whole arrays, with conversion between float types.
 
+mod cuda;
+
 use crate::rows::sum_rows;
 use crate::simd::{Float, Open};
 use device::{Device, View, ViewMut};
@@ -14,6 +16,7 @@ pub fn add_assign(y: ViewMut<'_>, x: View<'_>) {
         Device::Cpu => by_dtype!(y, Y => by_dtype!(x, X => {
             zip(Y::open_mut(y), X::open(x), add_run::<Y, X>);
         })),
+        Device::Cuda => cuda::add_assign(y, x),
     }
 }
 
@@ -28,6 +31,7 @@ pub fn add(a: View<'_>, b: View<'_>, y: ViewMut<'_>) {
                 sum_run(&a[at.clone()], &b[at], y);
             });
         }),
+        Device::Cuda => cuda::add(a, b, y),
     }
 }
 
@@ -38,6 +42,7 @@ pub fn copy(y: ViewMut<'_>, x: View<'_>) {
         Device::Cpu => by_dtype!(y, Y => by_dtype!(x, X => {
             zip(Y::open_mut(y), X::open(x), copy_run::<Y, X>);
         })),
+        Device::Cuda => cuda::copy(y, x),
     }
 }
 
@@ -47,6 +52,7 @@ pub fn round_to_bf16(y: ViewMut<'_>) {
         Device::Cpu => {
             device::for_each_part((y.f32(), CHUNK), (&mut [] as &mut [u8], 0), |_, y, _| round_run(y));
         }
+        Device::Cuda => cuda::round_to_bf16(y),
     }
 }
 
@@ -58,6 +64,7 @@ pub fn scale(y: ViewMut<'_>, factor: f32) {
                 scale_run(y, factor);
             });
         }),
+        Device::Cuda => cuda::scale(y, factor),
     }
 }
 
@@ -71,6 +78,7 @@ pub fn column_sums(x: View<'_>, n: usize, out: ViewMut<'_>) {
                 add_rows(&x[range.start * n..range.end * n], out);
             });
         }),
+        Device::Cuda => cuda::column_sums(x, n, out),
     }
 }
 

@@ -1,6 +1,7 @@
 //! Rows of a table, and the scatter of their gradients.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -14,6 +15,7 @@ pub fn forward(ids: &[u32], table: View<'_>, d: usize, out: ViewMut<'_>, accumul
     check(ids, table.len(), d, out.len());
     match table.device() {
         Device::Cpu => cpu::forward(ids, table, d, out, accumulate),
+        Device::Cuda => cuda::forward(ids, table, d, out, accumulate),
     }
 }
 
@@ -22,6 +24,7 @@ pub fn backward(ids: &[u32], dout: View<'_>, d: usize, dtable: ViewMut<'_>) {
     check(ids, dtable.len(), d, dout.len());
     match dout.device() {
         Device::Cpu => cpu::backward(ids, dout, d, dtable),
+        Device::Cuda => cuda::backward(ids, dout, d, dtable),
     }
 }
 

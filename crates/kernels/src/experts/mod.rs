@@ -5,6 +5,7 @@
 //! ordered by expert, by token among equals. Pair m k + j is token m's j-th choice.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 #[cfg(test)]
@@ -21,6 +22,7 @@ pub fn route(logits: ViewMut<'_>, experts: usize, ids: &mut [u32], weights: View
     assert!(ids.is_empty() || ids.len() / tokens <= experts, "more choices than experts");
     match logits.device() {
         Device::Cpu => cpu::route(logits.f32(), experts, ids, weights.f32(), normalise),
+        Device::Cuda => unreachable!("experts are chosen on the host"),
     }
 }
 
@@ -39,6 +41,7 @@ pub fn route_backward(
         Device::Cpu => {
             cpu::route_backward(probabilities.f32(), ids, dweights.f32(), pull, normalise, dlogits.f32())
         }
+        Device::Cuda => unreachable!("experts are chosen on the host"),
     }
 }
 
@@ -60,6 +63,7 @@ pub fn combine(
     assert!(residual.is_none_or(|r| r.len() == y.len()), "residual");
     match y.device() {
         Device::Cpu => cpu::combine(rows, d, slot_of, weights.map(|w| w.f32()), residual, y),
+        Device::Cuda => cuda::combine(rows, d, slot_of, weights, residual, y),
     }
 }
 
@@ -79,5 +83,6 @@ pub fn combine_backward(
         Device::Cpu => {
             cpu::combine_backward(dy, d, pair_of, (weights.f32(), choices), rows, drows, dweights.f32())
         }
+        Device::Cuda => cuda::combine_backward(dy, d, pair_of, (weights, choices), rows, drows, dweights),
     }
 }

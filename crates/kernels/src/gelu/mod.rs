@@ -1,6 +1,7 @@
 //! GELU (Hendrycks and Gimpel 2016), exact or by its tanh approximation.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -73,6 +74,7 @@ pub fn forward(kind: GeluKind, x: View<'_>, y: ViewMut<'_>) {
     assert_eq!(x.len(), y.len(), "y");
     match x.device() {
         Device::Cpu => cpu::forward(kind, x, y),
+        Device::Cuda => cuda::forward(kind, x, y),
     }
 }
 
@@ -81,5 +83,6 @@ pub fn backward(kind: GeluKind, x: View<'_>, dy: View<'_>, dx: ViewMut<'_>) {
     assert!(x.len() == dy.len() && x.len() == dx.len(), "gradients");
     match x.device() {
         Device::Cpu => cpu::backward(kind, x, dy, dx),
+        Device::Cuda => cuda::backward(kind, x, dy, dx),
     }
 }

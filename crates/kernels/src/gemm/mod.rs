@@ -7,6 +7,7 @@
 #[cfg(target_arch = "x86_64")]
 mod amx;
 mod cpu;
+mod cuda;
 mod gemv;
 mod micro;
 pub(crate) mod pack;
@@ -101,5 +102,6 @@ pub fn gemm(
     }
     match c.data.device() {
         Device::Cpu => cpu::gemm(device::Isa::active(), (m, n, k), a, b, c, accumulate, epilogue),
+        Device::Cuda => cuda::gemm((m, n, k), a, b, c, accumulate, epilogue),
     }
 }

@@ -1,5 +1,7 @@
 //! Sum of squares over flat memory: the square of the gradient's global norm.
 
+mod cuda;
+
 use crate::simd::{Float, Open, lane_sum_of};
 use device::{Device, View};
 
@@ -11,6 +13,15 @@ const CHUNK: usize = 1 << 15;
 pub fn sum_of_squares(x: View<'_>) -> f64 {
     match x.device() {
         Device::Cpu => cpu(x),
+        Device::Cuda => cuda::sums_of_squares(&[x])[0],
+    }
+}
+
+/// The same of many arrays of one device, which is waited for once.
+pub fn sums_of_squares(views: &[View<'_>]) -> Vec<f64> {
+    match views.first().map(View::device) {
+        Some(Device::Cuda) => cuda::sums_of_squares(views),
+        _ => views.iter().map(|x| sum_of_squares(*x)).collect(),
     }
 }
 
@@ -20,15 +31,20 @@ const PARTIALS: usize = 512;
 fn cpu(x: View<'_>) -> f64 {
     by_dtype!(x, T => {
         let sum_of = |x: &[T]| {
-            let mut partial = [0f64; PARTIALS];
-            let used = x.len().div_ceil(CHUNK);
-            device::for_each_part((&mut partial[..used], 1), (&mut [] as &mut [u8], 0), |i, sum, _| {
-                sum[0] = squares(&x[i * CHUNK..((i + 1) * CHUNK).min(x.len())]) as f64;
+            let mut partial = [0f32; PARTIALS];
+            let partial = &mut partial[..x.len().div_ceil(CHUNK)];
+            device::for_each_part((&mut *partial, 1), (&mut [] as &mut [u8], 0), |i, sum, _| {
+                sum[0] = squares(&x[i * CHUNK..((i + 1) * CHUNK).min(x.len())]);
             });
-            partial.iter().sum::<f64>()
+            total(partial)
         };
         T::open(x).chunks(PARTIALS * CHUNK).map(sum_of).sum()
     })
+}
+
+/// Of the partial sums of an array, as many at a time as the CPU holds.
+fn total(partial: &[f32]) -> f64 {
+    partial.chunks(PARTIALS).map(|sums| sums.iter().map(|sum| f64::from(*sum)).sum::<f64>()).sum()
 }
 
 multiversion! {

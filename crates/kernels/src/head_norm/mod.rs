@@ -1,6 +1,7 @@
 //! RMSNorm over each head of q and k inside a packed q|k|v matrix, as Qwen3 does; v is copied.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +38,7 @@ pub fn forward(
     assert_eq!(inv_rms.len() * heads.width(), qkv.len() * (heads.n + heads.k), "inv_rms");
     match qkv.device() {
         Device::Cpu => cpu::forward(qkv, (wq, wk), heads, eps, out, inv_rms),
+        Device::Cuda => cuda::forward(qkv, (wq, wk), heads, eps, out, inv_rms),
     }
 }
 
@@ -56,5 +58,6 @@ pub fn backward(
     assert!(dwq.len() == heads.h && dwk.len() == heads.h, "weight gradients");
     match qkv.device() {
         Device::Cpu => cpu::backward(qkv, (wq, wk), inv_rms, heads, dout, dqkv, (dwq, dwk)),
+        Device::Cuda => cuda::backward(qkv, (wq, wk), inv_rms, heads, dout, dqkv, (dwq, dwk)),
     }
 }

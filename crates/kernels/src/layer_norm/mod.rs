@@ -1,6 +1,7 @@
 //! LayerNorm: y = (x - mean) * inv_std * w + b (Ba et al. 2016).
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -20,6 +21,7 @@ pub fn forward(
     assert!(x.len() == y.len() && mean.len() == inv_std.len() && b.len() == w.len());
     match x.device() {
         Device::Cpu => cpu::forward(x, w, b, eps, y, mean, inv_std),
+        Device::Cuda => cuda::forward(x, w, b, eps, y, mean, inv_std),
     }
 }
 
@@ -39,5 +41,6 @@ pub fn backward(
     assert!(x.len() == dy.len() && x.len() == dx.len() && dw.len() == w.len() && db.len() == w.len());
     match x.device() {
         Device::Cpu => cpu::backward(x, w, mean, inv_std, dy, carried, dx, dw, db),
+        Device::Cuda => cuda::backward(x, w, mean, inv_std, dy, carried, dx, dw, db),
     }
 }

@@ -44,6 +44,7 @@ pub fn rank_sum(parts: &mut [Part<'_>]) {
     match (device, dtype) {
         (Device::Cpu, DType::F32) => cpu::rank_sum::<f32>(parts, len),
         (Device::Cpu, DType::Bf16) => cpu::rank_sum::<half::bf16>(parts, len),
+        (Device::Cuda, _) => unreachable!("ranks that add up share no GPU"),
         (_, other) => panic!("no sum over ranks of {other}"),
     }
 }

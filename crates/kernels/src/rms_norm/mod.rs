@@ -1,6 +1,7 @@
 //! RMSNorm: y = x * inv_rms * w, inv_rms = 1 / sqrt(mean(x^2) + eps) (Zhang and Sennrich 2019).
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -12,6 +13,7 @@ pub fn forward(x: View<'_>, w: View<'_>, eps: f32, y: ViewMut<'_>, inv_rms: View
     assert_eq!(x.len(), y.len(), "y");
     match x.device() {
         Device::Cpu => cpu::forward(x, w, eps, y, inv_rms),
+        Device::Cuda => cuda::forward(x, w, eps, y, inv_rms),
     }
 }
 
@@ -30,5 +32,6 @@ pub fn backward(
     assert!(x.len() == dy.len() && x.len() == dx.len() && dw.len() == w.len(), "gradients");
     match x.device() {
         Device::Cpu => cpu::backward(x, w, inv_rms, dy, carried, dx, dw),
+        Device::Cuda => cuda::backward(x, w, inv_rms, dy, carried, dx, dw),
     }
 }

@@ -3,6 +3,7 @@
 //! position * theta^(-2i/R).
 
 mod cpu;
+mod cuda;
 mod table;
 #[cfg(test)]
 mod tests;
@@ -28,5 +29,6 @@ pub fn apply(
     assert!(last < table.positions(), "position {last} of a table of {}", table.positions());
     match x.device() {
         Device::Cpu => cpu::apply(x, ld, (heads, h), positions, table, inverse),
+        Device::Cuda => cuda::apply(x, ld, (heads, h), positions, table, inverse),
     }
 }

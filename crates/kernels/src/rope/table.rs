@@ -1,5 +1,8 @@
 //! The angles, computed once in f64.
 
+use device::{Buffer, DType, Device, View};
+use std::sync::OnceLock;
+
 /// Stretching of the angles for contexts longer than the model was first trained on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum RopeScaling {
@@ -24,12 +27,13 @@ pub enum RopeScaling {
 }
 
 /// Cosines and sines for positions `0..positions` and the R/2 frequencies of a head.
-#[derive(Clone, Debug, PartialEq)]
 pub struct RopeTable {
     dim: usize,
     positions: usize,
     cos: Vec<f32>,
     sin: Vec<f32>,
+    /// Cosines, then sines, in the memory of the GPU, from the first time they are needed there.
+    there: OnceLock<Buffer>,
 }
 
 impl RopeTable {
@@ -41,7 +45,7 @@ impl RopeTable {
             .collect();
         let angles = (0..positions).flat_map(|p| frequencies.iter().map(move |f| p as f64 * f));
         let (cos, sin) = angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip();
-        RopeTable { dim, positions, cos, sin }
+        RopeTable { dim, positions, cos, sin, there: OnceLock::new() }
     }
 
     /// Values of a head that turn.
@@ -59,6 +63,20 @@ impl RopeTable {
         let half = self.dim / 2;
         let range = position * half..(position + 1) * half;
         (&self.cos[range.clone()], &self.sin[range])
+    }
+
+    /// All cosines, and all sines, on the GPU. [positions, R/2]
+    pub(super) fn on_gpu(&self) -> (View<'_>, View<'_>) {
+        let len = self.cos.len();
+        let there = self.there.get_or_init(|| {
+            let bytes = 2 * len * size_of::<f32>();
+            // A row op has no way to fail; no model runs where its angles find no room.
+            let mut buffer = Buffer::new(Device::Cuda, bytes).unwrap_or_else(|error| panic!("{error}"));
+            device::copy(buffer.view_mut(DType::F32, 0, len), View::of_f32(&self.cos));
+            device::copy(buffer.view_mut(DType::F32, len, len), View::of_f32(&self.sin));
+            buffer
+        });
+        (there.view(DType::F32, 0, len), there.view(DType::F32, len, len))
     }
 }
 

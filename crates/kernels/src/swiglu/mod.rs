@@ -1,6 +1,7 @@
 //! SwiGLU: silu(gate) * up (Shazeer 2020), gate and up side by side in one matrix.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -11,6 +12,7 @@ pub fn forward(gate_up: View<'_>, f: usize, out: ViewMut<'_>) {
     assert_eq!(gate_up.len(), 2 * out.len(), "out");
     match gate_up.device() {
         Device::Cpu => cpu::forward(gate_up, f, out),
+        Device::Cuda => cuda::forward(gate_up, f, out),
     }
 }
 
@@ -26,5 +28,6 @@ pub fn backward(
     assert!(gate_up.len() == 2 * dout.len() && gate_up.len() == dgate_up.len(), "gradients");
     match gate_up.device() {
         Device::Cpu => cpu::backward(gate_up, f, dout, dgate_up, act),
+        Device::Cuda => cuda::backward(gate_up, f, dout, dgate_up, act),
     }
 }

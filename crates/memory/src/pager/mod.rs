@@ -25,7 +25,7 @@ use crate::disk::{Disk, DiskError, Options, Region, Trial};
 use crate::plan::Budgets;
 use crate::trace::{ChunkId, Phase, Trace};
 use crate::{CLASSES, Class, Tier};
-use device::DType;
+use device::{DType, Device};
 use follow::{Action, Follow};
 use mover::{MEMORIES, Mover, Slot};
 use script::Script;
@@ -60,6 +60,8 @@ pub struct Setup {
     pub budgets: Budgets,
     /// Pagers of this process, which share the budgets equally.
     pub ranks: u64,
+    /// Where ops compute, and so whose memory the fastest tier is.
+    pub device: Device,
     /// Folder of the offload file.
     pub dir: PathBuf,
     /// How the drive is best asked; none: as `disk::Options` has it.
@@ -100,7 +102,7 @@ pub enum PagerError {
     /// What one moment needs is more than there is.
     #[error(
         "{op} of layer {layer} needs {needs_bytes} bytes in {tier} at once, {capacity_bytes} are left of {key} = {budget_bytes} bytes beside {other_bytes} of activations and buffers; raise {key} or lower train.batch, train.context or the model's widest matrix",
-        key = key_of(*tier)
+        key = key_of(*tier, *device)
     )]
     TooSmall {
         /// Which op.
@@ -109,6 +111,8 @@ pub enum PagerError {
         layer: u32,
         /// Where.
         tier: Tier,
+        /// Where ops compute.
+        device: Device,
         /// What it needs.
         needs_bytes: u64,
         /// What chunks may take.
@@ -121,11 +125,13 @@ pub enum PagerError {
     /// Another budget was asked for in which the step cannot run.
     #[error(
         "{key} = {budget_bytes} bytes is too little for this run: it needs {least_bytes}; the budgets stay as they were",
-        key = key_of(*tier)
+        key = key_of(*tier, *device)
     )]
     Budget {
         /// Which tier.
         tier: Tier,
+        /// Where ops compute.
+        device: Device,
         /// What was asked for.
         budget_bytes: u64,
         /// The least.
@@ -168,9 +174,10 @@ pub enum PagerError {
     Threads(String),
 }
 
-/// The key of the recipe that is a tier's budget.
-pub fn key_of(tier: Tier) -> &'static str {
+/// The key of the recipe that is a tier's budget, where ops compute on `device`.
+pub fn key_of(tier: Tier, device: Device) -> &'static str {
     match tier {
+        Tier::Hbm if device == Device::Cuda => "memory.hbm",
         Tier::Hbm => "memory.simulate_device",
         Tier::Dram => "memory.dram",
         Tier::Nvme => "memory.nvme",
@@ -334,16 +341,29 @@ impl Pager {
         if let Some(since) = self.computing_since.take()
             && self.in_step
         {
-            self.script.measured(since.elapsed().as_secs_f64(), others_peak());
+            let measured = match self.setup.device {
+                Device::Cpu => true,
+                // Only who waits for a GPU knows how long it took: while the step is learnt.
+                Device::Cuda => !self.script.is_followed(),
+            };
+            if measured && self.setup.device == Device::Cuda {
+                device::cuda::synchronise();
+            }
+            self.script.measured(measured.then(|| since.elapsed().as_secs_f64()), self.others_peak());
         }
+    }
+
+    /// Most that was held where ops compute and is no chunk, parked blocks included.
+    fn others_peak(&self) -> u64 {
+        device::memory_use_of(self.setup.device).peak_other_bytes as u64
     }
 
     /// What is no chunk takes its share of the fastest tier's budget first.
     fn measure_others(&mut self) {
-        self.other_bytes = self.other_bytes.max(others_peak()).max(self.setup.other_bytes);
+        self.other_bytes = self.other_bytes.max(self.others_peak()).max(self.setup.other_bytes);
         let capacity = self.capacities(&self.setup.budgets);
         if capacity != self.capacity_bytes {
-            device::limit_parked(Some(self.other_bytes as usize));
+            device::limit_parked(self.setup.device, Some(self.other_bytes as usize));
             self.capacity_bytes = capacity;
             (0..self.memories).for_each(|depth| self.mover.set_capacity(depth, capacity[depth]));
         }
@@ -448,14 +468,9 @@ const PAGE_ELEMENTS: usize = 2048;
 
 impl Drop for Pager {
     fn drop(&mut self) {
-        device::limit_parked(None);
+        device::limit_parked(self.setup.device, None);
     }
 }
 
 /// One part in this many of the budget stays free, for what grows between two moments.
 const SLACK: u64 = 64;
-
-/// Most that was held and is no chunk, parked blocks included.
-fn others_peak() -> u64 {
-    device::memory_use().peak_other_bytes as u64
-}

@@ -92,7 +92,8 @@ impl State {
     /// A chunk comes, from wherever. Unless it must be zeros, all its bytes are written then.
     fn come(&mut self, depth: usize, from: &End, loan: &mut Loan) {
         match (from, &mut self.frames[depth]) {
-            (End::Zeros, _) | (_, None) => loan.bring(),
+            (End::Zeros, _) => loan.bring(),
+            (_, None) => loan.bring_anything(),
             (_, Some(frames)) => frames.bring(loan),
         }
     }
@@ -295,9 +296,9 @@ fn carry_all(jobs: &Receiver<Job>, shared: &Arc<Shared>, disk: Option<&Disk>, (l
         let leaves = job.leaves.map(|depth| (depth, bytes));
         let journey = Journey { shared: shared.clone(), link, way, bytes, leaves };
         match (job.from, job.to, disk) {
-            (End::Memory(from), End::Memory(mut to), _) => {
+            (End::Memory(mut from), End::Memory(mut to), _) => {
                 journey.begin();
-                to.bytes_mut().copy_from_slice(from.bytes());
+                to.copy_from(&mut from);
                 journey.end(Ok(()), Some(from), Some(to));
             }
             (End::Drive(slot), End::Memory(to), Some(disk)) => {

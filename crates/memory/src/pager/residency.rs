@@ -120,6 +120,7 @@ impl Pager {
             op: self.about.op,
             layer: self.about.layer,
             tier,
+            device: self.setup.device,
             needs_bytes,
             capacity_bytes: self.capacity_bytes[depth],
             budget_bytes: self.setup.budgets.of(tier).unwrap_or(0),

@@ -67,15 +67,15 @@ impl Script {
         self.cursor += 1;
     }
 
-    /// How long the visit entered last took, and what others held meanwhile.
-    pub fn measured(&mut self, seconds: f64, other_bytes: u64) {
+    /// How long the visit entered last took, where that was measured, and what others held meanwhile.
+    pub fn measured(&mut self, seconds: Option<f64>, other_bytes: u64) {
         let visits = if self.following { &mut self.visits } else { &mut self.anew };
         let last = match self.following {
             true => visits.get_mut(self.cursor.wrapping_sub(1)),
             false => visits.last_mut(),
         };
         if let Some(visit) = last {
-            (visit.seconds, visit.other_bytes) = (seconds, other_bytes);
+            (visit.seconds, visit.other_bytes) = (seconds.unwrap_or(visit.seconds), other_bytes);
         }
     }
 

@@ -122,7 +122,12 @@ impl Pager {
             let (tier, least_bytes) = (self.tiers[depth], self.least_budget(depth));
             let budget_bytes = budgets.of(tier).unwrap_or(0);
             if budget_bytes < least_bytes {
-                return Err(PagerError::Budget { tier, budget_bytes, least_bytes });
+                return Err(PagerError::Budget {
+                    tier,
+                    device: self.setup.device,
+                    budget_bytes,
+                    least_bytes,
+                });
             }
         }
         self.setup.budgets = budgets;

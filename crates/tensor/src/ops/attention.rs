@@ -7,6 +7,7 @@ use crate::tape::Grads;
 use crate::{Tape, Tensor, Var};
 use device::{DType, Device, View};
 use kernels::attention::{Heads, Mask, Shape, backward, forward};
+use kernels::gemm::{Mat, MatMut};
 use kernels::rope::{self, RopeTable};
 use std::sync::Arc;
 
@@ -88,12 +89,10 @@ impl KvCache {
 
     fn append(&mut self, qkv: &Tensor, k_col: usize) {
         let (rows, width, ld) = (qkv.rows(), self.k.cols(), qkv.cols());
-        for row in 0..rows {
-            let to = (self.len + row) * width;
-            for (cache, col) in [(&mut self.k, k_col), (&mut self.v, k_col + width)] {
-                let from = qkv.view().narrow(row * ld + col, width);
-                kernels::elementwise::copy(cache.view_mut().narrow(to, width), from);
-            }
+        for (cache, col) in [(&mut self.k, k_col), (&mut self.v, k_col + width)] {
+            let from = Mat::new(qkv.view().narrow(col, qkv.len() - col), ld);
+            let data = cache.view_mut().narrow(self.len * width, rows * width);
+            kernels::block::copy(rows, width, from, MatMut { data, ld: width });
         }
         self.len += rows;
     }

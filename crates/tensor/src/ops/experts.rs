@@ -135,9 +135,9 @@ impl Tape<'_> {
                 out.0,
                 out.1,
             );
-            let mut dweights = Tensor::new(device, DType::F32, w.shape())?;
-            let (by_pair, by_slot) = (dweights.view_mut().f32(), by_slot.view().f32());
-            order.slot_of.iter().zip(by_pair).for_each(|(slot, dw)| *dw = by_slot[*slot as usize]);
+            let by_slot = by_slot.to_f32();
+            let by_pair: Vec<f32> = order.slot_of.iter().map(|slot| by_slot[*slot as usize]).collect();
+            let dweights = Tensor::from_f32(&by_pair, DType::F32, w.shape())?.on(device)?;
             Ok(vec![Some(drows), Some(dweights), added.then_some(dy)])
         }))
     }

@@ -6,15 +6,20 @@ use super::Op;
 use crate::Fault;
 use crate::tape::Grads;
 use crate::{ParamRef, Tape, Tensor, Var};
-use device::{Buffer, DType, ViewMut};
+use device::{Buffer, DType, Device, ViewMut};
 use kernels::cross_entropy;
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 
 /// Tokens whose logits are held at a time: as many as keep them near 64 MiB, for every slice reads
-/// the head's weights and adds to its gradient; at least 256, to amortise packing.
-pub fn loss_slice_tokens(vocab: usize) -> usize {
+/// the head's weights and adds to its gradient; at least 256, to amortise packing. A GPU wants four times as
+/// many, to have work for all of it.
+pub fn loss_slice_tokens(device: Device, vocab: usize) -> usize {
     const LOGIT_BYTES: usize = 64 << 20;
-    (LOGIT_BYTES / (4 * vocab.max(1))).clamp(256, 1024).next_multiple_of(256)
+    let times = match device {
+        Device::Cpu => 1,
+        Device::Cuda => 4,
+    };
+    (times * LOGIT_BYTES / (4 * vocab.max(1))).clamp(256, 1024 * times).next_multiple_of(256)
 }
 
 /// What the model should have said.
@@ -39,7 +44,7 @@ impl Tape<'_> {
         let v = self.params.spec(head).shape[0];
         let (device, dtype) = (x.value.device(), x.value.dtype());
         let mut losses = Tensor::new(device, DType::F32, &[m])?;
-        let slice = loss_slice_tokens(v).min(m.max(1));
+        let slice = loss_slice_tokens(device, v).min(m.max(1));
         let mut buffer = Buffer::new(device, slice * v * 4)?;
         let recording = self.is_recording();
         let mut dx = if recording { Some(Tensor::new(device, dtype, &[m, d])?) } else { None };

@@ -4,7 +4,7 @@
 
 use crate::tape::{Phase, Tape, Var};
 use crate::{Fault, ParamRef, Tensor};
-use device::DType;
+use device::{DType, Device};
 use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
 use std::ops::Range;
 use std::sync::Arc;
@@ -125,8 +125,10 @@ impl Tape<'_> {
     ) -> Result<(Var, Vec<u32>), Fault> {
         let (m, e, k, normalise) = (scores.value.rows(), router.experts, router.choices, router.normalise);
         self.moment("route", &[])?;
-        let mut probabilities = scores.value.duplicate()?;
-        let mut weights = Tensor::new(probabilities.device(), DType::F32, &[m, k])?;
+        // A number for each token and expert: wherever ops compute, the choice is made on the host.
+        let device = scores.value.device();
+        let mut probabilities = scores.value.to_device(Device::Cpu)?;
+        let mut weights = Tensor::new(Device::Cpu, DType::F32, &[m, k])?;
         let mut ids = vec![0; m * k];
         kernels::experts::route(probabilities.view_mut(), e, &mut ids, weights.view_mut(), normalise);
         let mut sums = sums(&probabilities, &ids, real)?;
@@ -136,14 +138,15 @@ impl Tape<'_> {
         let margin = margin(&probabilities, &ids, real);
         let pull = self.balance(sums.view().f32(), router, margin);
         let (chosen, real) = (ids.clone(), real.clone());
-        let out = self.outside(&[scores], weights, move |tape, dweights| {
+        let out = self.outside(&[scores], weights.on(device)?, move |tape, dweights| {
             tape.moment("route", &[])?;
+            let dweights = dweights.on(Device::Cpu)?;
             let mut dlogits = Tensor::new(probabilities.device(), DType::F32, probabilities.shape())?;
             let (p, dw) = (probabilities.view(), dweights.view());
             kernels::experts::route_backward(p, &ids, dw, &pull, normalise, dlogits.view_mut());
             let all = dlogits.view_mut().f32();
             real.padding(m).for_each(|rows| all[rows.start * e..rows.end * e].fill(0.0));
-            Ok(vec![Some(dlogits)])
+            Ok(vec![Some(dlogits.on(device)?)])
         });
         Ok((out, chosen))
     }
@@ -151,15 +154,17 @@ impl Tape<'_> {
     /// 1 / (1 + exp(-x)) of f32 values.
     pub fn sigmoid(&mut self, x: &Var) -> Result<Var, Fault> {
         self.moment("sigmoid", &[])?;
-        let mut y = x.value.duplicate()?;
+        let device = x.value.device();
+        let mut y = x.value.to_device(Device::Cpu)?;
         y.view_mut().f32().iter_mut().for_each(|y| *y = 1.0 / (1.0 + (-*y).exp()));
         let saved = y.clone();
-        Ok(self.outside(&[x], y, move |tape, dy| {
+        Ok(self.outside(&[x], y.on(device)?, move |tape, dy| {
             tape.moment("sigmoid", &[])?;
+            let dy = dy.on(Device::Cpu)?;
             let mut dx = Tensor::new(saved.device(), DType::F32, saved.shape())?;
             let each = saved.view().f32().iter().zip(dy.view().f32());
             dx.view_mut().f32().iter_mut().zip(each).for_each(|(dx, (y, dy))| *dx = dy * y * (1.0 - y));
-            Ok(vec![Some(dx)])
+            Ok(vec![Some(dx.on(device)?)])
         }))
     }
 

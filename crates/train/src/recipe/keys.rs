@@ -206,6 +206,13 @@ pub const KEYS: &[Key] = &[
         "Weights and activations; bf16 keeps exact f32 masters for the optimizer.",
     ),
     key(
+        "train.device",
+        Choice(&["auto", "cpu", "cuda"]),
+        "\"auto\"",
+        "",
+        "Where ops compute. auto: on the GPU where there is one that this run can use, else on the CPU. Bits of a run are those of its device.",
+    ),
+    key(
         "train.recompute",
         Choice(&["never", "always", "auto"]),
         "\"never\"",
@@ -413,7 +420,13 @@ pub const KEYS: &[Key] = &[
         "",
         "Part of memory that plays the memory of a GPU: ops compute in it, memory.dram is the host behind it.",
     ),
-    key("memory.hbm", Bytes, "", "", "Budget of the memory of a GPU; auto takes all of it."),
+    key(
+        "memory.hbm",
+        Bytes,
+        "\"auto\"",
+        "",
+        "Memory of the GPU the run may take, activations included, where train.device is one: memory.dram is the host behind it. auto takes nine tenths of what is free.",
+    ),
     key("memory.nvme", Bytes, "\"auto\"", "", "Space on the drive of memory.dir; auto takes what is free."),
     key(
         "memory.dir",

@@ -1,7 +1,8 @@
-//! What goes together with tiers.
+//! What goes together with tiers, and where ops compute.
 
 use super::RecipeError;
 use super::values::{Get, impossible, need};
+use device::Device;
 use dist::{Axis, MeshShape};
 
 /// What runs of several ranks over tiers cannot do.
@@ -21,4 +22,27 @@ pub(super) fn of_ranks(get: &Get<'_>, shape: &MeshShape) -> Result<(), RecipeErr
         );
     }
     Ok(())
+}
+
+/// The device of `train.device` on this machine. Ranks of a mesh compute on CPUs, and so does what plays a GPU.
+pub(super) fn device(get: &Get<'_>) -> Result<Device, RecipeError> {
+    let axes = ["mesh.pp", "mesh.dp", "mesh.fsdp", "mesh.cp", "mesh.ep", "mesh.x", "mesh.y", "mesh.z"];
+    let ranks: u64 = axes.into_iter().filter_map(|axis| get.int(axis)).product();
+    let plays = get.text("memory.simulate_device").is_some();
+    match get.text("train.device").as_deref() {
+        Some("cuda") if ranks > 1 => impossible(
+            format!("train.device = \"cuda\" for a mesh of {ranks} ranks"),
+            "ranks share no GPU yet; set train.device = \"cpu\", or drop [mesh]",
+        ),
+        Some("cuda") if plays => impossible(
+            "memory.simulate_device is given for a real GPU".into(),
+            "say with memory.hbm how much of its memory the run may take",
+        ),
+        Some("cuda") => match device::cuda::gpu() {
+            Ok(_) => Ok(Device::Cuda),
+            Err(none) => impossible(format!("train.device = \"cuda\", but {}", none.what), &none.remedy),
+        },
+        Some("auto") if ranks == 1 && !plays && device::cuda::gpu().is_ok() => Ok(Device::Cuda),
+        _ => Ok(Device::Cpu),
+    }
 }

@@ -6,7 +6,7 @@ use crate::moments::Moments;
 use crate::optimizer::AdamWConfig;
 use crate::schedule::{Decay, Schedule};
 use crate::shards::Sharding;
-use device::DType;
+use device::{DType, Device};
 use dist::cost::{Cluster, Link, Pace, Zero};
 use dist::pipeline;
 use dist::{Axis, Combination, ContextAttention, Flow, FlowError, Mesh, MeshShape, Parts, Scheme};
@@ -142,6 +142,8 @@ pub struct TrainRecipe {
     pub adamw: AdamWConfig,
     /// Largest gradient norm; infinite when off.
     pub clip: f64,
+    /// Where ops compute.
+    pub device: Device,
     /// Type of weights and activations.
     pub dtype: DType,
     /// Layers that run again.
@@ -201,6 +203,8 @@ pub struct ClusterRecipe {
 pub struct MemoryRecipe {
     /// Memory that plays a GPU's; none: DRAM is where ops compute.
     pub device_bytes: Option<u64>,
+    /// Memory of a real GPU in bytes; none: what is free.
+    pub hbm_bytes: Option<u64>,
     /// DRAM in bytes; none: what is available.
     pub dram_bytes: Option<u64>,
     /// Space on the drive in bytes; none: what is free.
@@ -279,6 +283,7 @@ impl Recipe {
                 shuffle: get.flag("data.shuffle"),
             },
             mesh: mesh(&get, &train)?,
+            memory: memory(settings, &get, train.device)?,
             train,
             eval: EvalRecipe { every: int("eval.every")?, batches: int("eval.batches")? as usize },
             sample: SampleRecipe {
@@ -294,7 +299,6 @@ impl Recipe {
                 background: get.flag("checkpoint.background"),
             },
             cluster: cluster(&get)?,
-            memory: memory(settings, &get)?,
             tensorboard: get.flag("log.tensorboard"),
         })
     }
@@ -323,11 +327,18 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
     Ok(ClusterRecipe { devices: int("cluster.devices")?, cluster })
 }
 
-fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, RecipeError> {
-    if get.text("memory.hbm").is_some() {
+fn memory(settings: &Settings, get: &Get<'_>, on: Device) -> Result<Option<MemoryRecipe>, RecipeError> {
+    let hbm_bytes = get.text("memory.hbm").and_then(|text| parse_bytes(&text));
+    if settings.gives("memory.hbm") && on == Device::Cpu {
         return impossible(
-            "memory.hbm is given, but this build computes on no GPU".into(),
+            "memory.hbm is given, but the run computes on no GPU".into(),
             "drop memory.hbm, or set memory.simulate_device to a number of bytes of memory that plays one",
+        );
+    }
+    if settings.gives("memory.hbm") && get.text("memory.dram").is_none() {
+        return impossible(
+            "memory.hbm is given but memory.dram is not".into(),
+            "memory.dram is the host behind the GPU; set it to \"auto\" or a number of bytes",
         );
     }
     let device = get.text("memory.simulate_device");
@@ -359,6 +370,7 @@ fn memory(settings: &Settings, get: &Get<'_>) -> Result<Option<MemoryRecipe>, Re
     };
     Ok(Some(MemoryRecipe {
         device_bytes,
+        hbm_bytes,
         dram_bytes: parse_bytes(&dram),
         nvme_bytes: get.text("memory.nvme").and_then(|text| parse_bytes(&text)),
         dir: dir.into(),
@@ -428,6 +440,7 @@ fn train(get: &Get<'_>) -> Result<TrainRecipe, RecipeError> {
         },
         clip: if clip > 0.0 { clip } else { f64::INFINITY },
         dtype: if get.text("train.precision").as_deref() == Some("f32") { DType::F32 } else { DType::Bf16 },
+        device: tiers::device(get)?,
         recompute,
         recompute_auto: automatic,
         max_skipped: int("train.max_skipped")?,

@@ -4,65 +4,25 @@
 //! *here*. What moves bytes on another thread holds a `Loan` of a granule: until it is dropped
 //! nobody else can open a window on it. Windows on what is away or lent are bugs of ours and panic.
 
-use crate::memory::{ALIGN_BYTES, HUGE_PAGE_BYTES, count_committed, count_returned};
+mod loan;
+mod reserved;
+
+pub use loan::{Loan, Stretch};
+
+use crate::cuda;
+use crate::memory::{ALIGN_BYTES, HUGE_PAGE_BYTES};
 use crate::{DType, Device, OutOfMemory, View, ViewMut};
+use reserved::{AWAY, HERE, LENT, Reserved};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
-
-const AWAY: u8 = 0;
-const HERE: u8 = 1;
-const LENT: u8 = 2;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 /// Reserved addresses in granules of equal size, the last one shorter.
 pub struct Region {
     block: Arc<Reserved>,
-    device: Device,
     bytes: usize,
     granule_bytes: usize,
-}
-
-/// One granule, exclusively ours until dropped, on whatever thread; here or away.
-pub struct Loan {
-    block: Arc<Reserved>,
-    granule: usize,
-    here: bool,
-}
-
-struct Reserved {
-    /// First byte of the mapping, and its length.
-    mapping: (NonNull<u8>, usize),
-    /// First byte of the region: the mapping's, aligned to what its pages should be.
-    ptr: NonNull<u8>,
-    states: Box<[AtomicU8]>,
-    bytes: usize,
-    granule_bytes: usize,
-    /// Whether it stands on huge pages where the system has them.
-    huge: bool,
-}
-
-impl Reserved {
-    /// Memory behind a granule while it is here: whole pages.
-    fn bytes_of(&self, granule: usize) -> usize {
-        let left = self.bytes - granule * self.granule_bytes;
-        left.next_multiple_of(ALIGN_BYTES).min(self.granule_bytes)
-    }
-}
-
-// SAFETY: the addresses are owned by this block alone; who may touch which granule is governed by
-// the borrows of `Region` and the states.
-unsafe impl Send for Reserved {}
-// SAFETY: as above.
-unsafe impl Sync for Reserved {}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        let here = |i: &usize| self.states[*i].load(Ordering::Acquire) == HERE;
-        (0..self.states.len()).filter(here).for_each(|i| count_returned(self.bytes_of(i)));
-        // SAFETY: our own mapping; no window outlives the region, no loan outlives this block.
-        unsafe { libc::munmap(self.mapping.0.as_ptr().cast(), self.mapping.1) };
-    }
 }
 
 impl Region {
@@ -74,7 +34,52 @@ impl Region {
         );
         // A granule of huge pages must not share one with its neighbour: leaving would not free it.
         let huge = granule_bytes.is_multiple_of(HUGE_PAGE_BYTES);
-        Self::map(device, bytes, granule_bytes, (libc::MAP_NORESERVE, huge))
+        match device {
+            Device::Cpu => Self::map(device, bytes, granule_bytes, (libc::MAP_NORESERVE, huge)),
+            Device::Cuda => Self::on_card(bytes, granule_bytes, granule_bytes),
+        }
+    }
+
+    /// The same on a GPU, where granules come and go by frames of `frame_bytes`, which those of all regions
+    /// share. Both are multiples of `cuda::Driver::granularity`.
+    pub fn in_frames(bytes: usize, granule_bytes: usize, frame_bytes: usize) -> Result<Region, OutOfMemory> {
+        Self::on_card(bytes, granule_bytes, frame_bytes)
+    }
+
+    fn on_card(bytes: usize, granule_bytes: usize, frame_bytes: usize) -> Result<Region, OutOfMemory> {
+        let (device, driver) = (Device::Cuda, cuda::present().driver());
+        assert!(
+            granule_bytes.is_multiple_of(frame_bytes) && frame_bytes.is_multiple_of(driver.granularity()),
+            "granules of {granule_bytes} bytes in frames of {frame_bytes}"
+        );
+        let refused = OutOfMemory { bytes, device };
+        let length = bytes.max(1).checked_next_multiple_of(granule_bytes).ok_or(refused.clone())?;
+        let at = driver.reserve(length).and_then(|at| NonNull::new(at as *mut u8)).ok_or(refused)?;
+        let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
+        let (mapping, huge) = ((at, length), false);
+        let block = Reserved {
+            device,
+            mapping,
+            ptr: at,
+            states,
+            bytes,
+            granule_bytes,
+            huge,
+            frame_bytes,
+            pinned: None,
+        };
+        Ok(Region { block: Arc::new(block), bytes, granule_bytes })
+    }
+
+    /// The same in memory of the host for what goes to a GPU and comes back: granules are pinned when they come
+    /// first, and their memory stays when they are sent away.
+    pub fn pinned(bytes: usize, granule_bytes: usize) -> Result<Region, OutOfMemory> {
+        let mut region = Self::reserve(Device::Cpu, bytes, granule_bytes)?;
+        let block = Arc::get_mut(&mut region.block).expect("nobody else has it yet");
+        block.pinned = Some(block.states.iter().map(|_| AtomicBool::new(false)).collect());
+        // Pinned pages do not move.
+        block.huge = false;
+        Ok(region)
     }
 
     /// `bytes` of zeros in granules of `granule_bytes` (a multiple of 4096), all of them here. They
@@ -91,11 +96,18 @@ impl Region {
 
     /// `bytes` of zeros that are here for good: one granule. The system may refuse.
     pub fn zeroed(device: Device, bytes: usize) -> Result<Region, OutOfMemory> {
-        let whole = bytes.max(1).checked_next_multiple_of(HUGE_PAGE_BYTES);
-        let whole = whole.ok_or(OutOfMemory { bytes, device })?;
-        let mut region = Self::map(device, bytes, whole, (0, true))?;
-        if bytes > 0 {
-            region.bring(0);
+        let refused = OutOfMemory { bytes, device };
+        let step = match device {
+            Device::Cpu => HUGE_PAGE_BYTES,
+            Device::Cuda => cuda::present().driver().granularity(),
+        };
+        let whole = bytes.max(1).checked_next_multiple_of(step).ok_or(refused.clone())?;
+        let mut region = match device {
+            Device::Cpu => Self::map(device, bytes, whole, (0, true))?,
+            Device::Cuda => Self::on_card(bytes, whole, whole)?,
+        };
+        if bytes > 0 && !region.lend(0).try_bring() {
+            return Err(refused);
         }
         Ok(region)
     }
@@ -122,13 +134,15 @@ impl Region {
         let ptr = unsafe { start.add(shift) };
         advise_pages(ptr, rounded, huge);
         let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let block = Reserved { mapping: (start, length), ptr, states, bytes, granule_bytes, huge };
-        Ok(Region { block: Arc::new(block), device, bytes, granule_bytes })
+        let (mapping, frame_bytes) = ((start, length), 0);
+        let block =
+            Reserved { device, mapping, ptr, states, bytes, granule_bytes, huge, frame_bytes, pinned: None };
+        Ok(Region { block: Arc::new(block), bytes, granule_bytes })
     }
 
     /// Where its bytes live while they are here.
     pub fn device(&self) -> Device {
-        self.device
+        self.block.device
     }
 
     /// Its size.
@@ -170,12 +184,15 @@ impl Region {
     pub fn lend(&mut self, i: usize) -> Loan {
         let was = self.block.states[i].swap(LENT, Ordering::AcqRel);
         assert_ne!(was, LENT, "granule {i} is lent twice");
-        Loan { block: self.block.clone(), granule: i, here: was == HERE }
+        // Kernels that were launched so far may still use it.
+        let mark = (self.device() == Device::Cuda && was == HERE).then(|| cuda::present().driver().mark());
+        let granule = u32::try_from(i).expect("granules are counted in 32 bits");
+        Loan { block: self.block.clone(), granule, here: was == HERE, mark }
     }
 
     /// Lend adjacent granules, each here or away, as one run.
     pub fn lend_run(&mut self, granules: Range<usize>) -> Stretch {
-        Stretch { device: self.device, loans: granules.map(|i| self.lend(i)).collect() }
+        Stretch { device: self.device(), loans: granules.map(|i| self.lend(i)).collect() }
     }
 
     /// Bytes of memory behind the granules that are here or lent while here.
@@ -189,14 +206,14 @@ impl Region {
         let ptr = self.check(dtype, start, len);
         // SAFETY: in bounds and here (checked), zeros or written since; writers need `&mut self` or
         // a loan, which the check excludes.
-        unsafe { View::new(self.device, dtype, ptr, len) }
+        unsafe { View::new(self.device(), dtype, ptr, len) }
     }
 
     /// Write `len` elements of `dtype` from element `start` on; all of them must be here.
     pub fn view_mut(&mut self, dtype: DType, start: usize, len: usize) -> ViewMut<'_> {
         let ptr = self.check(dtype, start, len);
         // SAFETY: as above, and `&mut self` excludes every other window.
-        unsafe { ViewMut::new(self.device, dtype, ptr, len) }
+        unsafe { ViewMut::new(self.device(), dtype, ptr, len) }
     }
 
     fn check(&self, dtype: DType, start: usize, len: usize) -> *mut u8 {
@@ -215,110 +232,6 @@ impl Region {
             return 0..0;
         }
         bytes.start / self.granule_bytes..(bytes.end - 1) / self.granule_bytes + 1
-    }
-}
-
-/// Adjacent granules, exclusively ours until dropped, on whatever thread.
-pub struct Stretch {
-    device: Device,
-    loans: Vec<Loan>,
-}
-
-impl Stretch {
-    /// Put memory behind those that are away; they read as zeros.
-    pub fn bring(&mut self) {
-        self.loans.iter_mut().filter(|loan| !loan.here).for_each(Loan::bring);
-    }
-
-    /// Give the memory of all but the `keep`-th back; their bytes are lost.
-    pub fn send_away_but(&mut self, keep: usize) {
-        let others = self.loans.iter_mut().enumerate().filter(|(i, loan)| *i != keep && loan.here);
-        others.for_each(|(_, loan)| loan.send_away());
-    }
-
-    /// Granules.
-    pub fn granules(&self) -> usize {
-        self.loans.len()
-    }
-
-    /// All of it as elements of `dtype`; every granule must be here.
-    pub fn view_mut(&mut self, dtype: DType) -> ViewMut<'_> {
-        self.open(dtype, 0..self.loans.len())
-    }
-
-    /// The `i`-th granule, which must be here.
-    pub fn granule_mut(&mut self, i: usize, dtype: DType) -> ViewMut<'_> {
-        self.open(dtype, i..i + 1)
-    }
-
-    fn open(&mut self, dtype: DType, granules: Range<usize>) -> ViewMut<'_> {
-        let loans = &self.loans[granules];
-        let bytes: usize = loans.iter().map(Loan::len_bytes).sum();
-        for loan in loans {
-            assert!(loan.here, "granule {} is opened while it is away", loan.granule);
-        }
-        // SAFETY: the granules are adjacent in one mapping, here, and lent to us alone; `&mut self`
-        // excludes every other window on them.
-        unsafe { ViewMut::new(self.device, dtype, loans[0].first(), bytes / dtype.size_bytes()) }
-    }
-}
-
-impl Loan {
-    /// Bytes of memory behind it while it is here.
-    pub fn len_bytes(&self) -> usize {
-        self.block.bytes_of(self.granule)
-    }
-
-    fn first(&self) -> *mut u8 {
-        // SAFETY: a granule of the region begins inside its mapping.
-        unsafe { self.block.ptr.as_ptr().add(self.granule * self.block.granule_bytes) }
-    }
-
-    /// Its huge pages, where it consists of such.
-    pub(crate) fn huge_pages(&self) -> Option<Vec<NonNull<u8>>> {
-        let (first, bytes) = (NonNull::new(self.first())?, self.len_bytes());
-        let huge = self.block.huge && bytes.is_multiple_of(HUGE_PAGE_BYTES);
-        // SAFETY: pages of the granule.
-        let page = |nth: usize| unsafe { first.add(nth * HUGE_PAGE_BYTES) };
-        huge.then(|| (0..bytes / HUGE_PAGE_BYTES).map(page).collect())
-    }
-
-    /// Put memory behind it; it reads as zeros.
-    pub fn bring(&mut self) {
-        assert!(!self.here, "granule {} is brought twice", self.granule);
-        self.here = true;
-        count_committed(self.len_bytes());
-    }
-
-    /// Give its memory back; its bytes are lost.
-    pub fn send_away(&mut self) {
-        assert!(self.here, "granule {} is sent away twice", self.granule);
-        self.here = false;
-        // SAFETY: whole pages of our own mapping that nobody else may touch while they are lent;
-        // they read as zeros afterwards.
-        unsafe { libc::madvise(self.first().cast(), self.len_bytes(), libc::MADV_DONTNEED) };
-        count_returned(self.len_bytes());
-    }
-
-    /// The bytes, for reading.
-    pub fn bytes(&self) -> &[u8] {
-        assert!(self.here, "granule {} is read while it is away", self.granule);
-        // SAFETY: in bounds by construction; the state keeps everyone else out.
-        unsafe { std::slice::from_raw_parts(self.first(), self.len_bytes()) }
-    }
-
-    /// The bytes, for writing.
-    pub fn bytes_mut(&mut self) -> &mut [u8] {
-        assert!(self.here, "granule {} is written while it is away", self.granule);
-        // SAFETY: as above, and this is the only loan of the granule.
-        unsafe { std::slice::from_raw_parts_mut(self.first(), self.len_bytes()) }
-    }
-}
-
-impl Drop for Loan {
-    fn drop(&mut self) {
-        let state = if self.here { HERE } else { AWAY };
-        self.block.states[self.granule].store(state, Ordering::Release);
     }
 }
 

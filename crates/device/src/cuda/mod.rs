@@ -1,0 +1,180 @@
+//! GPUs: found at run time, without a toolkit to build with. One stream runs kernels in the order in which they
+//! were launched; memory that is freed goes to whoever asks next in that order, so nothing waits but who
+//! reads.
+
+mod driver;
+#[cfg(feature = "emulate")]
+mod emulated;
+mod frames;
+mod lt;
+mod real;
+
+pub use driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
+#[cfg(feature = "emulate")]
+pub use emulated::Emulated;
+
+pub use real::{compile, has_compiler};
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+/// Why there is no GPU to work with.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("no GPU: {what}; {remedy}")]
+pub struct NoGpu {
+    /// What is missing.
+    pub what: String,
+    /// What to do about it.
+    pub remedy: String,
+}
+
+static GPU: OnceLock<Result<Gpu, NoGpu>> = OnceLock::new();
+
+/// The GPU of this process: the first one the driver shows (`CUDA_VISIBLE_DEVICES` chooses), or one that was
+/// set with `play`.
+pub fn gpu() -> Result<&'static Gpu, NoGpu> {
+    GPU.get_or_init(|| Ok(Gpu::on(Box::new(real::Real::first()?)))).as_ref().map_err(Clone::clone)
+}
+
+/// The GPU that a buffer lives on: there is one, or there would be no such buffer.
+pub(crate) fn present() -> &'static Gpu {
+    gpu().expect("what lives on a GPU was made by one")
+}
+
+/// Wait until all kernels have run.
+pub fn synchronise() {
+    present().driver.wait(Stream::Compute);
+}
+
+/// Bytes a second that the link to the GPU carries from memory as chunks have it: up and down.
+pub fn copied_per_s() -> (f64, f64) {
+    const BYTES: usize = 64 << 20;
+    let (gpu, mut here) = (present(), vec![1u8; BYTES]);
+    let there = gpu.workspace(BYTES);
+    let mut seconds = [f64::INFINITY; 2];
+    for _ in 0..4 {
+        for (way, least) in seconds.iter_mut().enumerate() {
+            gpu.driver.wait(Stream::Compute);
+            let started = Instant::now();
+            // SAFETY: both ends have as many bytes and are ours until the stream was waited for.
+            unsafe {
+                match way {
+                    0 => gpu.driver.copy_up(Stream::Compute, there, here.as_ptr(), BYTES),
+                    _ => gpu.driver.copy_down(Stream::Compute, here.as_mut_ptr(), there, BYTES),
+                }
+            }
+            gpu.driver.wait(Stream::Compute);
+            *least = least.min(started.elapsed().as_secs_f64());
+        }
+    }
+    let [up, down] = seconds.map(|seconds| BYTES as f64 / seconds);
+    (up, down)
+}
+
+/// Let `driver` play the GPU of this process, for tests. False when there is one already.
+#[cfg(feature = "emulate")]
+pub fn play(driver: Box<dyn Driver>) -> bool {
+    let mut was_set = false;
+    GPU.get_or_init(|| {
+        was_set = true;
+        Ok(Gpu::on(driver))
+    })
+    .as_ref()
+    .is_ok_and(|_| was_set)
+}
+
+/// A GPU and what one process has of it.
+pub struct Gpu {
+    driver: Box<dyn Driver>,
+    card: Card,
+    /// Memory that one op uses between its launches: bytes and address.
+    workspace: Mutex<(usize, Address)>,
+    /// Small arrays on their way up.
+    uploads: Mutex<Uploads>,
+    loaded: Mutex<Option<Result<(), String>>>,
+    frames: Mutex<frames::Frames>,
+}
+
+/// A ring in the memory of the GPU through which small arrays pass.
+struct Uploads {
+    ring: Address,
+    used: usize,
+}
+
+/// Bytes of the ring. What was uploaded is overwritten after as many.
+const RING_BYTES: usize = 32 << 20;
+
+/// Where arrays begin in the ring and in the workspace.
+const ALIGN_BYTES: usize = 256;
+
+/// The workspace at first.
+const WORKSPACE_BYTES: usize = 32 << 20;
+
+impl Gpu {
+    fn on(driver: Box<dyn Driver>) -> Gpu {
+        let card = driver.card();
+        let first = |bytes| driver.allocate(bytes).unwrap_or_else(|| no_room(bytes));
+        let (ring, workspace) = (first(RING_BYTES), first(WORKSPACE_BYTES));
+        Gpu {
+            card,
+            workspace: Mutex::new((WORKSPACE_BYTES, workspace)),
+            uploads: Mutex::new(Uploads { ring, used: 0 }),
+            loaded: Mutex::new(None),
+            frames: Mutex::default(),
+            driver,
+        }
+    }
+
+    /// What it is.
+    pub fn card(&self) -> &Card {
+        &self.card
+    }
+
+    /// The calls to it.
+    pub fn driver(&self) -> &dyn Driver {
+        &*self.driver
+    }
+
+    /// Make the kernels of a program known, once; the error is the compiler's.
+    pub fn load(&self, source: impl FnOnce() -> String) -> Result<(), String> {
+        lock(&self.loaded).get_or_insert_with(|| self.driver.load(&source())).clone()
+    }
+
+    /// At least `bytes` that the op which asks has to itself until the next one asks.
+    pub fn workspace(&self, bytes: usize) -> Address {
+        let mut workspace = lock(&self.workspace);
+        if workspace.0 < bytes {
+            // Ops before may still use it.
+            self.driver.wait(Stream::Compute);
+            self.driver.release(workspace.1);
+            let bytes = bytes.next_power_of_two();
+            *workspace = (bytes, self.driver.allocate(bytes).unwrap_or_else(|| no_room(bytes)));
+        }
+        workspace.1
+    }
+
+    /// A copy of `bytes` in the GPU's memory, for ops that are launched next; it is overwritten after many
+    /// others.
+    pub fn upload(&self, bytes: &[u8]) -> Address {
+        let mut uploads = lock(&self.uploads);
+        assert!(bytes.len() <= RING_BYTES, "{} bytes of an argument of an op", bytes.len());
+        if uploads.used + bytes.len() > RING_BYTES {
+            self.driver.wait(Stream::Compute);
+            uploads.used = 0;
+        }
+        let at = uploads.ring + uploads.used as u64;
+        uploads.used += bytes.len().next_multiple_of(ALIGN_BYTES);
+        // SAFETY: the part of the ring is inside it, and no op launched before reads it: those that could
+        // were waited for.
+        unsafe { self.driver.copy_up(Stream::Compute, at, bytes.as_ptr(), bytes.len()) };
+        at
+    }
+}
+
+fn no_room(bytes: usize) -> ! {
+    panic!("the GPU has no {bytes} bytes left for what its ops need between two launches")
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
