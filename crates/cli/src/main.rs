@@ -66,6 +66,7 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    on::keep_kernels();
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(args),
         Command::Chat(args) => chat::run(args),

@@ -3,6 +3,7 @@
 use anyhow::{Result, anyhow};
 use clap::ValueEnum;
 use device::{Device, cuda};
+use std::path::PathBuf;
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum On {
@@ -22,5 +23,14 @@ impl On {
                 Ok(Device::Cuda)
             }
         }
+    }
+}
+
+/// Compiled kernels wait for the next process in the user's cache folder, where there is one.
+pub fn keep_kernels() {
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let home = || Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache"));
+    if let Some(cache) = cache.filter(|cache| cache.is_absolute()).or_else(home) {
+        cuda::keep_kernels_in(cache.join("trilith/kernels"));
     }
 }

@@ -192,6 +192,10 @@ fn says(lost: &Lost) -> String {
 
 fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
     let bar = show::bar(0, "{msg} {bar:30} {bytes}/{total_bytes}");
+    if recipe.train.device == Device::Cuda {
+        bar.set_message("compiling the kernels for this GPU (the first time)");
+        kernels::cuda::load().map_err(|error| anyhow!("{error}"))?;
+    }
     let prepared = Prepared::new(recipe, resume, &mut |stage| match stage {
         Stage::TrainTokenizer => bar.set_message("training a tokenizer"),
         Stage::Tokenize { done, total } => {
@@ -355,6 +359,14 @@ fn indent(text: &str) -> String {
     text.trim_end().lines().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
 }
 
+/// Where ops run.
+fn computes_on(device: Device, threads: usize) -> String {
+    match device::cuda::gpu() {
+        Ok(gpu) if device == Device::Cuda => format!("{} beside {threads} threads", gpu.card().name),
+        _ => format!("{threads} threads"),
+    }
+}
+
 fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String {
     let estimate = prepared.estimate(recipe);
     let (n, k, h) = prepared.config.heads();
@@ -396,7 +408,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> Str
                 show::flops(estimate.step_flops)
             ),
         ),
-        ("machine", format!("{threads} threads, {peak:.0} GFLOP/s measured peak")),
+        ("machine", format!("{}, {peak:.0} GFLOP/s measured peak", computes_on(train.device, threads))),
         ("mesh", mesh_line(&recipe.mesh, seat)),
         ("memory", memory(recipe, prepared) + &rerun),
     ]) + "\n"

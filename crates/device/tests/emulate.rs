@@ -1,7 +1,7 @@
 //! What plays a GPU keeps its promises: results, and mistakes that are found.
 
 use device::DType;
-use device::cuda::{Driver, Emulated, Kernel, Matmul, Matrix, Stream};
+use device::cuda::{Driver, Emulated, Kernel, Matmul, Matrix, Program, Stream};
 use half::bf16;
 use std::ffi::c_void;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
@@ -10,7 +10,7 @@ const PROGRAM: &str = concat!(include_str!("../../kernels/src/cuda/common.cuh"),
 
 static GPU: LazyLock<Emulated> = LazyLock::new(|| {
     let gpu = Emulated::new(64 << 20);
-    gpu.load(PROGRAM).unwrap_or_else(|error| panic!("{error}"));
+    gpu.load(&Program { common: PROGRAM, parts: &[] }, None).unwrap_or_else(|error| panic!("{error}"));
     gpu
 });
 
@@ -239,6 +239,8 @@ fn products_of_matrices() {
 #[test]
 fn errors_of_the_compiler_are_told() {
     let gpu = Emulated::new(1 << 20);
-    let error = gpu.load("KERNEL(broken, 32, (float* y), { y[0] = nobody; })").expect_err("no such word");
+    let broken = "KERNEL(broken, 32, (float* y), { y[0] = nobody; })";
+    let broken = Program { common: "", parts: &[broken] };
+    let error = gpu.load(&broken, None).expect_err("no such word");
     assert!(error.contains("nobody"), "{error}");
 }

@@ -4,6 +4,7 @@
 use crate::DType;
 use std::ffi::c_void;
 use std::num::NonZeroU64;
+use std::path::Path;
 
 /// An address in the memory of a GPU.
 pub type Address = u64;
@@ -53,6 +54,15 @@ pub struct Kernel<'a> {
     pub threads: [u32; 3],
     /// Dynamic shared memory of a block.
     pub shared_bytes: u32,
+}
+
+/// The text of kernels.
+#[derive(Clone, Debug)]
+pub struct Program<'a> {
+    /// What every part begins with.
+    pub common: &'a str,
+    /// Parts that can be compiled beside each other.
+    pub parts: &'a [&'a str],
 }
 
 /// A row-major matrix in the memory of a GPU: element (i, j) at `i * ld + j`, or at `j * ld + i` when
@@ -165,8 +175,9 @@ pub trait Driver: Send + Sync {
     /// Wait until all work before a mark is done; the mark is used up.
     fn wait_for(&self, mark: Mark);
 
-    /// Compile a program and load it; later launches find its kernels. The error is the compiler's.
-    fn load(&self, source: &str) -> Result<(), String>;
+    /// Compile a program and load it; later launches find its kernels. What was compiled is kept in a folder, where
+    /// one is given, for the next process. The error is the compiler's.
+    fn load(&self, program: &Program<'_>, kept: Option<&Path>) -> Result<(), String>;
     /// Run a kernel on the compute stream.
     ///
     /// # Safety

@@ -4,7 +4,7 @@
 mod memory;
 mod program;
 
-use super::driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
+use super::driver::{self, Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
 use super::lock;
 use crate::DType;
 use half::bf16;
@@ -12,6 +12,7 @@ use memory::Memory;
 use program::Program;
 use std::ffi::c_void;
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::sync::Mutex;
 
 /// The GPU that is played.
@@ -136,8 +137,9 @@ impl Driver for Emulated {
 
     fn wait_for(&self, _: Mark) {}
 
-    fn load(&self, source: &str) -> Result<(), String> {
-        *lock(&self.program) = Some(Program::compile(source)?);
+    fn load(&self, program: &driver::Program<'_>, _: Option<&Path>) -> Result<(), String> {
+        let source = [&[program.common], program.parts].concat().join("\n");
+        *lock(&self.program) = Some(Program::compile(&source)?);
         Ok(())
     }
 

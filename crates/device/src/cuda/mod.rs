@@ -7,14 +7,16 @@ mod driver;
 mod emulated;
 mod frames;
 mod lt;
+mod nvrtc;
 mod real;
 
-pub use driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
+pub use driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Program, Stream};
 #[cfg(feature = "emulate")]
 pub use emulated::Emulated;
 
-pub use real::{compile, has_compiler};
+pub use nvrtc::{compile, has_compiler};
 
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
@@ -26,6 +28,14 @@ pub struct NoGpu {
     pub what: String,
     /// What to do about it.
     pub remedy: String,
+}
+
+static KEPT: OnceLock<PathBuf> = OnceLock::new();
+
+/// Keep compiled kernels in a folder from now on: compiling them takes seconds, and every process needs the same.
+pub fn keep_kernels_in(folder: PathBuf) {
+    // Who comes second asks for the same.
+    KEPT.set(folder).ok();
 }
 
 static GPU: OnceLock<Result<Gpu, NoGpu>> = OnceLock::new();
@@ -91,7 +101,6 @@ pub struct Gpu {
     workspace: Mutex<(usize, Address)>,
     /// Small arrays on their way up.
     uploads: Mutex<Uploads>,
-    loaded: Mutex<Option<Result<(), String>>>,
     frames: Mutex<frames::Frames>,
 }
 
@@ -119,7 +128,6 @@ impl Gpu {
             card,
             workspace: Mutex::new((WORKSPACE_BYTES, workspace)),
             uploads: Mutex::new(Uploads { ring, used: 0 }),
-            loaded: Mutex::new(None),
             frames: Mutex::default(),
             driver,
         }
@@ -135,9 +143,9 @@ impl Gpu {
         &*self.driver
     }
 
-    /// Make the kernels of a program known, once; the error is the compiler's.
-    pub fn load(&self, source: impl FnOnce() -> String) -> Result<(), String> {
-        lock(&self.loaded).get_or_insert_with(|| self.driver.load(&source())).clone()
+    /// Make the kernels of a program known; the error is the compiler's.
+    pub fn load(&self, program: &Program<'_>) -> Result<(), String> {
+        self.driver.load(program, KEPT.get().map(PathBuf::as_path))
     }
 
     /// At least `bytes` that the op which asks has to itself until the next one asks.

@@ -1,14 +1,14 @@
 //! A real GPU, through the driver, NVRTC and cuBLASLt of this machine, looked up when first asked for.
 
-use super::driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Stream};
+use super::driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Program, Stream};
 use super::lt::Lt;
-use super::{NoGpu, lock};
+use super::{NoGpu, lock, nvrtc};
 use cudarc::driver::sys::{self as cu, CUresult};
-use cudarc::nvrtc::sys as rtc;
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::sync::Mutex;
 
@@ -22,15 +22,16 @@ pub(super) struct Real {
     streams: [cu::CUstream; 3],
     card: Card,
     device: cu::CUdevice,
-    module: Mutex<Option<Loaded>>,
+    loaded: Mutex<Loaded>,
     lt: Lt,
     workspace: Address,
     /// Events that nobody uses now.
     events: Mutex<Vec<Mark>>,
 }
 
+#[derive(Default)]
 struct Loaded {
-    module: cu::CUmodule,
+    modules: Vec<cu::CUmodule>,
     functions: HashMap<String, Function>,
 }
 
@@ -81,7 +82,7 @@ impl Real {
                 "install NVIDIA's driver, or set train.device = \"cpu\"",
             ));
         }
-        if !has_compiler() {
+        if !nvrtc::has_compiler() {
             return Err(missing("NVRTC, which compiles the kernels, was not found (libnvrtc.so)", LIBRARIES));
         }
         let lt = Lt::new;
@@ -122,8 +123,8 @@ impl Real {
         // SAFETY: writes an address.
         check(unsafe { cu::cuMemAlloc_v2(&mut workspace, PRODUCT_BYTES) }, "cuMemAlloc");
         let card = card_of(device);
-        let (module, events) = (Mutex::new(None), Mutex::default());
-        Ok(Real { context, streams, card, device, module, lt, workspace, events })
+        let (loaded, events) = (Mutex::default(), Mutex::default());
+        Ok(Real { context, streams, card, device, loaded, lt, workspace, events })
     }
 
     /// The context on this thread.
@@ -140,8 +141,7 @@ impl Real {
     }
 
     fn function(&self, kernel: &Kernel<'_>) -> cu::CUfunction {
-        let mut module = lock(&self.module);
-        let loaded = module.as_mut().expect("the program of the kernels was loaded");
+        let mut loaded = lock(&self.loaded);
         if let Some(Function(function, shared)) = loaded.functions.get(kernel.name)
             && *shared >= kernel.shared_bytes
         {
@@ -149,9 +149,13 @@ impl Real {
         }
         let name = CString::new(kernel.name).expect("a name without zeros");
         let mut function = null_mut();
-        // SAFETY: a loaded module and a name that ends in a zero.
-        let found = unsafe { cu::cuModuleGetFunction(&mut function, loaded.module, name.as_ptr()) };
-        check(found, kernel.name);
+        let mut is_in = |module: &cu::CUmodule| {
+            // SAFETY: a loaded module and a name that ends in a zero.
+            unsafe {
+                cu::cuModuleGetFunction(&mut function, *module, name.as_ptr()) == CUresult::CUDA_SUCCESS
+            }
+        };
+        assert!(loaded.modules.iter().any(&mut is_in), "no kernel {} was loaded", kernel.name);
         const FREE_SHARED_BYTES: u32 = 48 << 10;
         if kernel.shared_bytes > FREE_SHARED_BYTES {
             let most = cu::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
@@ -380,17 +384,20 @@ impl Driver for Real {
         lock(&self.events).push(mark);
     }
 
-    fn load(&self, source: &str) -> Result<(), String> {
+    fn load(&self, program: &Program<'_>, kept: Option<&Path>) -> Result<(), String> {
         self.bind();
         let (major, minor) = self.card.capability;
-        let image = compile(source, &format!("sm_{major}{minor}"))?;
-        let mut module = null_mut();
-        // SAFETY: an image the compiler made for this card.
-        let loaded = unsafe { cu::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
-        if loaded != CUresult::CUDA_SUCCESS {
-            return Err(format!("the driver refuses the kernels: {}", name_of(loaded)));
+        let images = nvrtc::compile_all(program, &format!("sm_{major}{minor}"), kept)?;
+        for image in images {
+            let mut module = null_mut();
+            // SAFETY: an image the compiler made for this card.
+            let loaded = unsafe { cu::cuModuleLoadData(&mut module, image.as_ptr().cast()) };
+            if loaded != CUresult::CUDA_SUCCESS {
+                let folder = kept.map_or(String::new(), |kept| format!("; empty {}", kept.display()));
+                return Err(format!("the driver refuses the kernels: {}{folder}", name_of(loaded)));
+            }
+            lock(&self.loaded).modules.push(module);
         }
-        *lock(&self.module) = Some(Loaded { module, functions: HashMap::new() });
         Ok(())
     }
 
@@ -422,54 +429,5 @@ impl Driver for Real {
         let stream = self.stream(Stream::Compute);
         // SAFETY: the caller's promise; the workspace is used by products alone, which run in order.
         unsafe { self.lt.matmul(product, (self.workspace, PRODUCT_BYTES), stream.cast()) };
-    }
-}
-
-/// Whether NVRTC is on this machine.
-pub fn has_compiler() -> bool {
-    // SAFETY: looks for a library and does nothing else.
-    unsafe { rtc::is_culib_present() }
-}
-
-/// Machine code of a program for an architecture (`sm_90`), by NVRTC, which must be there; no GPU is needed.
-/// Products and sums stay apart: see `common.cuh`.
-pub fn compile(source: &str, architecture: &str) -> Result<Vec<u8>, String> {
-    let source = CString::new(source).map_err(|error| error.to_string())?;
-    // Lambdas in kernels run where the kernels run: older compilers want to be told.
-    let options = ["--std=c++17", "--fmad=false", "-default-device"].map(String::from);
-    let options = options.into_iter().chain([format!("--gpu-architecture={architecture}")]);
-    let options: Vec<CString> = options.map(|option| CString::new(option).expect("no zeros")).collect();
-    let options: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
-    let mut program = null_mut();
-    // SAFETY: strings that end in zeros and outlive the calls; sizes are asked for before buffers are filled.
-    unsafe {
-        let name = c"trilith.cu".as_ptr();
-        let made = rtc::nvrtcCreateProgram(&mut program, source.as_ptr(), name, 0, null(), null());
-        if made != rtc::nvrtcResult::NVRTC_SUCCESS {
-            return Err(format!("NVRTC: {made:?}"));
-        }
-        let result = rtc::nvrtcCompileProgram(program, options.len() as c_int, options.as_ptr());
-        let outcome = match result {
-            rtc::nvrtcResult::NVRTC_SUCCESS => {
-                let mut bytes = 0;
-                rtc::nvrtcGetCUBINSize(program, &mut bytes);
-                let mut image = vec![0u8; bytes];
-                match rtc::nvrtcGetCUBIN(program, image.as_mut_ptr().cast()) {
-                    rtc::nvrtcResult::NVRTC_SUCCESS => Ok(image),
-                    failed => Err(format!("NVRTC: {failed:?}")),
-                }
-            }
-            failed => {
-                let mut bytes = 0;
-                rtc::nvrtcGetProgramLogSize(program, &mut bytes);
-                let mut log = vec![0u8; bytes];
-                rtc::nvrtcGetProgramLog(program, log.as_mut_ptr().cast());
-                let log = String::from_utf8_lossy(&log);
-                let log = log.trim_end_matches(['\0', '\n']);
-                Err(format!("NVRTC cannot compile the kernels for {architecture}: {failed:?}\n{log}"))
-            }
-        };
-        rtc::nvrtcDestroyProgram(&mut program);
-        outcome
     }
 }

@@ -1,52 +1,58 @@
-//! Kernels on a GPU: one program of all `cuda.cu` files, compiled when first needed, and how they are launched.
+//! Kernels on a GPU: a program of all `cuda.cu` files, compiled when first needed, and how they are launched.
 //! Launches run one after the other; nobody waits for them here.
 
 pub(crate) mod rows;
 pub(crate) mod runs;
 
-use device::cuda::{Address, Kernel, Matmul, gpu};
+use device::cuda::{Address, Kernel, Matmul, Program, gpu};
 use device::{DType, Device, View, ViewMut};
 use std::ffi::c_void;
+use std::sync::OnceLock;
 
-/// The program, in the order of compilation.
-const SOURCES: &[&str] = &[
+/// What every part of the program begins with.
+const COMMON: &[&str] = &[
     include_str!("common.cuh"),
     include_str!("runs.cuh"),
     include_str!("rows.cuh"),
-    include_str!("../adamw/cuda.cu"),
-    include_str!("../adamw8/cuda.cu"),
     include_str!("../attention/cuda/operands.cuh"),
     include_str!("../attention/cuda/tiles.cuh"),
-    include_str!("../attention/cuda/forward.cu"),
-    include_str!("../attention/cuda/backward.cu"),
-    include_str!("../attention/cuda/plain.cu"),
-    include_str!("../attention/cuda/sums.cu"),
-    include_str!("../block/cuda.cu"),
-    include_str!("../elementwise/cuda.cu"),
-    include_str!("../embedding/cuda.cu"),
-    include_str!("../experts/cuda.cu"),
-    include_str!("../gelu/cuda.cu"),
-    // What is left of a product may be its GELU.
-    include_str!("../gemm/cuda.cu"),
-    include_str!("../rope/cuda.cu"),
-    include_str!("../swiglu/cuda.cu"),
-    include_str!("../cross_entropy/cuda.cu"),
-    include_str!("../global_norm/cuda.cu"),
-    // The norm of heads takes its rows from that of rows.
-    include_str!("../rms_norm/cuda.cu"),
-    include_str!("../head_norm/cuda.cu"),
-    include_str!("../layer_norm/cuda.cu"),
 ];
 
-/// Text of the program.
-pub fn program() -> String {
-    SOURCES.join("\n")
+/// Parts that are compiled beside each other. What uses another's functions comes behind it in its part.
+const PARTS: &[&[&str]] = &[
+    &[include_str!("../attention/cuda/forward.cu")],
+    &[include_str!("../attention/cuda/backward.cu")],
+    &[include_str!("../attention/cuda/plain.cu"), include_str!("../attention/cuda/sums.cu")],
+    &[include_str!("../adamw/cuda.cu"), include_str!("../adamw8/cuda.cu")],
+    &[include_str!("../block/cuda.cu"), include_str!("../elementwise/cuda.cu")],
+    &[
+        include_str!("../embedding/cuda.cu"),
+        include_str!("../experts/cuda.cu"),
+        include_str!("../rope/cuda.cu"),
+    ],
+    &[include_str!("../gelu/cuda.cu"), include_str!("../gemm/cuda.cu"), include_str!("../swiglu/cuda.cu")],
+    &[include_str!("../cross_entropy/cuda.cu"), include_str!("../global_norm/cuda.cu")],
+    &[include_str!("../rms_norm/cuda.cu"), include_str!("../head_norm/cuda.cu")],
+    &[include_str!("../layer_norm/cuda.cu")],
+];
+
+/// Text of each part, whole.
+pub fn parts() -> Vec<String> {
+    let common = COMMON.join("\n");
+    PARTS.iter().map(|part| format!("{common}\n{}", part.join("\n"))).collect()
 }
 
 /// Compile and load the kernels, once for a process: what the first launch would do.
 pub fn load() -> Result<(), String> {
-    let gpu = gpu().map_err(|error| error.to_string())?;
-    gpu.load(program)
+    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+    let begin = || {
+        let gpu = gpu().map_err(|error| error.to_string())?;
+        let (common, parts) =
+            (COMMON.join("\n"), PARTS.iter().map(|part| part.join("\n")).collect::<Vec<_>>());
+        let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+        gpu.load(&Program { common: &common, parts: &parts })
+    };
+    LOADED.get_or_init(begin).clone()
 }
 
 /// Ending of the names of kernels of a type.
@@ -58,7 +64,7 @@ pub(crate) fn suffix(dtype: DType) -> &'static str {
     }
 }
 
-/// Makes sure that the ops of this call have `bytes` to themselves, at `Launch::scratch`.
+/// Makes sure that the ops of this call have `bytes` to themselves, from the address on.
 pub(crate) fn workspace(bytes: usize) -> Address {
     present().workspace(bytes)
 }
@@ -179,8 +185,7 @@ impl Launch<'_> {
         if self.grid.contains(&0) {
             return;
         }
-        let gpu = present();
-        gpu.load(program).unwrap_or_else(|error| panic!("{error}"));
+        load().unwrap_or_else(|error| panic!("{error}"));
         let Launch { name, grid, threads, shared_bytes, .. } = self;
         let kernel = Kernel { name, grid, threads, shared_bytes };
         // A driver reads as many bytes of each as the parameter has: the first, on machines there are.
@@ -188,6 +193,6 @@ impl Launch<'_> {
             self.arguments.iter_mut().map(|value| (value as *mut u64).cast()).collect();
         // SAFETY: kernels and their launches stand side by side in each op; windows live in buffers, whose
         // memory is given on in the order of launches.
-        unsafe { gpu.driver().launch(&kernel, &mut pointers) };
+        unsafe { present().driver().launch(&kernel, &mut pointers) };
     }
 }
