@@ -15,6 +15,8 @@ CONFIGS = {
     "S": dict(V=8192, D=512, L=6, N=8, F=1376, B=4, T=256),
     "M": dict(V=32000, D=768, L=12, N=12, F=2048, B=2, T=512),
     "L": dict(V=32000, D=2048, L=16, N=16, F=5504, B=8, T=2048),
+    # The model of the runs with a budget on a GPU (docs/performance.md).
+    "offload": dict(V=4096, D=2048, L=16, N=16, F=5504, B=8, T=1024),
     # The model of `cargo xtask bench memory`.
     "memory": dict(V=4096, D=1024, L=8, N=16, F=2752, B=4, T=128),
 }
@@ -29,6 +31,7 @@ def parse_args():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="rows instead of those of the configuration")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--offload", action="store_true", help="masters, moments and updates on the host")
     parser.add_argument("--mapped", metavar="DIR", help="weights and moments lie in files of this folder")
     parser.add_argument("--mapped-gradients", action="store_true", help="with --mapped: gradients, too")
     return parser.parse_args()
@@ -126,6 +129,34 @@ def map_state(model, adamw):
             p.grad = mapped(p, f"{at}.gradient")
 
 
+class HostAdamW:
+    """bf16 weights and gradients on the GPU; f32 masters, moments and the update on the host."""
+
+    def __init__(self, model):
+        self.params = list(model.parameters())
+        self.masters = [nn.Parameter(p.detach().float().cpu()) for p in self.params]
+        self.pinned = [torch.empty(p.shape, dtype=p.dtype, pin_memory=True) for p in self.params]
+        self.adamw = torch.optim.AdamW(
+            self.masters, lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+        )
+
+    def step(self):
+        for p, here in zip(self.params, self.pinned):
+            here.copy_(p.grad, non_blocking=True)
+        torch.cuda.synchronize()
+        for master, here in zip(self.masters, self.pinned):
+            master.grad = here.float()
+        self.adamw.step()
+        with torch.no_grad():
+            for p, master, here in zip(self.params, self.masters, self.pinned):
+                here.copy_(master)
+                p.copy_(here, non_blocking=True)
+
+    def zero_grad(self, set_to_none=True):
+        for p in self.params:
+            p.grad = None
+
+
 def peak_rss_bytes():
     # A compiled run starts helper processes; only this one holds the model.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -143,9 +174,13 @@ def main():
     model = mapped_model(c) if args.mapped else Llama(**c)
     model = model.to(args.device)
     step_fn = torch.compile(model) if compiled else model
-    adamw = torch.optim.AdamW(
-        model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
-    )
+    if args.offload:
+        model.bfloat16()
+        adamw = HostAdamW(model)
+    else:
+        adamw = torch.optim.AdamW(
+            model.parameters(), lr=3e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+        )
     if args.mapped:
         map_state(model, adamw)
     ids = torch.randint(0, c["V"], (c["B"], c["T"] + 1), device=args.device)
