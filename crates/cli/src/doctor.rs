@@ -140,9 +140,9 @@ fn gpu() -> String {
     }
     let reached = |dtype| kernels::peak::gflops(Device::Cuda, dtype) / 1e3;
     let (f32_peak, bf16_peak) = (reached(DType::F32), reached(DType::Bf16));
-    let (up, down) = cuda::copied_per_s();
+    let (up, down) = cuda::copied_per_s(true);
     format!(
-        "{what}; measured {f32_peak:.0} TFLOP/s f32, {bf16_peak:.0} TFLOP/s bf16, {:.1} GB/s up and {:.1} GB/s down its link",
+        "{what}; measured {f32_peak:.0} TFLOP/s f32, {bf16_peak:.0} TFLOP/s bf16, {:.1} GB/s up and {:.1} GB/s down its link from pinned memory",
         up / 1e9,
         down / 1e9
     )

@@ -135,7 +135,7 @@ impl Links {
         let drive = setup.budgets.nvme.and_then(measured);
         let host = match (setup.device, setup.budgets.hbm) {
             (Device::Cuda, _) => {
-                let (up_per_s, down_per_s) = device::cuda::copied_per_s();
+                let (up_per_s, down_per_s) = device::cuda::copied_per_s(setup.budgets.nvme.is_none());
                 LinkRate { up_per_s, down_per_s }
             }
             (Device::Cpu, Some(_)) => {

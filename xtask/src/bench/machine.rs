@@ -18,6 +18,7 @@ pub fn facts(root: &Path, python: Option<&Path>) -> Value {
         "cpu": field(&cpuinfo, "model name"),
         "cores": std::thread::available_parallelism().ok().map(|cores| cores.get()),
         "isa": isa(field(&cpuinfo, "flags").or(field(&cpuinfo, "Features")).unwrap_or_default()),
+        "gpu": said("nvidia-smi", &["--query-gpu=name,driver_version", "--format=csv,noheader"]),
         "memory": std::fs::read_to_string("/proc/meminfo").ok().as_deref().and_then(|text| field(text, "MemTotal")),
         "kernel": first_line("/proc/sys/kernel/osrelease"),
         "load_average_before": first_line("/proc/loadavg"),

@@ -56,11 +56,13 @@ pub fn synchronise() {
     present().driver.wait(Stream::Compute);
 }
 
-/// Bytes a second that the link to the GPU carries from memory as chunks have it: up and down.
-pub fn copied_per_s() -> (f64, f64) {
+/// Bytes a second that the link to the GPU carries, up and down, from memory of the host that is pinned or not.
+pub fn copied_per_s(pinned: bool) -> (f64, f64) {
     const BYTES: usize = 64 << 20;
     let (gpu, mut here) = (present(), vec![1u8; BYTES]);
     let there = gpu.workspace(BYTES);
+    // SAFETY: it is unpinned before it is given back.
+    let pinned = pinned && unsafe { gpu.driver.pin(here.as_mut_ptr(), BYTES) };
     let mut seconds = [f64::INFINITY; 2];
     for _ in 0..4 {
         for (way, least) in seconds.iter_mut().enumerate() {
@@ -76,6 +78,10 @@ pub fn copied_per_s() -> (f64, f64) {
             gpu.driver.wait(Stream::Compute);
             *least = least.min(started.elapsed().as_secs_f64());
         }
+    }
+    if pinned {
+        // SAFETY: pinned above.
+        unsafe { gpu.driver.unpin(here.as_mut_ptr()) };
     }
     let [up, down] = seconds.map(|seconds| BYTES as f64 / seconds);
     (up, down)
