@@ -6,7 +6,7 @@ use device::{DType, Device, OutOfMemory, View};
 use dist::Mesh;
 use model::{Config, ConfigError, Model};
 use std::path::Path;
-use tensor::ParamStore;
+use tensor::{ParamStore, WIDEST_ON_GPU};
 
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -29,6 +29,14 @@ pub enum LoadError {
         needs_mib: u64,
         /// Free now.
         available_mib: u64,
+    },
+    /// The GPU has no kernels for it.
+    #[error(
+        "heads of {columns} columns, a GPU attends with {WIDEST_ON_GPU} at most; leave out --device cuda"
+    )]
+    Device {
+        /// Of a head.
+        columns: usize,
     },
     /// Another model's tokenizer.
     #[error(
@@ -75,6 +83,10 @@ impl LoadedModel {
         let context = context.min(config.max_positions());
         let whole = files.weights().infos().iter().all(|info| info.dtype == WeightType::F32);
         let dtype = dtype.unwrap_or(if whole { DType::F32 } else { DType::Bf16 });
+        let (_, _, columns) = config.heads();
+        if device == Device::Cuda && columns > WIDEST_ON_GPU {
+            return Err(LoadError::Device { columns });
+        }
         let built = Model::build(&config, context, &Mesh::solo())?;
         check_memory(&config, &built.params, (device, dtype), context)?;
         let mut store = ParamStore::new(device, dtype, &built.params)?;

@@ -24,7 +24,9 @@ pub use init::{Init, normal};
 pub use kernels::attention::Mask;
 pub use kernels::gelu::GeluKind;
 pub use kernels::rope::{RopeScaling, RopeTable};
-pub use ops::{AttentionShape, KvCache, Load, Norm, Order, Pool, Real, Router, Targets, loss_slice_tokens};
+pub use ops::{
+    AttentionShape, KvCache, Load, Norm, Order, Pool, Real, Router, Targets, WIDEST_ON_GPU, loss_slice_tokens,
+};
 pub use params::{BLOCK, ParamList, ParamRef, ParamSpec, ParamStore};
 pub use piece::{Piece, Run};
 pub use stretch::{Later, Recorded};

@@ -54,6 +54,12 @@ pub enum TrainError {
         /// What is wrong, with a remedy.
         what: String,
     },
+    /// The GPU has no kernels for it.
+    #[error("{what}; set train.device = \"cpu\"")]
+    Device {
+        /// What it has none for.
+        what: String,
+    },
     /// It would not fit, said before anything is reserved.
     #[error("this run needs about {needs} of memory, {available} are available; {remedy}")]
     TooLarge {

@@ -20,6 +20,7 @@ use serde_json::json;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tensor::ParamList;
+use tensor::WIDEST_ON_GPU;
 
 /// The token that ends documents in tokenizers trained here.
 const END_OF_TEXT: &str = "<|endoftext|>";
@@ -74,6 +75,12 @@ impl Prepared {
         };
         let tokenizer = tokenizer(recipe, files.as_ref(), resume, report)?;
         let config = config(recipe, files.as_ref(), &tokenizer)?;
+        let (_, _, h) = config.heads();
+        if recipe.train.device == Device::Cuda && h > WIDEST_ON_GPU {
+            return Err(TrainError::Device {
+                what: format!("heads of {h} columns, a GPU attends with {WIDEST_ON_GPU} at most"),
+            });
+        }
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
         let of_rank = check_mesh(recipe, &config)?;
         let of_one: usize = of_rank.specs().iter().map(|spec| spec.len()).sum();

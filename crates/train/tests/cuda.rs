@@ -129,6 +129,10 @@ fn what_a_gpu_cannot_do_is_said_before_anything_begins() {
     assert!(refused(&["train.device=cpu", "memory.hbm=1GiB", "memory.dram=1GiB"]).contains("no GPU"));
     let said = refused(&["train.device=cuda", "memory.simulate_device=1MiB", "memory.dram=1GiB"]);
     assert!(said.contains("memory.hbm"), "{said}");
+    let sets = [&MODEL[..], &["train.device=cuda", "model.head_dim=512"]].concat();
+    let recipe = place.settings("probe", &sets).recipe().unwrap();
+    let said = Prepared::new(&recipe, false, &mut |_| {}).err().expect("too wide").to_string();
+    assert!(said.contains("heads of 512 columns"), "{said}");
     let sets = [&model()[..], &["memory.hbm=64KiB", "memory.dram=1GiB"]].concat();
     let said = place.run("tiers", &sets, Start::New, None).unwrap_err().to_string();
     assert!(said.contains("raise memory.hbm"), "{said}");

@@ -35,8 +35,8 @@ const RANGE_BYTES: usize = 8;
 const STAT_BYTES: usize = 16;
 /// Queries and keys a block without tensor cores.
 const SIDE: usize = 32;
-/// Widest heads.
-const MOST_COLUMNS: usize = 256;
+/// Widest heads that a GPU attends with.
+pub const MOST_COLUMNS: usize = 256;
 
 /// How a task is cut into blocks and what each needs.
 struct Cut {

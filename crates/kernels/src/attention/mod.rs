@@ -18,6 +18,8 @@ mod tests;
 pub use merge::{merge, row_sums};
 pub use places::{Places, Seen};
 
+pub use cuda::MOST_COLUMNS as WIDEST_ON_GPU;
+
 use crate::gemm::Mat;
 use device::{DType, Device, View, ViewMut};
 

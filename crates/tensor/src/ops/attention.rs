@@ -11,6 +11,8 @@ use kernels::gemm::{Mat, MatMut};
 use kernels::rope::{self, RopeTable};
 use std::sync::Arc;
 
+pub use kernels::attention::WIDEST_ON_GPU;
+
 /// What attention needs to know beside the values.
 #[derive(Clone)]
 pub struct AttentionShape {

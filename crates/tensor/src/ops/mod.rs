@@ -10,7 +10,7 @@ mod norm;
 mod route;
 mod swiglu_linear;
 
-pub use attention::{AttentionShape, KvCache};
+pub use attention::{AttentionShape, KvCache, WIDEST_ON_GPU};
 pub use experts::Order;
 pub use loss::{Targets, loss_slice_tokens};
 pub use norm::Norm;
