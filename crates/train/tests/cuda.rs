@@ -116,6 +116,13 @@ fn a_run_goes_on_where_it_stopped_on_the_gpu() {
     place.run("halves", &sets, Start::New, Some(2)).unwrap();
     place.run("halves", &sets, Start::Resume, None).unwrap();
     assert!(place.result("halves").1 == place.result("whole").1);
+    // On the other device it goes on, too.
+    place.run("moves", &sets, Start::New, Some(2)).unwrap();
+    let elsewhere = [&sets[..], &["train.device=cpu"]].concat();
+    place.run("moves", &elsewhere, Start::Resume, None).unwrap();
+    for (got, want) in losses(&place, "moves").iter().zip(losses(&place, "whole")) {
+        assert!((got / want - 1.0).abs() < 1e-2, "{got} partly on the CPU, {want} on the GPU");
+    }
 }
 
 #[test]

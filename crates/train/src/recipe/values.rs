@@ -329,13 +329,13 @@ fn cluster(get: &Get<'_>) -> Result<ClusterRecipe, RecipeError> {
 
 fn memory(settings: &Settings, get: &Get<'_>, on: Device) -> Result<Option<MemoryRecipe>, RecipeError> {
     let hbm_bytes = get.text("memory.hbm").and_then(|text| parse_bytes(&text));
-    if settings.gives("memory.hbm") && on == Device::Cpu {
+    if hbm_bytes.is_some() && on == Device::Cpu {
         return impossible(
             "memory.hbm is given, but the run computes on no GPU".into(),
             "drop memory.hbm, or set memory.simulate_device to a number of bytes of memory that plays one",
         );
     }
-    if settings.gives("memory.hbm") && get.text("memory.dram").is_none() {
+    if hbm_bytes.is_some() && get.text("memory.dram").is_none() {
         return impossible(
             "memory.hbm is given but memory.dram is not".into(),
             "memory.dram is the host behind the GPU; set it to \"auto\" or a number of bytes",
