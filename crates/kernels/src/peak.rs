@@ -41,7 +41,9 @@ pub fn gflops_of(device: Device, dtype: DType, [m, k, n]: [usize; 3]) -> f64 {
             gemm(m, n, k, a, b, c, false, Epilogue::default());
         }))
     };
-    seconds().map_or(0.0, |seconds| 2.0 * (m * k * n) as f64 / seconds / 1e9)
+    let seconds = seconds();
+    forget();
+    seconds.map_or(0.0, |seconds| 2.0 * (m * k * n) as f64 / seconds / 1e9)
 }
 
 /// Seconds AdamW takes for a parameter with bf16 weights and f32 moments that lie in no cache: bound by
@@ -69,7 +71,15 @@ pub fn update_seconds(device: Device) -> f64 {
             crate::adamw::update(Master::Split { high, low }, grad.view(DType::F32, 0, len), m, v, &hyper);
         }))
     };
-    seconds().map_or(f64::INFINITY, |seconds| seconds / len as f64)
+    let seconds = seconds();
+    forget();
+    seconds.map_or(f64::INFINITY, |seconds| seconds / len as f64)
+}
+
+/// The memory a measurement took is no part of the run that follows.
+fn forget() {
+    device::release_cached();
+    device::reset_peak();
 }
 
 /// Seconds of one call.

@@ -25,6 +25,9 @@ pub struct Args {
     /// Steps of one run that count.
     #[arg(long, default_value_t = 5)]
     steps: usize,
+    /// What runs [default: bench/mesh/recipe.toml].
+    #[arg(long, value_name = "PATH")]
+    recipe: Option<PathBuf>,
 }
 
 /// Steps before those that count.
@@ -52,30 +55,29 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     ensure!(args.steps >= 1 && args.meshes >= 1, "--steps and --meshes are at least 1");
     let trilith = peers::cargo_build(root, &["--package", "trilith"], "trilith")?;
     let facts = machine::facts(root, None);
+    let recipe = args.recipe.clone().unwrap_or_else(|| root.join("bench/mesh/recipe.toml"));
     let mut plans = Vec::new();
     for ranks in &args.ranks {
-        let all = predict(root, &trilith, *ranks)?;
+        let all = predict((root, &trilith), &recipe, *ranks)?;
         plans.extend(spread(all, args.meshes));
     }
     let mut rows = Vec::new();
     for plan in plans {
-        let measured_s = measure(root, &trilith, &plan, args.steps)
+        let measured_s = measure((root, &trilith), &recipe, &plan, args.steps)
             .with_context(|| format!("measuring {} on {} ranks", plan.mesh, plan.ranks))?;
         rows.push(Row { plan, measured_s });
     }
     println!("{}\n{}", table(&rows), verdict(&rows));
-    let path = report::save(root, json!({ "bench": "mesh", "machine": facts, "rows": rows }))?;
+    let name = recipe.file_name().map(|name| name.to_string_lossy());
+    let path =
+        report::save(root, json!({ "bench": "mesh", "recipe": name, "machine": facts, "rows": rows }))?;
     println!("wrote {}", path.display());
     Ok(())
 }
 
-fn recipe(root: &Path) -> PathBuf {
-    root.join("bench/mesh/recipe.toml")
-}
-
-fn predict(root: &Path, trilith: &Path, ranks: usize) -> Result<Vec<Plan>> {
+fn predict((root, trilith): (&Path, &Path), recipe: &Path, ranks: usize) -> Result<Vec<Plan>> {
     let mut command = Command::new(trilith);
-    command.current_dir(root).arg("plan").arg(recipe(root));
+    command.current_dir(root).arg("plan").arg(recipe);
     let printed = capture(command.args(["--here", "--json", "--ranks", &ranks.to_string()]))?;
     printed
         .lines()
@@ -90,10 +92,10 @@ fn spread(plans: Vec<Plan>, count: usize) -> Vec<Plan> {
     (0..taken).map(|i| plans[i * (all - 1) / (taken - 1).max(1)].clone()).collect()
 }
 
-fn measure(root: &Path, trilith: &Path, plan: &Plan, steps: usize) -> Result<f64> {
+fn measure((root, trilith): (&Path, &Path), recipe: &Path, plan: &Plan, steps: usize) -> Result<f64> {
     let dir = root.join("target/bench-mesh/run");
     let mut command = Command::new(trilith);
-    command.current_dir(root).arg("train").arg(recipe(root)).arg("--overwrite");
+    command.current_dir(root).arg("train").arg(recipe).arg("--overwrite");
     for set in &plan.sets {
         command.args(["--set", set]);
     }
