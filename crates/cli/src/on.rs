@@ -1,6 +1,6 @@
 //! `--device`: where a command computes.
 
-use anyhow::{Result, anyhow};
+use anyhow::{Error, Result};
 use clap::ValueEnum;
 use device::{Device, cuda};
 use std::path::PathBuf;
@@ -18,8 +18,8 @@ impl On {
         match self {
             On::Cpu => Ok(Device::Cpu),
             On::Cuda => {
-                cuda::gpu().map_err(|none| anyhow!("{none}"))?;
-                kernels::cuda::load().map_err(|error| anyhow!("{error}"))?;
+                cuda::gpu()?;
+                kernels::cuda::load().map_err(Error::msg)?;
                 Ok(Device::Cuda)
             }
         }

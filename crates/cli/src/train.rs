@@ -194,7 +194,7 @@ fn prepare(recipe: &Recipe, resume: bool) -> Result<Prepared> {
     let bar = show::bar(0, "{msg} {bar:30} {bytes}/{total_bytes}");
     if recipe.train.device == Device::Cuda {
         bar.set_message("compiling the kernels for this GPU (the first time)");
-        kernels::cuda::load().map_err(|error| anyhow!("{error}"))?;
+        kernels::cuda::load().map_err(anyhow::Error::msg)?;
     }
     let prepared = Prepared::new(recipe, resume, &mut |stage| match stage {
         Stage::TrainTokenizer => bar.set_message("training a tokenizer"),
@@ -361,9 +361,12 @@ fn indent(text: &str) -> String {
 
 /// Where ops run.
 fn computes_on(device: Device, threads: usize) -> String {
-    match device::cuda::gpu() {
-        Ok(gpu) if device == Device::Cuda => format!("{} beside {threads} threads", gpu.card().name),
-        _ => format!("{threads} threads"),
+    let threads = format!("{threads} threads");
+    match device {
+        Device::Cpu => threads,
+        Device::Cuda => {
+            device::cuda::gpu().map_or(threads.clone(), |gpu| format!("{} beside {threads}", gpu.card().name))
+        }
     }
 }
 

@@ -79,7 +79,7 @@ impl Real {
         if !unsafe { cu::is_culib_present() } {
             return Err(missing(
                 "libcuda.so is not on this machine",
-                "install NVIDIA's driver, or set train.device = \"cpu\"",
+                "install NVIDIA's driver, or compute on the CPU",
             ));
         }
         if !nvrtc::has_compiler() {
