@@ -131,6 +131,16 @@ pub(crate) fn count_committed(device: Device, bytes: usize) {
     usage.grow(bytes);
 }
 
+/// The same of granules that are buffers: they count as such.
+pub(crate) fn count_taken(device: Device, bytes: usize) {
+    cache(device).usage.grow(bytes);
+}
+
+/// Granules that are buffers have gone.
+pub(crate) fn count_given(device: Device, bytes: usize) {
+    cache(device).usage.live_bytes -= bytes;
+}
+
 /// Granules of a region have gone.
 pub(crate) fn count_returned(device: Device, bytes: usize) {
     let usage = &mut cache(device).usage;

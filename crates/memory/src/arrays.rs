@@ -148,8 +148,8 @@ impl Arrays {
         Arrays { shared, ..Arrays::new(device, len) }
     }
 
-    /// The same over tiers, with all its arrays. With `stripes`, of which we have every granule: chunks
-    /// are granules.
+    /// The same over tiers, with all its arrays. With `stripes` chunks are granules, and those of other
+    /// ranks are no chunks: they come as buffers.
     pub fn paged(
         len: usize,
         setup: Setup,
@@ -159,11 +159,15 @@ impl Arrays {
         let mut arrays = Arrays::new(setup.device, len);
         if let Some(stripes) = stripes {
             let chunk = setup.chunk_elements;
-            assert!(stripes.ranks == 1 && stripes.granule == chunk, "{stripes:?}, chunks of {chunk}");
+            assert_eq!(stripes.granule, chunk, "chunks of {stripes:?}");
             arrays.shared = Some(Shared { stripes, away: Vec::new() });
         }
+        let shared = stripes.filter(|stripes| stripes.ranks > 1);
+        // Whole stripes, so that the pieces of every collective are equal.
+        let reserved = shared.map_or(len, |stripes| stripes.count(len) * stripes.stripe());
+        let is_ours = |i: usize| shared.is_none_or(|stripes| stripes.has(i) && i * stripes.granule < len);
         let mut sizes = Vec::new();
-        let state = classes.iter().map(|(class, dtype)| (*class, *dtype, len));
+        let state = classes.iter().map(|(class, dtype)| (*class, *dtype, reserved));
         let filed = setup.filed.map(|filed| (Class::Activation, filed.dtype, filed.elements));
         let all: Vec<(Class, DType, usize)> = state.chain(filed).collect();
         let narrowest = all.iter().map(|(_, dtype, _)| dtype.size_bytes()).min().unwrap_or(1);
@@ -178,9 +182,12 @@ impl Arrays {
                 (_, Device::Cuda) if setup.budgets.nvme.is_none() => Region::pinned(bytes, granule_bytes),
                 _ => Region::reserve(Device::Cpu, bytes, granule_bytes),
             });
-            let regions: Vec<Region> = reserve.collect::<Result<_, OutOfMemory>>()?;
-            let granules = 0..regions[0].granules();
-            sizes.push((class, granules.map(|i| regions[0].granule_bytes(i)).collect()));
+            let is_chunk = |i: usize| class == Class::Activation || is_ours(i);
+            let regions: Vec<Region> = reserve
+                .map(|region| Ok(region?.with_buffers(|i| !is_chunk(i))))
+                .collect::<Result<_, OutOfMemory>>()?;
+            let bytes = |i| if is_chunk(i) { regions[0].granule_bytes(i) } else { 0 };
+            sizes.push((class, (0..regions[0].granules()).map(bytes).collect()));
             arrays.regions.0[class as usize] = Some(Array { dtype, regions });
         }
         arrays.pager = Some(Pager::new(setup, &sizes)?);
@@ -293,12 +300,44 @@ impl Arrays {
         self.shared.as_ref().map(|shared| shared.stripes)
     }
 
-    /// Lend a stripe of a class to a collective.
+    /// Lend a stripe of a class to a collective, in the memory of the present moment. Over tiers our granule
+    /// is a chunk which that moment needs, and the loan ends before the next.
     pub fn lend_stripe(&mut self, class: Class, stripe: usize) -> Stretch {
         let granules = self.stripes().expect("ranks share the arrays").granules(stripe);
-        assert!(self.pager.is_none(), "chunks that come and go are opened in a moment, not lent");
-        let at = At { class: class as usize, depth: 0, i: granules.start };
+        let at = At { class: class as usize, depth: self.depth, i: granules.start };
         self.regions.region(at).lend_run(granules)
+    }
+
+    /// Room for the granules of a stripe that are others', where ops compute; zeros in what was not here.
+    pub fn open_stripe(&mut self, class: Class, stripe: usize) {
+        self.each_of_others(class, stripe, |region, i| {
+            if !region.is_here(i) {
+                region.bring(i);
+            }
+        });
+    }
+
+    /// Give it back; the bytes are lost.
+    pub fn close_stripe(&mut self, class: Class, stripe: usize) {
+        self.each_of_others(class, stripe, |region, i| {
+            if region.is_here(i) {
+                region.send_away(i);
+            }
+        });
+    }
+
+    fn each_of_others(&mut self, class: Class, stripe: usize, mut act: impl FnMut(&mut Region, usize)) {
+        let stripes = self.stripes().expect("ranks share the arrays");
+        for i in stripes.granules(stripe) {
+            // Of a last stripe even ours may lie beyond the last element: then it is no chunk.
+            let stays = match &self.pager {
+                Some(pager) => pager.has(pager.id(class, i)),
+                None => stripes.has(i),
+            };
+            if !stays {
+                act(self.regions.region(At { class: class as usize, depth: 0, i }), i);
+            }
+        }
     }
 
     /// Windows on the same elements of every class.
@@ -434,6 +473,10 @@ fn list_chunks(pager: &Pager, len: usize, needs: &[Need], list: &mut Vec<(ChunkI
         let chunk = pager.chunk_elements();
         for i in need.elements.start / chunk..(need.elements.end - 1) / chunk + 1 {
             let id = pager.id(need.class, i);
+            // A buffer, which whoever gathered it keeps here.
+            if !pager.has(id) {
+                continue;
+            }
             let whole = i * chunk..((i + 1) * chunk).min(elements_of(pager, need.class, len));
             let covered = need.elements.start <= whole.start && whole.end <= need.elements.end;
             let access = if covered { need.access } else { need.access.in_part() };

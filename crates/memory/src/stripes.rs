@@ -63,6 +63,11 @@ impl Stripes {
         stripe * self.ranks..(stripe + 1) * self.ranks
     }
 
+    /// Whether a granule is ours.
+    pub fn has(&self, granule: usize) -> bool {
+        granule % self.ranks == self.index
+    }
+
     /// Runs of `elements` that are ours, each within one granule, in order.
     pub fn owned(self, elements: Range<usize>) -> impl Iterator<Item = Range<usize>> {
         self.of(&elements)

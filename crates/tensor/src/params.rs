@@ -7,7 +7,7 @@
 
 use crate::init::{Init, fill};
 use crate::piece::Piece;
-use crate::tape::{Moment, Phase};
+use crate::tape::Moment;
 use crate::{Fault, Tensor};
 use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
@@ -212,15 +212,16 @@ impl ParamStore {
     }
 
     /// Storage over tiers, for weights, final gradients (f32, or bf16: rounded) and optimizer state,
-    /// whose moments are `moments` (f32 or u8). A `striped` one is that of a rank among others, who share none of its state.
+    /// whose moments are `moments` (f32 or u8). That of a rank among others is shared by so many, of whom we
+    /// are number so.
     pub fn paged(
         (dtype, grads, moments): (DType, DType, DType),
         list: &ParamList,
         mut setup: Setup,
-        striped: bool,
+        share: Option<(usize, usize)>,
     ) -> Result<ParamStore, PagerError> {
         let (starts, total) = lay_out(&list.specs);
-        let stripes = striped.then(|| Stripes::new(total, 1, 0));
+        let stripes = share.map(|(ranks, index)| Stripes::new(total, ranks, index));
         if let Some(stripes) = stripes {
             setup.chunk_elements = stripes.granule;
         }
@@ -271,12 +272,7 @@ impl ParamStore {
             }
             needs.push(Need { class: Class::Param, elements, access: Access::Read });
         }
-        let phase = match moment.phase {
-            Phase::Forward => trace::Phase::Forward,
-            Phase::Backward => trace::Phase::Backward,
-            Phase::Recompute => trace::Phase::Recompute,
-        };
-        self.bring(About { phase, op: moment.op, layer: moment.layer as u32 }, &needs)
+        self.bring(moment.about(moment.op), &needs)
     }
 
     /// What writing the gradient of a parameter needs. The first to write in a chunk finds nothing there

@@ -8,6 +8,8 @@ use crate::Fault;
 use crate::ops::{Load, Op};
 use crate::stretch::Later;
 use crate::{ParamRef, ParamStore, Tensor};
+use memory::pager::About;
+use memory::trace;
 use std::rc::Rc;
 
 /// A value on the tape.
@@ -44,6 +46,18 @@ pub struct Moment<'a> {
     pub params: &'a [ParamRef],
     /// Whether it writes gradients of theirs.
     pub writes_grads: bool,
+}
+
+impl Moment<'_> {
+    /// What tiers are told of `op`, which is run here.
+    pub fn about(&self, op: &'static str) -> About {
+        let phase = match self.phase {
+            Phase::Forward => trace::Phase::Forward,
+            Phase::Backward => trace::Phase::Backward,
+            Phase::Recompute => trace::Phase::Recompute,
+        };
+        About { phase, op, layer: self.layer as u32 }
+    }
 }
 
 /// Whoever is told of every moment before it runs, and may use the parameters in between.

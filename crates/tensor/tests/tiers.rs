@@ -91,7 +91,7 @@ fn gradients_that_begin_in_pages_of_others_have_the_bits_of_those_in_memory() {
         filed: None,
     };
     let types = (DType::F32, DType::F32, DType::F32);
-    let mut paged = ParamStore::paged(types, &list, setup, false).unwrap();
+    let mut paged = ParamStore::paged(types, &list, setup, None).unwrap();
     fill(&mut paged);
     for nth in 0..3 {
         litter(&mut paged);

@@ -7,6 +7,7 @@ use device::DType;
 use dist::Axis;
 use dist::cost::Zero;
 use dist::pipeline::{Pipeline, PipelineError};
+use memory::Stripes;
 use model::{Config, Recompute};
 use tensor::ParamList;
 
@@ -90,7 +91,12 @@ impl Estimate {
         let (weight, grad) = (dtype.size_bytes(), DType::F32.size_bytes());
         let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
         let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
-        Estimate { state_bytes: (held * copies * each) as u64, ..self }
+        let passing_bytes = (copies * passing_bytes(config, mesh, self.params, recipe)) as u64;
+        Estimate {
+            state_bytes: (held * copies * each) as u64,
+            activation_bytes: self.activation_bytes + passing_bytes,
+            ..self
+        }
     }
 
     /// The same for all stages of a pipeline, which are threads of one process: each holds the microbatches
@@ -120,6 +126,27 @@ impl Estimate {
     pub fn step_seconds(&self, peak_gflops: f64) -> f64 {
         self.step_flops / (peak_gflops * 1e9 * USUAL_UTILISATION)
     }
+}
+
+/// What ranks that share the state hold of each other's while a layer, or a table of words, is at work: its
+/// weights and those of the next, and its gradients until they are added up, in whole stripes; gradients
+/// of a tied table from the head to the embedding. Of several microbatches also the sums so far of what
+/// is being written.
+fn passing_bytes(config: &Config, mesh: &MeshRecipe, params: usize, recipe: &TrainRecipe) -> usize {
+    let others = mesh.shape.size(Axis::Fsdp) - 1;
+    let table = config.vocab() * config.width();
+    let tables = if config.tied() { table } else { 2 * table };
+    let layer = params.saturating_sub(tables).div_ceil(config.layers().max(1));
+    // Where a run of parameters begins and ends within stripes, of every piece of the model.
+    let pieces: usize = [Axis::X, Axis::Y, Axis::Z].into_iter().map(|axis| mesh.shape.size(axis)).product();
+    let edges = 2 * pieces * Stripes::new(params / pieces, 1, 0).granule;
+    let weights = if mesh.sharding.zero >= Zero::Three { layer + layer.max(table) + edges } else { 0 };
+    let waiting = if config.tied() { table } else { 0 };
+    let written = if mesh.sharding.zero >= Zero::Two { layer.max(table) + edges } else { 0 };
+    let grads = written + if mesh.sharding.zero >= Zero::Two { waiting } else { 0 };
+    let sums = if others > 0 && recipe.accumulate > 1 { written } else { 0 };
+    others * (weights * recipe.dtype.size_bytes() + grads * DType::F32.size_bytes())
+        + sums * DType::F32.size_bytes()
 }
 
 /// Seconds one measured product may take, about.

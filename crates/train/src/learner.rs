@@ -104,8 +104,8 @@ impl Learner {
         let mut store = match tiers {
             Some(setup) => {
                 let dtypes = (dtype, adamw.gradients, adamw.moments.dtype());
-                let striped = mesh.world_size() > 1;
-                ParamStore::paged(dtypes, &params, setup, striped)?
+                let share = (mesh.world_size() > 1).then_some(share);
+                ParamStore::paged(dtypes, &params, setup, share)?
             }
             None if mesh.world_size() == 1 => ParamStore::new(device, dtype, &params)?,
             None => ParamStore::striped(Device::Cpu, dtype, &params, share, sharding.away())?,

@@ -58,9 +58,7 @@ pub struct Prepared {
     pub links: Option<Links>,
     /// Which layers run again, where the recipe leaves that open.
     pub rerun: Option<Rerun>,
-    /// Parameters that all ranks hold together, copies counted.
-    held: usize,
-    /// Parameters of the first rank.
+    /// Parameters of the first rank's model.
     of_rank: ParamList,
     /// The model to start from.
     files: Option<ModelFiles>,
@@ -83,12 +81,10 @@ impl Prepared {
         }
         let params = Model::build(&config, recipe.train.context, &Mesh::solo())?.params;
         let of_rank = check_mesh(recipe, &config)?;
-        let of_one: usize = of_rank.specs().iter().map(|spec| spec.len()).sum();
-        let held = of_one * recipe.mesh.shape.world_size();
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
         let (links, rerun) = (None, None);
         let mut prepared =
-            Prepared { config, params, tokenizer, train, valid, links, rerun, held, of_rank, files };
+            Prepared { config, params, tokenizer, train, valid, links, rerun, of_rank, files };
         let tiers = prepared.tiers(recipe);
         prepared.links = tiers.map(|setup| Links::measure(&setup, prepared.estimate(recipe).state_bytes));
         if recipe.train.recompute_auto {
@@ -117,7 +113,8 @@ impl Prepared {
 
     /// What the state may spread over; none: all of it stays in memory.
     pub fn tiers(&self, recipe: &Recipe) -> Option<Setup> {
-        let setup = tiers::setup(recipe, &self.estimate(recipe), self.held)?;
+        let of_rank = self.of_rank.specs().iter().map(|spec| spec.len()).sum();
+        let setup = tiers::setup(recipe, &self.estimate(recipe), of_rank)?;
         let drive = self.links.as_ref().and_then(|links| Some(links.drive.as_ref()?.best()));
         Some(Setup { drive, ..setup })
     }

@@ -7,6 +7,7 @@ use crate::estimate::Estimate;
 use crate::optimizer::AdamW;
 use crate::recipe::{MemoryRecipe, Recipe};
 use device::{DType, Device};
+use dist::Axis;
 use memory::disk::{self, DriveFigures, Effort, Options};
 use memory::pager::{self, Filed, Setup, chunk_elements, free_for_chunks, key_of};
 use memory::plan::{Budgets, LinkRate, Rates};
@@ -51,8 +52,8 @@ pub(crate) fn card_free_bytes() -> Option<u64> {
 }
 
 /// What the state may spread over; none when the recipe asks for no tiers, or memory holds it all.
-/// `held` parameters are those of all ranks together, which share the budgets.
-pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option<Setup> {
+/// `of_rank` parameters are those of each rank's model; ranks share the budgets, and those of `fsdp` the state.
+pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, of_rank: usize) -> Option<Setup> {
     let memory = recipe.memory.as_ref()?;
     let auto = || device::available_bytes().map_or(u64::MAX, |free| (free as f64 * AUTO_PART) as u64);
     let (device, device_bytes) = (recipe.train.device, hbm(recipe, memory));
@@ -61,6 +62,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     let others = |bytes: u64| (bytes as f64 * MARGIN) as u64 + estimate.exponent_bytes;
     let other_bytes = others(estimate.activation_bytes);
     let ranks = recipe.mesh.shape.world_size();
+    let held = (of_rank * ranks).div_ceil(recipe.mesh.shape.size(Axis::Fsdp));
     let state_bytes = (held * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;
     let fits = |budget: u64, beside: u64| state_bytes + beside <= free_for_chunks(budget, 0);
     // What plays a device shows how it would go, however small the model.
@@ -76,7 +78,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
     let chunk_elements = match ranks {
         1 => chunk_elements(held, device_bytes.unwrap_or(dram_bytes)),
         // The granules in which ranks add gradients up.
-        _ => Stripes::new(held / ranks, 1, 0).granule,
+        _ => Stripes::new(of_rank, 1, 0).granule,
     };
     // A chunk of 8-bit moments is whole pages, too.
     let narrowest = recipe.train.adamw.moments.dtype().size_bytes().min(recipe.train.dtype.size_bytes());
@@ -90,7 +92,7 @@ pub(crate) fn setup(recipe: &Recipe, estimate: &Estimate, held: usize) -> Option
         Some(_) => others(estimate.activation_bytes - estimate.filed_bytes),
         None => other_bytes,
     };
-    let filed_bytes = filed.as_ref().map_or(0, filed_bytes);
+    let filed_bytes = filed.as_ref().map_or(0, filed_bytes) * ranks as u64;
     let fits = |budget: u64, beside: u64| state_bytes + filed_bytes + beside <= free_for_chunks(budget, 0);
     // Behind a device, a host that holds everything needs no drive.
     // Arrays are a little larger than the parameters: each begins at a cache line, each ends a page.
@@ -157,14 +159,17 @@ fn rounded_bytes(recipe: &Recipe) -> usize {
     if recipe.train.adamw.gradients == DType::Bf16 { 2 } else { 0 }
 }
 
-/// Room for the inputs of layers that run again and for all that the others keep; each begins a chunk.
-/// A microbatch is walked back before the next begins. Ranks of a mesh keep theirs.
+/// Room for the inputs of layers that run again and for all that the others keep, of one rank; each begins
+/// a chunk. A microbatch is walked back before the next begins. Replicas keep what one rank keeps, of their
+/// rows; ranks with pieces of layers keep theirs in memory.
 fn filed(recipe: &Recipe, estimate: &Estimate, chunk_elements: usize) -> Option<Filed> {
-    let dtype = recipe.train.dtype;
-    let whole = |bytes: u64| (bytes as usize / dtype.size_bytes()).next_multiple_of(chunk_elements);
+    let (dtype, shape) = (recipe.train.dtype, &recipe.mesh.shape);
+    let replicas = shape.size(Axis::Dp) * shape.size(Axis::Fsdp);
+    let own = |bytes: u64| (bytes as usize / dtype.size_bytes()).div_ceil(replicas);
+    let whole = |bytes: u64| own(bytes).next_multiple_of(chunk_elements);
     let elements = estimate.rerun_layers * whole(estimate.input_bytes)
         + estimate.filed_layers * whole(estimate.kept_bytes);
-    (recipe.mesh.shape.world_size() == 1 && elements > 0).then_some(Filed { elements, dtype })
+    (shape.world_size() == replicas && elements > 0).then_some(Filed { elements, dtype })
 }
 
 fn filed_bytes(filed: &Filed) -> u64 {
@@ -221,10 +226,13 @@ pub(crate) fn check(
             remedy: "lower memory.dram, or set it to \"auto\"".into(),
         });
     }
-    let filed = setup.filed.as_ref().map_or(0, filed_bytes);
+    let filed = setup.filed.as_ref().map_or(0, filed_bytes) * setup.ranks;
     let per_param = AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments) as u64;
     let rounded = estimate.state_bytes / per_param * rounded_bytes(recipe) as u64;
-    let chunk_bytes = estimate.state_bytes + rounded + filed;
+    // Every rank's shard is whole chunks.
+    let shards = if recipe.mesh.shape.size(Axis::Fsdp) > 1 { setup.ranks } else { 0 };
+    let padding = shards * setup.chunk_elements as u64 * (per_param + rounded_bytes(recipe) as u64);
+    let chunk_bytes = estimate.state_bytes + padding + rounded + filed;
     if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {
             what: format!("memory.nvme = {}, the state takes {}", bytes(nvme_bytes), bytes(chunk_bytes)),
@@ -260,6 +268,8 @@ pub(crate) fn check(
 fn least_budgets(recipe: &Recipe, params: &ParamList, setup: &Setup) -> Vec<(Tier, u64)> {
     let chunk = setup.chunk_elements;
     let widest = params.specs().iter().map(|spec| spec.len()).max().unwrap_or(0);
+    // What other ranks have of it comes beside the chunks.
+    let widest = widest.div_ceil(recipe.mesh.shape.size(Axis::Fsdp));
     // Where a parameter begins and ends within chunks.
     let whole = ((widest + 2 * chunk) * (recipe.train.dtype.size_bytes() + 4)) as u64;
     let update = (chunk * AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments)) as u64;

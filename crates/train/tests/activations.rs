@@ -6,10 +6,12 @@
 mod common;
 
 use common::Place;
+use common::runs::{begin, run};
+use dist::{Options, launch};
 use memory::Class;
 use memory::plan::Budgets;
 use std::sync::Mutex;
-use train::{NOMINAL_RATES, Prepared, Rerun, Speeds, Start};
+use train::{NOMINAL_RATES, Prepared, Rerun, Speeds, Start, TrainError, Trainer};
 
 static ALONE: Mutex<()> = Mutex::new(());
 
@@ -84,6 +86,41 @@ fn assert_same(place: &Place, what: &str) {
     assert_eq!(tiers.2, whole.2, "log of {what}");
     assert!(tiers.0 == whole.0, "weights of {what}");
     assert!(tiers.1 == whole.1, "state of {what}");
+}
+
+#[test]
+fn what_replicas_keep_leaves_and_comes_back() {
+    let _alone = ALONE.lock();
+    let place = Place::new();
+    let variants: [&[&str]; 3] = [
+        &["mesh.dp=2", "train.recompute=always"],
+        &["mesh.dp=2", "train.accumulate=2"],
+        &["mesh.fsdp=2", "train.recompute_layers=8"],
+    ];
+    for variant in variants {
+        let sets = [&LONG[..], variant].concat();
+        run(&place, "whole", &sets, Start::Overwrite, false);
+        let recipe = place.settings("probe", &sets).recipe().unwrap();
+        let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);
+        let others = (estimate.activation_bytes - estimate.filed_bytes) as f64 * 1.25;
+        let bytes = ((others + 800_000.0) * 34.0 / 32.0) as u64;
+        assert!(bytes < estimate.activation_bytes, "{bytes} of {estimate:?}");
+        let dram = format!("memory.dram={bytes}B");
+        let begin = begin(&place, "tiers", &[&sets[..], &[&dram]].concat(), Start::Overwrite);
+        device::release_cached();
+        device::reset_peak();
+        let moved = launch(&begin.recipe.mesh.shape, &Options::default(), |mesh| {
+            let mut trainer = Trainer::on(mesh, begin.clone())?;
+            while trainer.advance()?.is_some() {}
+            Ok::<_, TrainError>(trainer.learner_mut().store.arrays().moved_bytes(Class::Activation))
+        })
+        .unwrap();
+        println!("{sets:?}: {moved:?} bytes of activations moved, {} kept", estimate.filed_bytes);
+        assert!(moved.iter().all(|moved| *moved > estimate.filed_bytes / 2), "{sets:?}: {moved:?}");
+        let held = device::memory_use().peak_held_bytes as u64;
+        assert!(held <= bytes, "{sets:?}: {held} of {bytes} bytes");
+        assert_same(&place, &format!("{sets:?}"));
+    }
 }
 
 #[test]

@@ -25,7 +25,7 @@ const MODEL: [&str; 8] = [
     "checkpoint.keep_last=1",
 ];
 
-const MESHES: [&[&str]; 8] = [
+const MESHES: [&[&str]; 12] = [
     &["mesh.x=2"],
     &["mesh.x=2", "mesh.y=2", "train.clip=0"],
     &["mesh.dp=2", "train.moments=8bit"],
@@ -35,6 +35,11 @@ const MESHES: [&[&str]; 8] = [
     &["mesh.pp=2", "mesh.x=2", "mesh.y=2", "train.accumulate=2", "train.recompute=always"],
     &["mesh.pp=2", "mesh.dp=2", "train.accumulate=4", "mesh.schedule=zero-bubble", "model.tied=false"],
     &["mesh.ep=2", "model.family=mixtral", "model.experts=4"],
+    // State that ranks share, each with its shard in tiers of its own.
+    &["mesh.fsdp=2"],
+    &["mesh.fsdp=2", "mesh.dp=2", "train.accumulate=2", "train.gradients=bf16", "train.clip=0"],
+    &["mesh.fsdp=3", "train.batch=3", "model.tied=true", "train.moments=8bit", "train.recompute=always"],
+    &["mesh.fsdp=2", "mesh.x=2", "train.accumulate=2", "mesh.overlap=false"],
 ];
 
 /// Bytes of memory for all ranks: activations as predicted, and this part of the state.
@@ -53,10 +58,11 @@ fn every_mesh_gives_the_bits_of_its_run_without_limits() {
         let (sets, whole) = ([&MODEL[..], mesh].concat(), format!("whole{i}"));
         run(&place, &whole, &sets, Start::New, false);
         let state = budget(&place, &sets, 1.0) - budget(&place, &sets, 0.0);
-        let half = budget(&place, &sets, 0.5);
-        let two = vec![format!("memory.dram={half}B")];
+        // In models as small as this, what ranks gather is whole pages here and there, too.
+        let part = if mesh[0].starts_with("mesh.fsdp") { 0.7 } else { 0.5 };
+        let two = vec![format!("memory.dram={}B", budget(&place, &sets, part))];
         let three = vec![
-            format!("memory.simulate_device={}B", budget(&place, &sets, 0.45)),
+            format!("memory.simulate_device={}B", budget(&place, &sets, part - 0.05)),
             format!("memory.dram={}B", state / 2),
         ];
         for tiers in [two, three] {
@@ -82,12 +88,14 @@ fn states_go_from_tiers_of_one_mesh_to_memory_of_another_and_back() {
     let base = [&model[..], &["train.batch=4", "train.accumulate=2", "train.precision=f32"]].concat();
     let dram = format!("memory.dram={}B", budget(&place, &base, 0.9));
     let device = format!("memory.simulate_device={}B", budget(&place, &base, 0.8));
-    let chain: [&[&str]; 7] = [
+    let chain: [&[&str]; 9] = [
         &["mesh.x=2", "mesh.y=2", &dram],
         &[],
         &["mesh.pp=2", "mesh.x=2", &dram],
         &["mesh.dp=2", "mesh.fsdp=2"],
+        &["mesh.fsdp=2", "mesh.x=2", &dram],
         &["mesh.dp=2", "mesh.y=2", &dram, &device],
+        &["mesh.fsdp=4", &dram],
         &[&dram],
         &["mesh.cp=2", &dram],
     ];
@@ -139,11 +147,8 @@ fn budgets_change_on_all_ranks_or_on_none() {
 fn what_tiers_of_ranks_cannot_do_is_refused_with_a_remedy() {
     let place = Place::new();
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
-    let shared = refused(&["mesh.fsdp=2", "memory.dram=auto"]);
-    assert!(
-        shared.contains("memory.dram is given for mesh.fsdp = 2") && shared.contains("mesh.dp"),
-        "{shared}"
-    );
+    let shared = refused(&["mesh.fsdp=2", "mesh.zero=2", "memory.dram=auto"]);
+    assert!(shared.contains("mesh.zero = 2 with memory.dram") && shared.contains("mesh.zero = 3"), "{shared}");
     let sample = refused(&["mesh.x=2", "memory.dram=auto", "sample.every=3"]);
     assert!(sample.contains("sample.every = 3") && sample.contains("trilith chat"), "{sample}");
     let sets = [&MODEL[..], &["mesh.pp=2", "mesh.x=2", "train.accumulate=2", "memory.dram=200000B"]].concat();

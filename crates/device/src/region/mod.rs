@@ -67,8 +67,17 @@ impl Region {
             huge,
             frame_bytes,
             pinned: None,
+            buffers: None,
         };
         Ok(Region { block: Arc::new(block), bytes, granule_bytes })
+    }
+
+    /// The same, of which some granules count as buffers while they are here (`MemoryUse::region_bytes` is
+    /// without them): what others give us for a while.
+    pub fn with_buffers(mut self, is_buffer: impl Fn(usize) -> bool) -> Region {
+        let all = (0..self.granules()).map(is_buffer).collect();
+        Arc::get_mut(&mut self.block).expect("nobody else has it yet").buffers = Some(all);
+        self
     }
 
     /// The same in memory of the host for what goes to a GPU and comes back: granules are pinned when they come
@@ -135,8 +144,18 @@ impl Region {
         advise_pages(ptr, rounded, huge);
         let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
         let (mapping, frame_bytes) = ((start, length), 0);
-        let block =
-            Reserved { device, mapping, ptr, states, bytes, granule_bytes, huge, frame_bytes, pinned: None };
+        let block = Reserved {
+            device,
+            mapping,
+            ptr,
+            states,
+            bytes,
+            granule_bytes,
+            huge,
+            frame_bytes,
+            pinned: None,
+            buffers: None,
+        };
         Ok(Region { block: Arc::new(block), bytes, granule_bytes })
     }
 

@@ -2,7 +2,7 @@
 
 use crate::Device;
 use crate::cuda::{self, Address};
-use crate::memory::{ALIGN_BYTES, count_committed, count_returned};
+use crate::memory::{ALIGN_BYTES, count_committed, count_given, count_returned, count_taken};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
@@ -28,6 +28,8 @@ pub(super) struct Reserved {
     pub frame_bytes: usize,
     /// Where granules stay pinned for copies to the GPU once they have come: which have.
     pub pinned: Option<Box<[AtomicBool]>>,
+    /// Which granules are buffers, where some are; none: no granule is.
+    pub buffers: Option<Box<[bool]>>,
 }
 
 impl Reserved {
@@ -61,8 +63,19 @@ impl Reserved {
             }
         }
         self.pin(granule);
-        count_committed(self.device, self.bytes_of(granule));
+        let count = if self.is_buffer(granule) { count_taken } else { count_committed };
+        count(self.device, self.bytes_of(granule));
         true
+    }
+
+    fn is_buffer(&self, granule: usize) -> bool {
+        self.buffers.as_ref().is_some_and(|buffers| buffers[granule])
+    }
+
+    /// The memory of a granule has been given back.
+    fn count_gone(&self, granule: usize) {
+        let count = if self.is_buffer(granule) { count_given } else { count_returned };
+        count(self.device, self.bytes_of(granule));
     }
 
     /// Pin a granule that comes for the first time. Where the system refuses, copies are slower.
@@ -94,7 +107,7 @@ impl Reserved {
                 self.frames(granule).for_each(|frame| gpu.take_away(frame, self.frame_bytes));
             }
         }
-        count_returned(self.device, bytes);
+        self.count_gone(granule);
     }
 }
 
@@ -109,7 +122,7 @@ impl Drop for Reserved {
         let here = (0..self.states.len()).filter(|i| self.states[*i].load(Ordering::Acquire) == HERE);
         match self.device {
             Device::Cpu => {
-                here.for_each(|i| count_returned(Device::Cpu, self.bytes_of(i)));
+                here.for_each(|i| self.count_gone(i));
                 for (i, _) in
                     self.pinned.iter().flatten().enumerate().filter(|(_, is)| is.load(Ordering::Acquire))
                 {

@@ -312,6 +312,11 @@ impl Pager {
         ChunkId((class as usize * self.per_class + i) as u32)
     }
 
+    /// Whether it is one of ours: granules of other ranks have no place among the tiers.
+    pub(crate) fn has(&self, id: ChunkId) -> bool {
+        self.chunk(id).bytes > 0
+    }
+
     /// Where the regions have a chunk at a depth of memory.
     fn at(&self, id: ChunkId, depth: usize) -> At {
         let class = self.class_of(id.0 as usize) as usize;

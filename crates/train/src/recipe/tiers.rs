@@ -7,11 +7,11 @@ use dist::{Axis, MeshShape};
 
 /// What runs of several ranks over tiers cannot do.
 pub(super) fn of_ranks(get: &Get<'_>, shape: &MeshShape) -> Result<(), RecipeError> {
-    let fsdp = shape.size(Axis::Fsdp);
-    if fsdp > 1 {
+    let (fsdp, zero) = (shape.size(Axis::Fsdp), need(get.int("mesh.zero"), "mesh.zero")?);
+    if fsdp > 1 && zero < 3 {
         return impossible(
-            format!("memory.dram is given for mesh.fsdp = {fsdp}"),
-            "ranks that share the state have no tiers of their own; set mesh.fsdp = 1 (and mesh.dp instead), or drop memory.dram",
+            format!("mesh.zero = {zero} with memory.dram for mesh.fsdp = {fsdp}"),
+            "in tiers a rank keeps its own shard of everything; set mesh.zero = 3, or drop memory.dram",
         );
     }
     let every = need(get.int("sample.every"), "sample.every")?;

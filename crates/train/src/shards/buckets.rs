@@ -64,6 +64,8 @@ pub(super) struct Buckets {
     states: Vec<State>,
     /// By stripe: sums of the microbatches before.
     kept: Vec<Kept>,
+    /// By stripe: whether those lie in our granule itself, over tiers, until a moment writes in it.
+    laid: Vec<bool>,
     /// Whether this pass is the last of its step.
     last: bool,
     /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
@@ -91,6 +93,7 @@ impl Buckets {
             left: members.clone(),
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
+            laid: vec![false; count],
             last: true,
             early: common.mesh.size(Axis::Pp) == 1,
             writing: Default::default(),
@@ -117,10 +120,13 @@ impl Buckets {
         self.writing.0.clear();
         self.set_out = Default::default();
         match self.common.shares(Zero::Two) {
+            // Our granules have the sums.
+            true if store.arrays().is_paged() => store.renew_grads(),
             // What the microbatch before wrote is in the sums.
-            true => store.clear_grads(),
-            false => Ok(()),
+            true => store.clear_grads()?,
+            false => {}
         }
+        Ok(())
     }
 
     /// A moment is about to run: make room for the gradients it writes.
@@ -133,8 +139,11 @@ impl Buckets {
                 moment.params.iter().for_each(|param| self.uses[param.index()] += 1);
             }
             (_, true) => {
-                let stripes = moment.params.iter().flat_map(|param| self.spans[param.index()].clone());
-                stripes.for_each(|stripe| self.bring(stripe, store));
+                for param in moment.params {
+                    for stripe in self.spans[param.index()].clone() {
+                        self.bring(stripe, moment.about(SUM.op), store)?;
+                    }
+                }
                 if self.early {
                     self.writing.0.extend(moment.params);
                     self.writing.1 = moment.phase == Phase::Backward;
@@ -158,14 +167,25 @@ impl Buckets {
         Ok(())
     }
 
-    fn bring(&self, stripe: usize, store: &mut ParamStore) {
+    /// Make room for the gradients of a stripe.
+    fn bring(&mut self, stripe: usize, about: About, store: &mut ParamStore) -> Result<(), Fault> {
         assert!(
             matches!(self.states[stripe], State::Open),
             "stripe {stripe} of the gradients is written after it was added up"
         );
-        if self.common.shares(Zero::Two) {
-            store.arrays_mut().lend_stripe(Class::Grad, stripe).bring();
+        if !self.common.shares(Zero::Two) {
+            return Ok(());
         }
+        if std::mem::take(&mut self.laid[stripe]) {
+            let elements = self.common.own(store, stripe);
+            let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Read };
+            store.bring(about, &[need])?;
+            let mut sum = Array::new(DType::F32, elements.len())?;
+            device::copy(sum.view_mut(), store.arrays().view(Class::Grad, elements));
+            self.kept[stripe] = Some(sum);
+        }
+        store.arrays_mut().open_stripe(Class::Grad, stripe);
+        Ok(())
     }
 
     /// The moment at hand has ended: stripes whose gradients are all final set out.
@@ -179,11 +199,7 @@ impl Buckets {
                 for stripe in self.spans[param.index()].clone() {
                     self.left[stripe] -= 1;
                     if self.left[stripe] == 0 && self.reduces() {
-                        match store.arrays().is_paged() {
-                            // Where ops compute: there the sum of this rank was written.
-                            true => self.add_up_here(stripe, store, trace::Phase::Backward)?,
-                            false => self.start(stripe, store)?,
-                        }
+                        self.set_out(stripe, trace::Phase::Backward, store)?;
                     }
                 }
             }
@@ -199,30 +215,43 @@ impl Buckets {
         }
         let open: Vec<usize> =
             (0..self.states.len()).filter(|stripe| matches!(self.states[*stripe], State::Open)).collect();
-        open.iter().for_each(|stripe| self.bring(*stripe, store));
-        store.settle_grads()?;
-        if store.arrays().is_paged() {
-            let mut open = open.into_iter();
-            return open.try_for_each(|stripe| self.add_up_here(stripe, store, trace::Phase::Optimizer));
+        for stripe in &open {
+            self.bring(*stripe, SUM, store)?;
         }
-        open.into_iter().try_for_each(|stripe| self.start(stripe, store))?;
+        store.settle_grads()?;
+        open.into_iter().try_for_each(|stripe| self.set_out(stripe, trace::Phase::Optimizer, store))?;
         for stripe in 0..self.states.len() {
             self.finish(stripe)?;
         }
         Ok(())
     }
 
-    fn start(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+    /// A stripe's gradients are final: add them up, beside what comes next; where chunks come and go at
+    /// once, while our granule is at hand. `phase` says where that is: on the way back where ops compute,
+    /// there the sum of this rank was written.
+    fn set_out(&mut self, stripe: usize, phase: trace::Phase, store: &mut ParamStore) -> Result<(), Fault> {
+        let (sums, last) = (self.sums[stripe].clone(), self.last);
+        let (paged, rounds) = (store.arrays().is_paged(), store.rounds_grads() && last);
         let Common { mesh, stripes, sharding } = &self.common;
-        let sums = self.sums[stripe].clone();
-        let fsdp = (stripes.ranks > 1).then(|| self.common.fsdp());
-        let beyond = sums.axes.iter().filter(|_| self.last).map(|axis| mesh.group(*axis));
+        let (own, scatters, shared) = (stripes.index, stripes.ranks > 1, self.common.shares(Zero::Two));
+        let elements = self.common.own(store, stripe);
+        if paged {
+            self.states[stripe] = State::Done;
+            if sums.runs.is_empty() && !scatters && !rounds {
+                return Ok(());
+            }
+            let need = |class| Need { class, elements: elements.clone(), access: Access::ReadWrite };
+            let needs = [need(Class::Grad), need(Class::Grad16)];
+            // Granules of others are where ops compute.
+            let phase = if shared { trace::Phase::Backward } else { phase };
+            store.bring(About { phase, ..SUM }, &needs[..1 + usize::from(rounds)])?;
+        }
+        let fsdp = scatters.then(|| self.common.fsdp());
+        let beyond = sums.axes.iter().filter(|_| last).map(|axis| mesh.group(*axis));
         let groups: Vec<Group> = fsdp.into_iter().chain(beyond).collect();
         let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
-        let (own, shared, last) = (stripes.index, self.common.shares(Zero::Two), self.last);
-        let rounds = store.rounds_grads();
-        let (scatters, kept) = (stripes.ranks > 1, self.kept[stripe].take());
-        let under = start_beside(&groups, move |groups| {
+        let kept = self.kept[stripe].take();
+        let add_up = move |groups: &[Group]| {
             if scatters {
                 groups[0].reduce_scatter_sum_within(stretch.view_mut(DType::F32))?;
             }
@@ -231,51 +260,36 @@ impl Buckets {
             }
             let mut granule = stretch.granule_mut(own, DType::F32);
             if let Some(kept) = &kept {
-                rank_sum(&mut [Part::Term(kept.view()), Part::TermAndSum(granule.reborrow())]);
+                let granule = granule.reborrow().narrow(0, kept.len);
+                rank_sum(&mut [Part::Term(kept.view()), Part::TermAndSum(granule)]);
             }
-            if !last {
+            if last {
+                sums.over(&groups[usize::from(scatters)..], granule.reborrow())?;
+            } else if !paged {
                 let mut sum = kept.map_or_else(|| Array::new(DType::F32, granule.len()), Ok)?;
                 sum.view_mut().bytes().copy_from_slice(granule.as_view().bytes());
                 return Ok(Some(sum));
             }
-            sums.over(&groups[usize::from(scatters)..], granule.reborrow())?;
-            if rounds {
+            if rounds && !paged {
                 kernels::elementwise::round_to_bf16(granule);
             }
             Ok(None)
-        })?;
-        self.states[stripe] = State::Under(under);
+        };
+        if paged {
+            add_up(&groups)?;
+            self.laid[stripe] = !last;
+            if rounds {
+                store.round(elements.clone());
+                store.forget_sums(elements)?;
+            }
+            return Ok(());
+        }
+        self.states[stripe] = State::Under(start_beside(&groups, add_up)?);
         self.set_out[1].push(stripe);
         match sharding.overlap {
             true => Ok(()),
             false => self.finish(stripe),
         }
-    }
-
-    /// The same where chunks come and go, of which our granule is one; `phase` says where.
-    fn add_up_here(
-        &mut self,
-        stripe: usize,
-        store: &mut ParamStore,
-        phase: trace::Phase,
-    ) -> Result<(), Fault> {
-        self.states[stripe] = State::Done;
-        let (sums, rounds) = (&self.sums[stripe], store.rounds_grads());
-        if sums.runs.is_empty() && !rounds {
-            return Ok(());
-        }
-        let own = self.common.stripes.own(stripe);
-        let elements = own.start..own.end.min(store.flat_len());
-        let need = |class| Need { class, elements: elements.clone(), access: Access::ReadWrite };
-        let needs = [need(Class::Grad), need(Class::Grad16)];
-        store.bring(About { phase, ..SUM }, &needs[..1 + usize::from(rounds)])?;
-        let groups: Vec<Group> = sums.axes.iter().map(|axis| self.common.mesh.group(*axis)).collect();
-        sums.over(&groups, store.arrays_mut().view_mut(Class::Grad, elements.clone()))?;
-        if rounds {
-            store.round(elements.clone());
-            store.forget_sums(elements)?;
-        }
-        Ok(())
     }
 
     fn finish(&mut self, stripe: usize) -> Result<(), Fault> {

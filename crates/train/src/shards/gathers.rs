@@ -74,16 +74,37 @@ impl Gathers {
         if self.stays.last().is_none_or(|stay| stay.layer != moment.layer) {
             self.turn_to(moment.layer, store)?;
         }
-        for param in moment.params {
-            for stripe in self.spans[param.index()].clone() {
-                if let Some(stay) = self.stays.last_mut().filter(|stay| !stay.stripes.contains(&stripe)) {
-                    stay.stripes.push(stripe);
-                }
-                self.start(stripe, store)?;
-                self.finish(stripe)?;
+        let stripes: Vec<usize> =
+            moment.params.iter().flat_map(|param| self.spans[param.index()].clone()).collect();
+        for stripe in &stripes {
+            if let Some(stay) = self.stays.last_mut().filter(|stay| !stay.stripes.contains(stripe)) {
+                stay.stripes.push(*stripe);
             }
         }
+        if store.arrays().is_paged() {
+            return self.gather_here(stripes, moment, store);
+        }
+        for stripe in stripes {
+            self.start(stripe, store)?;
+            self.finish(stripe)?;
+        }
         Ok(())
+    }
+
+    /// Gather what is away of some stripes, each named once or more.
+    fn gather_here(
+        &mut self,
+        mut stripes: Vec<usize>,
+        moment: &Moment<'_>,
+        store: &mut ParamStore,
+    ) -> Result<(), Fault> {
+        stripes.retain(|stripe| {
+            matches!(std::mem::replace(&mut self.states[*stripe], State::Here), State::Away)
+        });
+        match stripes.is_empty() {
+            true => Ok(()),
+            false => self.common.gather_here(store, moment, &stripes),
+        }
     }
 
     /// A layer begins: what neither it nor the next one needs leaves, what they lack sets out.
@@ -103,7 +124,7 @@ impl Gathers {
         for stripe in leaving {
             self.release(stripe, store)?;
         }
-        if self.common.sharding.overlap {
+        if self.common.sharding.overlap && !store.arrays().is_paged() {
             coming.into_iter().try_for_each(|stripe| self.start(stripe, store))?;
         }
         Ok(())
@@ -128,7 +149,7 @@ impl Gathers {
             return Ok(());
         }
         self.finish(stripe)?;
-        store.arrays_mut().lend_stripe(Class::Param, stripe).send_away_but(self.common.stripes.index);
+        store.arrays_mut().close_stripe(Class::Param, stripe);
         self.states[stripe] = State::Away;
         Ok(())
     }

@@ -15,8 +15,10 @@ use buckets::Buckets;
 use dist::cost::Zero;
 use dist::{Axis, Group, Mesh, Underway, start_beside};
 use gathers::Gathers;
-use memory::{Class, Stripes};
+use memory::trace::Access;
+use memory::{Class, Need, Stripes};
 use model::Spread;
+use std::ops::Range;
 use tensor::{Fault, Moment, ParamStore};
 
 /// How ranks share the state of a run. Changes no result.
@@ -80,6 +82,34 @@ impl Common {
     /// Whether ranks share what stage `zero` shares.
     fn shares(&self, zero: Zero) -> bool {
         self.stripes.ranks > 1 && self.sharding.zero >= zero
+    }
+
+    /// Our granule of a stripe, as far as there are elements in it.
+    fn own(&self, store: &ParamStore, stripe: usize) -> Range<usize> {
+        let own = self.stripes.own(stripe);
+        own.start..own.end.min(store.flat_len()).max(own.start)
+    }
+
+    /// Gather stripes of weights where chunks come and go, before `moment`: granules of others are buffers
+    /// until the stripe is closed. At once, since ours may leave again with the next moment.
+    fn gather_here(
+        &self,
+        store: &mut ParamStore,
+        moment: &Moment<'_>,
+        stripes: &[usize],
+    ) -> Result<(), Fault> {
+        let need = |stripe: &usize| {
+            Need { class: Class::Param, elements: self.own(store, *stripe), access: Access::Read }
+        };
+        let needs: Vec<Need> = stripes.iter().map(need).collect();
+        store.bring(moment.about("gather"), &needs)?;
+        let (dtype, fsdp) = (store.dtype(), self.fsdp());
+        for stripe in stripes {
+            store.arrays_mut().open_stripe(Class::Param, *stripe);
+            let mut stretch = store.arrays_mut().lend_stripe(Class::Param, *stripe);
+            fsdp.all_gather_within(stretch.view_mut(dtype))?;
+        }
+        Ok(())
     }
 
     /// Gather a stripe of weights from its owners.
@@ -150,8 +180,7 @@ impl Shards {
         let (stripes, len) = (self.common.stripes, store.flat_len());
         let mut under = Vec::new();
         for stripe in 0..stripes.count(len) {
-            let own = stripes.own(stripe);
-            for piece in store.arrays().pieces(own.start..own.end.min(len).max(own.start)) {
+            for piece in store.arrays().pieces(self.common.own(store, stripe)) {
                 optimizer.update(store, piece, lr, factor)?;
             }
             if !self.keeps_whole_weights() {

@@ -28,10 +28,9 @@ impl Shards {
 
     /// Of our granule of a stripe: what we are the first to hold.
     fn squares_of(&self, stripe: usize, store: &mut ParamStore, spreads: &[Spread]) -> Result<f64, Fault> {
-        let own = self.common.stripes.own(stripe);
-        let elements = own.start..own.end.min(store.flat_len()).max(own.start);
+        let own = self.common.own(store, stripe);
         let class = store.final_class();
-        let need = Need { class, elements, access: Access::Read };
+        let need = Need { class, elements: own.clone(), access: Access::Read };
         store.bring(NORM, &[need])?;
         let first =
             |param: &ParamRef| ranks::is_first_but(&self.common.mesh, &spreads[param.index()], Axis::Fsdp);
