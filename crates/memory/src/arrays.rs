@@ -382,8 +382,14 @@ impl Arrays {
         (chunks.start * chunk).min(self.len)..(chunks.end * chunk).min(self.len)
     }
 
-    /// The pieces of everything that hold some of `elements`, by their count.
-    pub fn chunks_of(&self, elements: &Range<usize>) -> Range<usize> {
+    /// Those of `pieces` of everything, by their count, that hold some of `elements`, or lie in one stripe with
+    /// some.
+    pub fn pieces_of(&self, elements: &Range<usize>) -> Range<usize> {
+        self.stripes().map_or_else(|| self.chunks_of(elements), |stripes| stripes.of(elements))
+    }
+
+    /// The chunks of everything that hold some of `elements`, by their count.
+    fn chunks_of(&self, elements: &Range<usize>) -> Range<usize> {
         let chunk = self.pager.as_ref().map_or(usize::MAX, Pager::chunk_elements);
         if elements.is_empty() { 0..0 } else { elements.start / chunk..(elements.end - 1) / chunk + 1 }
     }

@@ -333,9 +333,10 @@ impl ParamStore {
         start..start + self.specs[param.index()].len()
     }
 
-    /// Chunks of the flat arrays a parameter lies in; one of everything where nothing is cut.
+    /// Pieces of the flat arrays a parameter lies in, or shares a stripe with; one of everything where nothing
+    /// is cut.
     pub fn pieces_of(&self, param: ParamRef) -> Range<usize> {
-        self.arrays.chunks_of(&self.range(param))
+        self.arrays.pieces_of(&self.range(param))
     }
 
     /// Elements of the flat arrays, padding included.

@@ -5,7 +5,7 @@ use crate::optimizer::{AdamW, AdamWConfig};
 use crate::pending::Pending;
 use crate::ranks;
 use crate::shards::{self, Sharding, Shards};
-use crate::step::{NORM, Pass};
+use crate::step::NORM;
 use crate::tiers;
 use data::Batch;
 use device::{DType, Device, OutOfMemory};
@@ -37,7 +37,6 @@ pub struct Learner {
     /// What fell on experts in the passes since `balance` was asked.
     pub loads: Vec<Load>,
     pub(crate) recompute: Recompute,
-    pub(crate) pass: Pass,
     pub(crate) pending: Pending,
     /// Our part in sharing the state; none on a mesh of one.
     pub(crate) shards: Option<Shards>,
@@ -99,7 +98,7 @@ impl Learner {
     ) -> Result<Learner, LearnerError> {
         let LearnerOptions { context, dtype, adamw, recompute, device, tiers } = options;
         let Built { model, params, stored, spreads } = Model::build_on(config, context, flow)?;
-        let (mesh, pass, pending) = (flow.mesh.clone(), Pass::default(), Pending::default());
+        let (mesh, pending) = (flow.mesh.clone(), Pending::default());
         let share = (mesh.size(Axis::Fsdp), mesh.coord(Axis::Fsdp));
         let mut store = match tiers {
             Some(setup) => {
@@ -129,7 +128,6 @@ impl Learner {
             spreads,
             loads: Vec::new(),
             recompute,
-            pass,
             pending,
             shards,
             schedule,

@@ -12,6 +12,7 @@ mod error;
 mod estimate;
 mod export;
 mod files;
+mod finals;
 mod here;
 mod learner;
 mod metrics;

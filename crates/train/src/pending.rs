@@ -17,9 +17,6 @@ pub(crate) struct Pending {
     rule: Option<(f32, f32)>,
     /// By chunk: its elements, while its moment is still to come.
     left: Vec<Option<Range<usize>>>,
-    /// Whether a step began with updates before: the pager then knows such steps, and is told of
-    /// updates that fall out.
-    usual: bool,
 }
 
 impl Pending {
@@ -34,11 +31,10 @@ impl Pending {
         self.rule.is_some()
     }
 
-    /// A step begins that makes its updates like this.
+    /// A step begins that makes its updates like this. Where there are none, as in the first step, the pager
+    /// is told of each that falls out, so that all steps are alike.
     pub fn begin_step(&mut self, store: &ParamStore) {
-        if self.rule.is_some() {
-            self.usual = true;
-        } else if self.usual {
+        if self.rule.is_none() {
             self.left = chunks(store).map(Some).collect();
         }
     }

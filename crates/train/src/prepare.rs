@@ -83,8 +83,7 @@ impl Prepared {
         let of_rank = check_mesh(recipe, &config)?;
         let (train, valid) = corpora(recipe, &tokenizer, report)?;
         let (links, rerun) = (None, None);
-        let mut prepared =
-            Prepared { config, params, tokenizer, train, valid, links, rerun, of_rank, files };
+        let mut prepared = Prepared { config, params, tokenizer, train, valid, links, rerun, of_rank, files };
         let tiers = prepared.tiers(recipe);
         prepared.links = tiers.map(|setup| Links::measure(&setup, prepared.estimate(recipe).state_bytes));
         if recipe.train.recompute_auto {

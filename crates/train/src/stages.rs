@@ -34,8 +34,10 @@ impl Learner {
         let of = |batch| Ok(Microbatch::of(batch, self.share(batch, scale)?));
         let microbatches = batches.iter().map(of).collect::<Result<Vec<_>, Fault>>()?;
         let (mesh, shards) = (self.mesh.clone(), &mut self.shards);
+        let (pending, optimizer) = (&mut self.pending, &self.optimizer);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
             mesh.set_layer(moment.layer as u32);
+            pending.before(moment, optimizer, store)?;
             shards.as_mut().map_or(Ok(()), |shards| shards.moment(moment, store))
         };
         let tape = Tape::recording(&mut self.store).watched_by(&mut watch);

@@ -1,10 +1,10 @@
 //! One training step: microbatches there and back, the global norm, the update.
 //!
 //! Where chunks come and go, a gradient is summed for the norm the moment it is final, while it is
-//! at hand. Without clipping its chunk is updated at once, while the backward pass is still going:
-//! then no gradient ever leaves. With clipping updates wait for the next step (`pending`). When a
-//! gradient is final is known from the pass before.
+//! at hand (`finals`). Without clipping its chunk is updated at once, while the backward pass is still
+//! going: then no gradient ever leaves. With clipping updates wait for the next step (`pending`).
 
+use crate::finals::Finals;
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::{AdamW, squared_norm};
 use crate::shards::{self, Shards};
@@ -15,7 +15,6 @@ use dist::Axis;
 use memory::pager::About;
 use memory::trace::Phase;
 use std::cell::Cell;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
 use tensor::{Fault, Moment, ParamRef, ParamStore, Tape, Targets};
 
@@ -49,28 +48,23 @@ pub struct HalfApplied {
     pub param: String,
 }
 
-/// The last pass over a last microbatch: what came when, and which gradients were final after it.
-#[derive(Default)]
-pub(crate) struct Pass {
-    moments: Vec<u64>,
-    final_after: Vec<Vec<ParamRef>>,
-}
-
 pub(crate) const NORM: About = About { phase: Phase::Optimizer, op: "norm", layer: 0 };
 
 impl Learner {
     /// One step over the microbatches of a global batch.
     pub fn step(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
-        if self.shards.is_some() {
-            self.store.clear_grads()?;
-            self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
-            let done = self.step_over_ranks(batches, plan)?;
-            self.store.arrays_mut().end_step().map_err(Fault::outside)?;
-            return Ok(done);
-        }
         let deferred = self.defers(plan);
         self.begin_grads(deferred)?;
         self.store.arrays_mut().begin_step().map_err(Fault::outside)?;
+        let done = match self.shards.is_some() {
+            true => self.step_over_ranks(batches, plan)?,
+            false => self.step_alone(batches, plan)?,
+        };
+        self.store.arrays_mut().end_step().map_err(Fault::outside)?;
+        Ok(done)
+    }
+
+    fn step_alone(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
         let scale = 1.0 / learned.max(1) as f32;
         let mut loss = 0.0;
@@ -80,7 +74,7 @@ impl Learner {
         }
         let applied = self.optimizer.steps;
         // Updates of the step before, which may still wait, are made with its count.
-        self.optimizer.steps += u64::from(!deferred);
+        self.optimizer.steps += u64::from(!self.defers(plan));
         let done = match self.settles_early() {
             true => self.finish_paged(last, (loss, learned), plan)?,
             false => {
@@ -93,7 +87,6 @@ impl Learner {
             }
         };
         self.optimizer.steps = applied + u64::from(done.applied);
-        self.store.arrays_mut().end_step().map_err(Fault::outside)?;
         Ok(done)
     }
 
@@ -103,9 +96,9 @@ impl Learner {
     }
 
     /// Whether updates wait for the next step. Without clipping they need not: made in the backward
-    /// pass they cost fewer bytes.
+    /// pass they cost fewer bytes. Ranks of a mesh make none there.
     fn defers(&self, plan: StepPlan) -> bool {
-        self.settles_early() && plan.clip.is_finite()
+        self.settles_early() && (plan.clip.is_finite() || self.shards.is_some())
     }
 
     /// Every gradient counts as zero, once what waits for it is done.
@@ -125,17 +118,21 @@ impl Learner {
     fn step_over_ranks(&mut self, batches: &[Batch], plan: StepPlan) -> Result<StepDone, Fault> {
         let learned: usize = batches.iter().map(|batch| batch.learned).sum();
         let learned = ranks::sum_over(&self.mesh, &ranks::ROWS, learned as f64)?.max(1.0);
-        self.optimizer.steps += 1;
         let loss = match self.is_staged() {
             true => self.pass_through_stages(batches, 1.0 / learned as f32)?,
             false => self.pass_by_pass(batches, 1.0 / learned as f32)?,
         };
         let done = done(loss / learned, self.squared_norm_over_ranks()?);
-        let Learner { shards, store, optimizer, .. } = self;
-        let shards = shards.as_mut().expect("ranks share the state");
-        match done.applied {
-            true => shards.update(store, optimizer, (plan.lr, clipped(done.grad_norm, plan.clip)))?,
-            false => optimizer.steps -= 1,
+        if !done.applied {
+            return Ok(done);
+        }
+        let (deferred, factor) = (self.defers(plan), clipped(done.grad_norm, plan.clip));
+        let Learner { shards, store, optimizer, pending, .. } = self;
+        // Updates of the step before were made with its count.
+        optimizer.steps += 1;
+        match (deferred, shards) {
+            (false, Some(shards)) => shards.update(store, optimizer, (plan.lr, factor))?,
+            _ => pending.put(store, plan.lr, factor),
         }
         Ok(done)
     }
@@ -212,11 +209,10 @@ impl Learner {
         (before, learned): (f64, usize),
         plan: StepPlan,
     ) -> Result<StepDone, Fault> {
-        let known = std::mem::take(&mut self.pass);
         let learned = learned.max(1) as f64;
         // Updates may begin once the loss is known to be finite, which is before the way back.
         let early = Cell::new(false);
-        let mut finisher = Finisher::new(&known, &self.store, &self.optimizer, (&early, plan.lr));
+        let mut finisher = Finisher::new(&self.store, &self.optimizer, (&early, plan.lr));
         let (tokens, share) = (tokens_of(batch), batch.learned as f32 / learned as f32);
         let (pending, optimizer) = (&mut self.pending, &self.optimizer);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
@@ -234,8 +230,7 @@ impl Learner {
         tape.backward()?;
         self.loads.append(&mut tape.loads);
         drop(tape);
-        let Ended { squares, updated, pass } = finisher.end(&mut self.store)?;
-        self.pass = pass.unwrap_or(known);
+        let Ended { squares, updated } = finisher.end(&mut self.store)?;
         let done = done(loss, squares.iter().sum());
         if !updated.contains(&true) {
             self.update_all(done, plan)?;
@@ -253,15 +248,10 @@ impl Learner {
 
 /// Rounds and sums gradients, and updates chunks, as they become final in the pass of a last microbatch.
 struct Finisher<'a> {
-    known: &'a Pass,
     optimizer: &'a AdamW,
     /// Whether chunks may be updated at once, and the learning rate.
     update: (&'a Cell<bool>, f32),
-    /// Whether this pass was the known one up to now.
-    followed: bool,
-    seen: Vec<u64>,
-    /// By parameter: the moment that wrote its gradient last.
-    last_write: Vec<Option<usize>>,
+    finals: Finals,
     /// By parameter: squared norm of its gradient, once that is final.
     squares: Vec<Option<f64>>,
     chunks: Vec<Range<usize>>,
@@ -275,61 +265,32 @@ struct Ended {
     squares: Vec<f64>,
     /// By chunk: whether it was updated.
     updated: Vec<bool>,
-    /// The pass, if it was another than the known one.
-    pass: Option<Pass>,
 }
 
 impl<'a> Finisher<'a> {
-    fn new(
-        known: &'a Pass,
-        store: &ParamStore,
-        optimizer: &'a AdamW,
-        update: (&'a Cell<bool>, f32),
-    ) -> Finisher<'a> {
+    fn new(store: &ParamStore, optimizer: &'a AdamW, update: (&'a Cell<bool>, f32)) -> Finisher<'a> {
         let (params, chunks) = (store.refs().count(), chunks(store).collect::<Vec<_>>());
         Finisher {
-            known,
             optimizer,
             update,
-            followed: true,
-            seen: Vec::new(),
-            last_write: vec![None; params],
+            finals: Finals::new(params),
             squares: vec![None; params],
             updated: vec![false; chunks.len()],
             chunks,
         }
     }
 
-    /// A moment is about to run; the one before has ended.
+    /// A moment is about to run; the one before has ended: sum what is final, and update the chunks that
+    /// are complete.
     fn moment(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
-        let (at, signature) = (self.seen.len(), signature(moment));
-        self.followed &= self.known.moments.get(at) == Some(&signature);
-        // A way back follows from the way there: it cannot differ after the first update.
-        assert!(self.followed || !self.updated.contains(&true), "the way back differs from the known one");
-        if self.followed && at > 0 {
-            self.settle(at - 1, store)?;
-        }
-        self.seen.push(signature);
-        if moment.writes_grads {
-            moment.params.iter().for_each(|param| self.last_write[param.index()] = Some(at));
-        }
-        Ok(())
-    }
-
-    /// What was final after moment `at`: sum it, and update the chunks that are complete.
-    fn settle(&mut self, at: usize, store: &mut ParamStore) -> Result<(), Fault> {
-        let known = self.known;
-        for param in &known.final_after[at] {
-            self.sum(*param, store)?;
-        }
-        if !self.update.0.get() {
-            return Ok(());
-        }
-        for param in &known.final_after[at] {
-            for chunk in store.pieces_of(*param) {
-                self.update(chunk, store)?;
+        let finals = self.finals.settle();
+        finals.iter().try_for_each(|param| self.sum(*param, store))?;
+        if self.update.0.get() {
+            for param in finals {
+                store.pieces_of(param).try_for_each(|chunk| self.update(chunk, store))?;
             }
         }
+        self.finals.enter(moment);
         Ok(())
     }
 
@@ -367,23 +328,13 @@ impl<'a> Finisher<'a> {
 
     /// The pass is over: sum what nobody wrote or was not known to be final.
     fn end(mut self, store: &mut ParamStore) -> Result<Ended, Fault> {
-        let same = self.followed && self.seen.len() == self.known.moments.len();
         store.settle_grads()?;
         for param in store.refs() {
             if self.squares[param.index()].is_none() {
                 self.sum(param, store)?;
             }
         }
-        let pass = (!same).then(|| {
-            let mut final_after = vec![Vec::new(); self.seen.len()];
-            for (param, last) in store.refs().zip(&self.last_write) {
-                if let Some(last) = last {
-                    final_after[*last].push(param);
-                }
-            }
-            Pass { moments: self.seen, final_after }
-        });
-        Ok(Ended { squares: self.squares.into_iter().flatten().collect(), updated: self.updated, pass })
+        Ok(Ended { squares: self.squares.into_iter().flatten().collect(), updated: self.updated })
     }
 }
 
@@ -406,10 +357,4 @@ fn half_applied(store: &ParamStore, squares: &[f64]) -> Fault {
 /// Elements of each chunk of the flat arrays.
 pub(crate) fn chunks(store: &ParamStore) -> impl Iterator<Item = Range<usize>> + use<> {
     store.arrays().pieces(0..store.flat_len())
-}
-
-fn signature(moment: &Moment<'_>) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    (moment.phase, moment.op, moment.layer, moment.params, moment.writes_grads).hash(&mut hasher);
-    hasher.finish()
 }

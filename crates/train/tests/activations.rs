@@ -93,12 +93,12 @@ fn what_replicas_keep_leaves_and_comes_back() {
     let _alone = ALONE.lock();
     let place = Place::new();
     let variants: [&[&str]; 3] = [
-        &["mesh.dp=2", "train.recompute=always"],
+        &["mesh.dp=2", "train.recompute=always", "model.layers=24"],
         &["mesh.dp=2", "train.accumulate=2"],
         &["mesh.fsdp=2", "train.recompute_layers=8"],
     ];
     for variant in variants {
-        let sets = [&LONG[..], variant].concat();
+        let sets = [&LONG[..], variant, &["train.steps=3"]].concat();
         run(&place, "whole", &sets, Start::Overwrite, false);
         let recipe = place.settings("probe", &sets).recipe().unwrap();
         let estimate = Prepared::new(&recipe, false, &mut |_| {}).unwrap().estimate(&recipe);

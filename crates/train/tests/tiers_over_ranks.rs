@@ -148,7 +148,10 @@ fn what_tiers_of_ranks_cannot_do_is_refused_with_a_remedy() {
     let place = Place::new();
     let refused = |sets: &[&str]| place.settings("run", sets).recipe().unwrap_err().to_string();
     let shared = refused(&["mesh.fsdp=2", "mesh.zero=2", "memory.dram=auto"]);
-    assert!(shared.contains("mesh.zero = 2 with memory.dram") && shared.contains("mesh.zero = 3"), "{shared}");
+    assert!(
+        shared.contains("mesh.zero = 2 with memory.dram") && shared.contains("mesh.zero = 3"),
+        "{shared}"
+    );
     let sample = refused(&["mesh.x=2", "memory.dram=auto", "sample.every=3"]);
     assert!(sample.contains("sample.every = 3") && sample.contains("trilith chat"), "{sample}");
     let sets = [&MODEL[..], &["mesh.pp=2", "mesh.x=2", "train.accumulate=2", "memory.dram=200000B"]].concat();

@@ -349,7 +349,7 @@ impl Pager {
             let measured = match self.setup.device {
                 Device::Cpu => true,
                 // Only who waits for a GPU knows how long it took: while the step is learnt.
-                Device::Cuda => !self.script.is_followed(),
+                Device::Cuda => !self.script.is_settled(),
             };
             if measured && self.setup.device == Device::Cuda {
                 device::cuda::synchronise();

@@ -42,6 +42,8 @@ pub(super) struct Script {
     anew: Vec<Visit>,
     cursor: usize,
     following: bool,
+    /// Whether it was followed to its end once, and so timed when everything was warm.
+    settled: bool,
 }
 
 impl Script {
@@ -79,9 +81,11 @@ impl Script {
         }
     }
 
-    /// The step is done; whether it was the one that was known. `chunks` is their count.
+    /// The step is done; whether it was the one that was known, and known well: what moments take in a first
+    /// step is not what they take in others. `chunks` is their count.
     pub fn end(&mut self, chunks: usize) -> bool {
         let known = self.following && self.cursor == self.visits.len();
+        let settled = std::mem::replace(&mut self.settled, known);
         if !known {
             match self.following {
                 true => self.visits.truncate(self.cursor),
@@ -90,7 +94,7 @@ impl Script {
             self.learn(chunks);
         }
         self.following = false;
-        known
+        known && settled
     }
 
     fn learn(&mut self, chunks: usize) {
@@ -118,6 +122,11 @@ impl Script {
     /// Whether what comes next is known.
     pub fn is_followed(&self) -> bool {
         self.following
+    }
+
+    /// Whether nothing more is to be learnt of it while it is followed.
+    pub fn is_settled(&self) -> bool {
+        self.following && self.settled
     }
 
     /// Visits of a step.
@@ -204,6 +213,8 @@ mod tests {
         assert!(!run(&mut script, step));
         assert_eq!(script.until_next, [vec![3], vec![1, 4], vec![3], vec![1]]);
         assert_eq!((script.first(ChunkId(2)), script.first(ChunkId(3))), (Some(1), None));
+        // Followed for the first time it is timed; then nothing more is learnt.
+        assert!(!run(&mut script, step));
         assert!(run(&mut script, step));
         script.begin();
         script.enter(visit(&[0]));
@@ -248,7 +259,6 @@ mod tests {
         assert!(!script.end(4));
         assert_eq!(script.visits, [visit(&[0]), visit(&[2])]);
         // A step that ends early is another step, too.
-        assert!(!run(&mut script, &[&[0]]));
-        assert!(run(&mut script, &[&[0]]));
+        assert_eq!([(); 3].map(|()| run(&mut script, &[&[0]])), [false, false, true]);
     }
 }

@@ -98,8 +98,10 @@ impl Common {
         moment: &Moment<'_>,
         stripes: &[usize],
     ) -> Result<(), Fault> {
-        let need = |stripe: &usize| {
-            Need { class: Class::Param, elements: self.own(store, *stripe), access: Access::Read }
+        let need = |stripe: &usize| Need {
+            class: Class::Param,
+            elements: self.own(store, *stripe),
+            access: Access::Read,
         };
         let needs: Vec<Need> = stripes.iter().map(need).collect();
         store.bring(moment.about("gather"), &needs)?;
