@@ -466,6 +466,17 @@ impl ParamStore {
         Ok(())
     }
 
+    /// Gradients in `elements` that nobody wrote become zeros there, and stay unwritten elsewhere.
+    pub fn clear_unwritten(&mut self, elements: Range<usize>) {
+        for param in self.params_in(&elements).filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {
+            let range = self.range(param);
+            let (start, end) = (range.start.max(elements.start), range.end.min(elements.end));
+            if start < end {
+                device::fill_zero(self.arrays.view_mut(Class::Grad, start..end));
+            }
+        }
+    }
+
     /// Whether gradients are reserved.
     pub fn has_grads(&self) -> bool {
         self.arrays.has(Class::Grad)

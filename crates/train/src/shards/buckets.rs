@@ -5,12 +5,15 @@
 //! the ranks of `fsdp` scatter the sum, so that each has its own granule of it; that granule is then
 //! added up over whoever else has summands. Sharing gradients (ZeRO 2, 3) they do the former after
 //! every microbatch and keep nothing but the sums of their granules; else microbatches are added up
-//! before anything travels.
+//! before anything travels. A pipeline has several microbatches under way: there every unit of work is
+//! what a microbatch is elsewhere (`units`).
 
 use super::Common;
+use super::units::Units;
 use crate::ranks;
 use device::DType;
 use dist::cost::Zero;
+use dist::pipeline::Unit;
 use dist::{Array, Axis, CommError, Group, Underway, start_beside};
 use kernels::rank_sum::{Part, rank_sum};
 use memory::pager::About;
@@ -64,12 +67,14 @@ pub(super) struct Buckets {
     states: Vec<State>,
     /// By stripe: sums of the microbatches before.
     kept: Vec<Kept>,
-    /// Whether this pass is the last of its step.
+    /// Whether this pass is the last of its step; where units set out, whether all of them have.
     last: bool,
     /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
     /// under way: a gradient is final when all of them have had their way back. Over tiers a stripe that
     /// is under way could not leave: there it is added up at once, while it is at hand.
     early: bool,
+    /// Of stages that share gradients: what each unit writes sets out when that is final.
+    units: Option<Units>,
     /// Gradients the moment at hand writes, and whether it goes back.
     writing: (Vec<ParamRef>, bool),
     /// The layer at hand, and stripes that set out in it and in the one before.
@@ -85,14 +90,16 @@ impl Buckets {
         let mut members = vec![0; count];
         spans.iter().cloned().flatten().for_each(|stripe| members[stripe] += 1);
         let sums = (0..count).map(|stripe| Arc::new(sums_of(&common, store, spreads, stripe))).collect();
+        let staged = common.mesh.size(Axis::Pp) > 1;
         Buckets {
+            units: (staged && common.shares(Zero::Two)).then(|| Units::new(&spans, count)),
             uses: vec![0; spans.len()],
             closed: vec![false; spans.len()],
             left: members.clone(),
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
             last: true,
-            early: common.mesh.size(Axis::Pp) == 1,
+            early: !staged,
             writing: Default::default(),
             layer: 0,
             set_out: Default::default(),
@@ -109,7 +116,7 @@ impl Buckets {
     }
 
     pub fn begin(&mut self, last: bool, store: &mut ParamStore) -> Result<(), Fault> {
-        self.last = last;
+        self.last = last && self.units.is_none();
         self.uses.fill(0);
         self.closed.fill(false);
         self.left.clone_from(&self.members);
@@ -128,6 +135,9 @@ impl Buckets {
         if self.layer != moment.layer {
             self.turn_to(moment.layer)?;
         }
+        if self.units.is_some() {
+            return self.enter_unit(moment, store);
+        }
         match (moment.phase, moment.writes_grads) {
             (Phase::Forward, false) if self.early => {
                 moment.params.iter().for_each(|param| self.uses[param.index()] += 1);
@@ -141,6 +151,23 @@ impl Buckets {
                 }
             }
             _ => {}
+        }
+        Ok(())
+    }
+
+    /// The same in a unit of a pipeline: what the one before wrote there has gone first.
+    fn enter_unit(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
+        self.units.iter_mut().for_each(|units| units.enter(moment));
+        if moment.phase == Phase::Backward || moment.writes_grads {
+            self.writing.0.extend(moment.params);
+        }
+        if moment.writes_grads {
+            let spans = moment.params.iter().map(|param| self.spans[param.index()].clone());
+            for stripe in spans.collect::<Vec<_>>().into_iter().flatten() {
+                self.finish(stripe)?;
+                self.states[stripe] = State::Open;
+                self.bring(stripe, store);
+            }
         }
         Ok(())
     }
@@ -171,6 +198,10 @@ impl Buckets {
     /// The moment at hand has ended: stripes whose gradients are all final set out.
     pub fn settle(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
         let (params, back) = std::mem::take(&mut self.writing);
+        if let Some(units) = &mut self.units {
+            let gone = units.settle(params.into_iter().map(ParamRef::index));
+            return gone.into_iter().try_for_each(|stripe| self.set_out(stripe, store));
+        }
         for param in &params {
             let uses = &mut self.uses[param.index()];
             *uses -= u32::from(back);
@@ -191,6 +222,56 @@ impl Buckets {
         Ok(())
     }
 
+    /// A unit of a pipeline begins.
+    pub fn begin_unit(&mut self, unit: Unit) {
+        self.units.iter_mut().for_each(|units| units.begin(unit));
+    }
+
+    /// It has ended: what it wrote was taken from every parameter, and is written anew by the next one.
+    pub fn end_unit(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
+        self.settle(store)?;
+        let Some(units) = &mut self.units else { return Ok(()) };
+        units.end().into_iter().try_for_each(|stripe| self.set_out(stripe, store))?;
+        store.renew_grads();
+        Ok(())
+    }
+
+    /// What a unit wrote of a stripe sets out; what lies beside it there it did not write.
+    fn set_out(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+        let start = stripe * self.common.stripes.stripe();
+        store.clear_unwritten(start..start + self.common.stripes.stripe());
+        self.start(stripe, store)
+    }
+
+    /// All units have ended: the sums of our granules become our gradients, and those of parameters that
+    /// are `whole` come together.
+    pub fn end_units(&mut self, whole: &[ParamRef], store: &mut ParamStore) -> Result<(), Fault> {
+        if self.units.is_none() {
+            return store.settle_grads();
+        }
+        let own = self.common.stripes.index;
+        for stripe in 0..self.states.len() {
+            self.finish(stripe)?;
+            self.states[stripe] = State::Open;
+            let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
+            let granule = stretch.granule_mut(own, DType::F32);
+            match self.kept[stripe].take() {
+                Some(sum) => granule.bytes().copy_from_slice(sum.view().bytes()),
+                None => device::fill_zero(granule),
+            }
+        }
+        let mut stripes: Vec<usize> =
+            whole.iter().flat_map(|param| self.spans[param.index()].clone()).collect();
+        stripes.dedup();
+        for stripe in stripes {
+            let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
+            stretch.bring();
+            self.common.fsdp().all_gather_within(stretch.view_mut(DType::F32))?;
+        }
+        self.last = true;
+        Ok(())
+    }
+
     /// The pass has ended: what was not known to be final is so now.
     pub fn end(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
         self.settle(store)?;
@@ -200,7 +281,9 @@ impl Buckets {
         let open: Vec<usize> =
             (0..self.states.len()).filter(|stripe| matches!(self.states[*stripe], State::Open)).collect();
         open.iter().for_each(|stripe| self.bring(*stripe, store));
-        store.settle_grads()?;
+        if self.units.is_none() {
+            store.settle_grads()?;
+        }
         if store.arrays().is_paged() {
             let mut open = open.into_iter();
             return open.try_for_each(|stripe| self.add_up_here(stripe, store, trace::Phase::Optimizer));
@@ -215,13 +298,15 @@ impl Buckets {
     fn start(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
         let Common { mesh, stripes, sharding } = &self.common;
         let sums = self.sums[stripe].clone();
-        let fsdp = (stripes.ranks > 1).then(|| self.common.fsdp());
+        // Units have scattered theirs before the last sum.
+        let scatters = stripes.ranks > 1 && !(self.units.is_some() && self.last);
+        let fsdp = scatters.then(|| self.common.fsdp());
         let beyond = sums.axes.iter().filter(|_| self.last).map(|axis| mesh.group(*axis));
         let groups: Vec<Group> = fsdp.into_iter().chain(beyond).collect();
         let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
         let (own, shared, last) = (stripes.index, self.common.shares(Zero::Two), self.last);
         let rounds = store.rounds_grads();
-        let (scatters, kept) = (stripes.ranks > 1, self.kept[stripe].take());
+        let kept = self.kept[stripe].take();
         let under = start_beside(&groups, move |groups| {
             if scatters {
                 groups[0].reduce_scatter_sum_within(stretch.view_mut(DType::F32))?;
