@@ -490,7 +490,9 @@ impl ParamStore {
 
     /// Gradients in `elements` that nobody wrote become zeros there, and stay unwritten elsewhere.
     pub fn clear_unwritten(&mut self, elements: Range<usize>) {
-        for param in self.params_in(&elements).filter(|param| !self.touched[param.index()]).collect::<Vec<_>>() {
+        for param in
+            self.params_in(&elements).filter(|param| !self.touched[param.index()]).collect::<Vec<_>>()
+        {
             let range = self.range(param);
             let (start, end) = (range.start.max(elements.start), range.end.min(elements.end));
             if start < end {

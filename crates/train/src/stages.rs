@@ -7,8 +7,8 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::squared_norm;
-use crate::step::NORM;
 use crate::shards::{self, Shards};
+use crate::step::NORM;
 use crate::{balance, ranks};
 use data::Batch;
 use device::{Buffer, DType, Device};
@@ -79,8 +79,7 @@ impl Learner {
         let shards = shards.as_mut().expect("stages are ranks of a mesh");
         shards.begin_pass(shards::Pass::Running, store)?;
         let told = RefCell::new(&mut *shards);
-        let mut watch =
-            |moment: &Moment<'_>, store: &mut ParamStore| told.borrow_mut().moment(moment, store);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| told.borrow_mut().moment(moment, store);
         let tape = Tape::running(store).watched_by(&mut watch);
         let mut stage = Worker::new(model, (mesh, &told), tape, (microbatches, 1.0), Recompute::Never);
         stage.run(list)?;

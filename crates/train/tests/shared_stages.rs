@@ -11,23 +11,14 @@ use dist::{Axis, Options, launch};
 use memory::Class;
 use train::{Begin, Learner, Sharding, Start, StepPlan};
 
-const SCHEDULES: [&str; 4] = [
-    "mesh.schedule=gpipe",
-    "mesh.schedule=1f1b",
-    "mesh.schedule=interleaved",
-    "mesh.schedule=zero-bubble",
-];
+const SCHEDULES: [&str; 4] =
+    ["mesh.schedule=gpipe", "mesh.schedule=1f1b", "mesh.schedule=interleaved", "mesh.schedule=zero-bubble"];
 
 const ZEROS: [&str; 2] = ["mesh.zero=2", "mesh.zero=3"];
 
 /// Four microbatches of four rows; stages of two slices each have layers that share stripes.
-const BASE: [&str; 5] = [
-    "train.precision=f32",
-    "train.batch=4",
-    "train.accumulate=4",
-    "model.layers=5",
-    "checkpoint.every=1",
-];
+const BASE: [&str; 5] =
+    ["train.precision=f32", "train.batch=4", "train.accumulate=4", "model.layers=5", "checkpoint.every=1"];
 
 /// Runs without clipping, whose norm is added up in another order on another mesh.
 const STEPS: [&str; 3] = ["train.steps=3", "train.clip=0", "checkpoint.keep_last=9"];
