@@ -79,7 +79,8 @@ impl Estimate {
     }
 
     /// The same for all ranks of `mesh`, which are threads of one process: replicas each have a copy
-    /// of what they do not share; ranks of `ep` share the experts.
+    /// of what they do not share; ranks of `ep` share the experts. Layers that are whole for a while are not
+    /// in it.
     pub fn over(self, config: &Config, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
         let (dtype, moments) = (recipe.dtype, recipe.adamw.moments);
         let size = |axis| mesh.shape.size(axis);
@@ -90,6 +91,10 @@ impl Estimate {
         let (weight, grad) = (dtype.size_bytes(), DType::F32.size_bytes());
         let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
         let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
+        // Those that share gradients keep the sums of the microbatches before beside them, once.
+        let shares = size(Axis::Fsdp) > 1 && mesh.sharding.zero >= Zero::Two;
+        let several = size(Axis::Pp) > 1 || recipe.accumulate > 1;
+        let each = each + if shares && several { grad } else { 0 };
         Estimate { state_bytes: (held * copies * each) as u64, ..self }
     }
 
