@@ -194,6 +194,11 @@ fn stages_that_share_more_hold_less_and_exchange_more() {
     let (once, twice) = (bytes(Zero::Two, Schedule::OneFOneB), bytes(Zero::Two, Schedule::ZeroBubble));
     assert!(twice > once && twice < 2.0 * once, "{once} {twice}");
     assert_eq!(bytes(Zero::One, Schedule::OneFOneB), bytes(Zero::One, Schedule::ZeroBubble));
+    // A search asks for more sharing only where less does not fit.
+    for schedule in [Schedule::GPipe, Schedule::Interleaved { chunks: 2 }, Schedule::ZeroBubble] {
+        let steps = [Zero::One, Zero::Two, Zero::Three].map(|zero| of(zero, schedule).step());
+        assert!(steps.is_sorted(), "{schedule}: {steps:?}");
+    }
 }
 
 #[test]
