@@ -176,6 +176,7 @@ fn processes_compute_what_threads_compute_on_every_kind_of_axis() {
         ("fsdp=2,cp=2", &["--set", "mesh.attention=all-to-all"][..]),
         ("dp=2,cp=2,x=2", &["--set", "mesh.attention=ring", "--set", "train.accumulate=2"][..]),
         ("fsdp=2,ep=2", &mixture[..]),
+        ("pp=2,fsdp=2", &["--set", "mesh.schedule=zero-bubble", "--set", "train.accumulate=4"]),
     ] {
         let few = ["--set", "train.steps=8", "--set", "train.batch=4", "--overwrite"];
         let more = [more, &few, &PATIENT].concat();

@@ -1,7 +1,6 @@
 //! What goes together in one run. Recipes and plans ask the same rules, so that nothing is planned that
 //! training refuses.
 
-use crate::cost::Zero;
 use crate::{Axis, FlowError, MeshShape, Parts, Scheme};
 
 /// What a run is spread by.
@@ -13,8 +12,6 @@ pub struct Combination {
     pub scheme: Option<Scheme>,
     /// Schemes of parts of a layer that have their own.
     pub parts: Parts,
-    /// What `fsdp` shares.
-    pub zero: Zero,
     /// Tokens a row.
     pub context: usize,
 }
@@ -37,16 +34,6 @@ pub enum Clash {
         /// Pieces of a row: each rank takes an early and a late one.
         runs: usize,
     },
-    /// Shared gradients or weights, and stages.
-    #[error(
-        "mesh.zero = {zero} is given with mesh.pp = {stages}: stages have several microbatches under way and keep whole weights and gradients; set mesh.zero = 1"
-    )]
-    SharingStages {
-        /// Stage of ZeRO.
-        zero: usize,
-        /// Ranks of the pipeline.
-        stages: usize,
-    },
 }
 
 impl Combination {
@@ -62,10 +49,6 @@ impl Combination {
         if ranks > 1 && runs > context {
             return Err(Clash::Context { ranks, context, runs });
         }
-        let (stages, zero) = (size(Axis::Pp), self.zero);
-        if stages > 1 && size(Axis::Fsdp) > 1 && zero > Zero::One {
-            return Err(Clash::SharingStages { zero: zero as usize + 1, stages });
-        }
         Ok(())
     }
 }
@@ -74,27 +57,25 @@ impl Combination {
 mod tests {
     use super::*;
 
-    fn said(mesh: &str, scheme: Option<Scheme>, zero: Zero) -> String {
+    fn said(mesh: &str, scheme: Option<Scheme>) -> String {
         let mesh = mesh.parse().unwrap();
         let parts = Parts::default();
-        let checked = Combination { mesh, scheme, parts, zero, context: 8 }.check();
+        let checked = Combination { mesh, scheme, parts, context: 8 }.check();
         checked.map_or_else(|clash| clash.to_string(), |()| "runs".to_string())
     }
 
     #[test]
     fn what_clashes_is_named() {
-        for (mesh, scheme, zero, want) in [
-            ("solo", None, Zero::Three, "runs"),
-            ("pp=2,dp=2", None, Zero::Three, "runs"),
-            ("pp=2,fsdp=2", None, Zero::One, "runs"),
-            ("pp=2,fsdp=2", None, Zero::Two, "mesh.zero = 2 is given with mesh.pp = 2"),
-            ("pp=2,ep=2", None, Zero::One, "runs"),
-            ("cp=4", None, Zero::One, "runs"),
-            ("cp=5", None, Zero::One, "mesh.cp = 5 cuts rows of train.context = 8 tokens into 10 runs"),
-            ("x=2,y=2", Some(Scheme::Summa), Zero::One, "runs"),
-            ("x=2,y=2", Some(Scheme::OneD), Zero::One, "has no use for mesh axis y = 2"),
+        for (mesh, scheme, want) in [
+            ("solo", None, "runs"),
+            ("pp=2,fsdp=2", None, "runs"),
+            ("pp=2,ep=2", None, "runs"),
+            ("cp=4", None, "runs"),
+            ("cp=5", None, "mesh.cp = 5 cuts rows of train.context = 8 tokens into 10 runs"),
+            ("x=2,y=2", Some(Scheme::Summa), "runs"),
+            ("x=2,y=2", Some(Scheme::OneD), "has no use for mesh axis y = 2"),
         ] {
-            let said = said(mesh, scheme, zero);
+            let said = said(mesh, scheme);
             assert!(said.contains(want), "{mesh}: {said}");
         }
     }
@@ -104,7 +85,7 @@ mod tests {
         let said = |mesh: &str, ffn| {
             let parts = Parts { ffn: Some(ffn), ..Parts::default() };
             let mesh = mesh.parse().unwrap();
-            let checked = Combination { mesh, scheme: None, parts, zero: Zero::One, context: 8 }.check();
+            let checked = Combination { mesh, scheme: None, parts, context: 8 }.check();
             checked.map_or_else(|clash| clash.to_string(), |()| "runs".to_string())
         };
         assert_eq!(said("x=2,y=2", Scheme::WeightStationary), "runs");

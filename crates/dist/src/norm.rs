@@ -100,7 +100,7 @@ impl Saved {
         cut_norm::backward(rows, sums.view(), dy.view(), None, dx.view_mut(), dw.view_mut(), db_out);
         for (param, grad) in [(Some(self.weight), &dw), (self.bias, &db)] {
             if let Some(param) = param {
-                let (_, out) = tape.params.weight_and_added_grad(param);
+                let out = tape.params.added_grad(param);
                 kernels::elementwise::add_assign(out, grad.view());
             }
         }

@@ -86,7 +86,7 @@ impl Table {
 
     fn add_to_grad(&self, tape: &mut Tape<'_>, param: ParamRef, slice: &Tensor) -> Result<(), Fault> {
         let piece = sum_scatter_all(&self.mesh, self.rows.stored, Side::Rows, slice)?;
-        let (_, grad) = tape.params.weight_and_added_grad(param);
+        let grad = tape.params.added_grad(param);
         kernels::elementwise::add_assign(grad, piece.view());
         Ok(())
     }

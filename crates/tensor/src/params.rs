@@ -397,16 +397,29 @@ impl ParamStore {
         self.arrays.view(Class::Grad, self.range(param))
     }
 
-    /// Weights beside the gradient to write, and whether to add to it: the first write of a step
-    /// overwrites, which saves clearing the gradients and reading them once.
+    /// The gradient to write, and whether to add to it: the first write of a step overwrites, which saves
+    /// clearing the gradients and reading them once.
+    pub fn grad_mut(&mut self, param: ParamRef) -> (ViewMut<'_>, bool) {
+        let add = self.touch(param);
+        let range = self.range(param);
+        (self.arrays.view_mut(Class::Grad, range), add)
+    }
+
+    /// The same beside the weights.
     pub fn weight_and_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>, bool) {
+        let add = self.touch(param);
+        let range = self.range(param);
+        let (weight, grad) = self.arrays.view_and_mut(Class::Param, Class::Grad, range);
+        (weight, grad, add)
+    }
+
+    /// A gradient is about to be written; whether it was before.
+    fn touch(&mut self, param: ParamRef) -> bool {
         let add = std::mem::replace(&mut self.touched[param.index()], true);
         if !add {
             self.clear_padding_behind(param);
         }
-        let range = self.range(param);
-        let (weight, grad) = self.arrays.view_and_mut(Class::Param, Class::Grad, range);
-        (weight, grad, add)
+        add
     }
 
     /// Over tiers what is written first may lie in anything: padding counts in norms, and is zero.
@@ -417,7 +430,16 @@ impl ParamStore {
         }
     }
 
-    /// The same for kernels that only add: a stale gradient is cleared first.
+    /// The gradient for kernels that only add: a stale one is cleared first.
+    pub fn added_grad(&mut self, param: ParamRef) -> ViewMut<'_> {
+        let (mut grad, add) = self.grad_mut(param);
+        if !add {
+            device::fill_zero(grad.reborrow());
+        }
+        grad
+    }
+
+    /// The same beside the weights.
     pub fn weight_and_added_grad(&mut self, param: ParamRef) -> (View<'_>, ViewMut<'_>) {
         let (weight, mut grad, add) = self.weight_and_grad(param);
         if !add {
@@ -461,6 +483,19 @@ impl ParamStore {
         device::fill_zero(self.arrays.view_mut(Class::Grad, elements));
         self.clear_padding_behind(param);
         Ok(())
+    }
+
+    /// Gradients in `elements` that nobody wrote become zeros there, and stay unwritten elsewhere.
+    pub fn clear_unwritten(&mut self, elements: Range<usize>) {
+        for param in
+            self.params_in(&elements).filter(|param| !self.touched[param.index()]).collect::<Vec<_>>()
+        {
+            let range = self.range(param);
+            let (start, end) = (range.start.max(elements.start), range.end.min(elements.end));
+            if start < end {
+                device::fill_zero(self.arrays.view_mut(Class::Grad, start..end));
+            }
+        }
     }
 
     /// Whether gradients are reserved.

@@ -81,7 +81,8 @@ impl Tape<'_> {
         self.in_phase(Phase::Backward, |tape| {
             later.sums.into_iter().try_for_each(|sum| {
                 tape.set_layer(sum.layer);
-                tape.moment(sum.op, &sum.params)?;
+                // Products of what it keeps.
+                tape.tell(sum.op, &sum.params, (false, true))?;
                 (sum.form)(tape)
             })
         })

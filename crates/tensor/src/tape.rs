@@ -42,9 +42,11 @@ pub struct Moment<'a> {
     pub op: &'static str,
     /// Layer the op belongs to, as `Tape::set_layer` was told.
     pub layer: usize,
-    /// Parameters whose weights it reads.
+    /// Parameters it uses.
     pub params: &'a [ParamRef],
-    /// Whether it writes gradients of theirs.
+    /// Whether it reads their weights.
+    pub reads_weights: bool,
+    /// Whether it writes their gradients.
     pub writes_grads: bool,
 }
 
@@ -221,8 +223,18 @@ impl<'a> Tape<'a> {
         params: &[ParamRef],
         writes_grads: bool,
     ) -> Result<(), Fault> {
+        self.tell(op, params, (true, writes_grads))
+    }
+
+    /// Tell of an op that reads weights, writes gradients, or both.
+    pub(crate) fn tell(
+        &mut self,
+        op: &'static str,
+        params: &[ParamRef],
+        (reads_weights, writes_grads): (bool, bool),
+    ) -> Result<(), Fault> {
         let (phase, layer) = (self.phase, self.layer);
-        let moment = Moment { index: self.clock, phase, op, layer, params, writes_grads };
+        let moment = Moment { index: self.clock, phase, op, layer, params, reads_weights, writes_grads };
         self.clock += 1;
         if let Some(watch) = &mut self.watch {
             watch(&moment, self.params)?;

@@ -80,8 +80,9 @@ impl Estimate {
     }
 
     /// The same for all ranks of `mesh`, which are threads of one process: replicas each have a copy
-    /// of what they do not share; ranks of `ep` share the experts.
-    pub fn over(self, config: &Config, mesh: &MeshRecipe, recipe: &TrainRecipe) -> Estimate {
+    /// of what they do not share; ranks of `ep` share the experts. What is whole for a while counts with the
+    /// activations. `tiers`: whether chunks come and go.
+    pub fn over(self, config: &Config, mesh: &MeshRecipe, recipe: &TrainRecipe, tiers: bool) -> Estimate {
         let (dtype, moments) = (recipe.dtype, recipe.adamw.moments);
         let size = |axis| mesh.shape.size(axis);
         let experts = config.expert_params();
@@ -92,6 +93,11 @@ impl Estimate {
         let optimizer = AdamW::bytes_per_param(dtype, moments) - weight - grad;
         let each = weight * kept(Zero::Three) + grad * kept(Zero::Two) + optimizer * kept(Zero::One);
         let passing_bytes = (copies * passing_bytes(config, mesh, self.params, recipe)) as u64;
+        // Those that share gradients keep the sums of the microbatches before beside them, once; in tiers
+        // within them.
+        let shares = size(Axis::Fsdp) > 1 && mesh.sharding.zero >= Zero::Two && !tiers;
+        let several = size(Axis::Pp) > 1 || recipe.accumulate > 1;
+        let each = each + if shares && several { grad } else { 0 };
         Estimate {
             state_bytes: (held * copies * each) as u64,
             activation_bytes: self.activation_bytes + passing_bytes,

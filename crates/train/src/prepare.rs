@@ -105,7 +105,7 @@ impl Prepared {
         let snapshot = recipe.checkpoint.background && recipe.memory.is_none();
         let train = TrainRecipe { recompute: self.recompute(recipe), ..recipe.train.clone() };
         let one = Estimate::new(&self.config, &self.params, &train, snapshot);
-        let all = one.over(&self.config, &recipe.mesh, &train);
+        let all = one.over(&self.config, &recipe.mesh, &train, recipe.memory.is_some());
         // A recipe whose schedule does not fit its stages is none.
         all.on_stages(&self.config, recipe).unwrap_or(all)
     }

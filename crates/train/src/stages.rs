@@ -7,15 +7,18 @@
 
 use crate::learner::{Learner, sum, tokens_of};
 use crate::optimizer::squared_norm;
+use crate::shards::{self, Shards};
 use crate::step::NORM;
-use crate::{balance, ranks, shards};
+use crate::{balance, ranks};
 use data::Batch;
 use device::{Buffer, DType, Device};
 use dist::pipeline::{Action, Message, Payload, Pipeline, PipelineError, Schedule, Unit, Work};
 use dist::{Array, Axis, Group, Mesh, Pending, Sending};
-use memory::trace::Access;
+use memory::pager::About;
+use memory::trace::{self, Access};
 use memory::{Class, Need};
 use model::{Model, Recompute, Spread, Tokens};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use tensor::{Fault, Later, Load, Moment, ParamStore, Recorded, Tape, Targets, Tensor};
 
@@ -33,15 +36,17 @@ impl Learner {
         let list = self.actions(batches.len(), Pipeline::actions)?;
         let of = |batch| Ok(Microbatch::of(batch, self.share(batch, scale)?));
         let microbatches = batches.iter().map(of).collect::<Result<Vec<_>, Fault>>()?;
-        let (mesh, shards) = (self.mesh.clone(), &mut self.shards);
+        let mesh = self.mesh.clone();
+        let shards = RefCell::new(self.shards.as_mut().expect("stages are ranks of a mesh"));
         let (pending, optimizer) = (&mut self.pending, &self.optimizer);
         let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| {
             mesh.set_layer(moment.layer as u32);
             pending.before(moment, optimizer, store)?;
-            shards.as_mut().map_or(Ok(()), |shards| shards.moment(moment, store))
+            shards.borrow_mut().moment(moment, store)
         };
         let tape = Tape::recording(&mut self.store).watched_by(&mut watch);
-        let mut stage = Worker::new(&self.model, &mesh, tape, (&microbatches, scale), self.recompute);
+        let mut stage =
+            Worker::new(&self.model, (&mesh, &shards), tape, (&microbatches, scale), self.recompute);
         stage.run(&list)?;
         let Ended { losses, loads, peak_live } = stage.end()?;
         self.peak_live = peak_live;
@@ -76,9 +81,10 @@ impl Learner {
         let Learner { model, store, shards, mesh, .. } = self;
         let shards = shards.as_mut().expect("stages are ranks of a mesh");
         shards.begin_pass(shards::Pass::Running, store)?;
-        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| shards.moment(moment, store);
+        let told = RefCell::new(&mut *shards);
+        let mut watch = |moment: &Moment<'_>, store: &mut ParamStore| told.borrow_mut().moment(moment, store);
         let tape = Tape::running(store).watched_by(&mut watch);
-        let mut stage = Worker::new(model, mesh, tape, (microbatches, 1.0), Recompute::Never);
+        let mut stage = Worker::new(model, (mesh, &told), tape, (microbatches, 1.0), Recompute::Never);
         stage.run(list)?;
         let losses = stage.end()?.losses.iter().map(sum).collect();
         shards.end_pass(store)?;
@@ -158,6 +164,8 @@ struct Worker<'a> {
     model: &'a Model,
     /// The stages; member i is stage i.
     group: Group,
+    /// Told of units here, of moments by the tape.
+    shards: &'a RefCell<&'a mut Shards>,
     tape: Tape<'a>,
     microbatches: &'a [Microbatch<'a>],
     /// Factor of the summed losses.
@@ -183,7 +191,7 @@ struct Worker<'a> {
 impl<'a> Worker<'a> {
     fn new(
         model: &'a Model,
-        mesh: &Mesh,
+        (mesh, shards): (&Mesh, &'a RefCell<&'a mut Shards>),
         tape: Tape<'a>,
         (microbatches, scale): (&'a [Microbatch<'a>], f32),
         recompute: Recompute,
@@ -191,6 +199,7 @@ impl<'a> Worker<'a> {
         Worker {
             model,
             group: mesh.group(Axis::Pp),
+            shards,
             tape,
             microbatches,
             scale,
@@ -268,16 +277,17 @@ impl<'a> Worker<'a> {
 
     fn unit(&mut self, unit: Unit) -> Result<(), Fault> {
         assert!(self.made.is_none(), "what the unit before made was not sent");
+        self.shards.borrow_mut().begin_unit(unit);
         match unit.work {
-            Work::Forward => self.forward(unit),
-            Work::Backward | Work::BackwardInput => self.backward(unit),
+            Work::Forward => self.forward(unit)?,
+            Work::Backward | Work::BackwardInput => self.backward(unit)?,
             Work::BackwardWeight => {
                 let later = self.later.remove(&(unit.microbatch, unit.chunk));
                 self.tape.form(later.expect("weights follow inputs"))?;
                 self.live -= 1;
-                Ok(())
             }
         }
+        self.shards.borrow_mut().end_unit(self.tape.params)
     }
 
     fn forward(&mut self, unit: Unit) -> Result<(), Fault> {
@@ -339,12 +349,17 @@ pub(crate) fn sum_ends(mesh: &Mesh, store: &mut ParamStore, spreads: &[Spread]) 
     if shared.is_empty() {
         return Ok(());
     }
+    // What others share of them is where ops compute.
+    let about = match mesh.size(Axis::Fsdp) {
+        1 => NORM,
+        _ => About { phase: trace::Phase::Backward, ..NORM },
+    };
     let stages = stages_of(mesh);
     let ends = mesh.group_of("ends", &[stages[0], stages[stages.len() - 1]]);
     for (param, _) in shared {
         let elements = store.range(param);
         let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::ReadWrite };
-        store.bring(NORM, &[need])?;
+        store.bring(about, &[need])?;
         let grads = store.arrays_mut().view_mut(Class::Grad, elements);
         ends.all_reduce_sum(grads)?;
     }

@@ -151,15 +151,15 @@ impl Learner {
         Ok(loss)
     }
 
-    /// A pipeline takes all microbatches at once. What both its ends have is added up before replicas
-    /// are: here gradients are still whole.
+    /// A pipeline takes all microbatches at once. What both its ends have is added up before replicas are.
     fn pass_through_stages(&mut self, batches: &[Batch], scale: f32) -> Result<f64, Fault> {
         let (shards, store) = self.shared();
         shards.begin_pass(shards::Pass::Last, store)?;
         let loss = self.accumulate_staged(batches, scale)?;
-        self.store.settle_grads()?;
-        stages::sum_ends(&self.mesh, &mut self.store, &self.spreads)?;
-        let (shards, store) = self.shared();
+        let Learner { shards, store, mesh, spreads, .. } = self;
+        let shards = shards.as_mut().expect("ranks share the state");
+        shards.end_units(store, spreads)?;
+        stages::sum_ends(mesh, store, spreads)?;
         shards.end_pass(store)?;
         Ok(loss)
     }

@@ -45,13 +45,14 @@ const CONTEXTS: [&[&str]; 7] = [
 ];
 
 /// Stages of one layer each.
-const STAGED: [&[&str]; 7] = [
+const STAGED: [&[&str]; 8] = [
     &["mesh.pp=2"],
     &["mesh.pp=2", "mesh.ep=2"],
     &["mesh.pp=2", "mesh.ep=2", "mesh.schedule=zero-bubble"],
     &["mesh.pp=2", "mesh.dp=2", "mesh.ep=2", "mesh.schedule=gpipe", "train.recompute=always"],
     &["mesh.pp=2", "mesh.ep=2", "mesh.x=2", "mesh.scheme=1d-sequence", "mesh.schedule=zero-bubble"],
     &["mesh.pp=2", "mesh.fsdp=2", "mesh.ep=2", "mesh.zero=1"],
+    &["mesh.pp=2", "mesh.fsdp=2", "mesh.ep=2", "mesh.schedule=zero-bubble"],
     &["mesh.pp=2", "mesh.cp=5", "mesh.ep=2", "mesh.attention=ring", "mesh.schedule=zero-bubble"],
 ];
 

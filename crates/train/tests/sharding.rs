@@ -196,6 +196,11 @@ fn the_estimate_counts_what_each_stage_shares() {
     let stages = STAGES.map(|stage| state(&["mesh.fsdp=4", stage]));
     assert_eq!(stages, [4 * 8 + 8, 4 * 4 + 12, 16]);
     assert_eq!(state(&["mesh.dp=2", "mesh.fsdp=2", "mesh.zero=3"]), 32);
+    // Sums of the microbatches before.
+    let several = STAGES.map(|stage| state(&["mesh.fsdp=4", "train.accumulate=4", stage]));
+    assert_eq!(several, [4 * 8 + 8, 4 * 4 + 12 + 4, 16 + 4]);
+    let staged = |stage| state(&["mesh.pp=2", "mesh.fsdp=4", "model.tied=false", stage]);
+    assert_eq!(STAGES.map(staged), several);
 }
 
 /// Bytes over `fsdp` of the second step on each rank, with what there is to send.

@@ -214,8 +214,6 @@ fn what_no_pipeline_can_be_is_refused_with_a_remedy() {
     assert!(groups.contains("3 microbatches do not divide by 2 stages; take 2 or 4"), "{groups}");
     let slices = refused(&["mesh.pp=2", "mesh.virtual=2"]).unwrap_err();
     assert!(slices.contains("belong to mesh.schedule = \"interleaved\""), "{slices}");
-    let shards = refused(&["mesh.pp=2", "mesh.fsdp=2"]).unwrap_err();
-    assert!(shards.contains("whole weights and gradients; set mesh.zero = 1"), "{shards}");
     let experts = refused(&["mesh.pp=2", "mesh.ep=2"]).unwrap_err();
     assert!(experts.contains("`llama` has none; use mesh.dp"), "{experts}");
     refused(&["mesh.pp=2"]).unwrap();

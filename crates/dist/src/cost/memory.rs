@@ -198,14 +198,15 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     let mut grads = params * state.grad / shared(Zero::Two);
     if plan.zero >= Zero::Two && shards > 1.0 {
         // Whole are the gradients of the layer at work and of the one before, on their way; that of a
-        // tied table from the head to the embedding.
-        let whole = match model.tied {
+        // tied table from the head to the embedding, on stages once for the sum of both ends.
+        let staged = mesh.size(Axis::Pp) > 1;
+        let whole = match model.tied && !staged {
             true => 2.0 * per_layer + one_table,
             false => per_layer + per_layer.max(one_table),
         };
         grads += others * whole * state.grad;
-        if plan.microbatches(batch) > 1 {
-            // Sums of the microbatches before.
+        if staged || plan.microbatches(batch) > 1 {
+            // Sums of the microbatches before, on stages of the units before.
             grads += params * state.grad / shards;
         }
     }

@@ -157,8 +157,8 @@ impl Plan {
         if slices > layers {
             return Err(PlanError::Layers { slices, layers });
         }
-        let Plan { mesh, scheme, parts, zero, .. } = *self;
-        Combination { mesh, scheme: Some(scheme), parts, zero, context: batch.context }.check()?;
+        let Plan { mesh, scheme, parts, .. } = *self;
+        Combination { mesh, scheme: Some(scheme), parts, context: batch.context }.check()?;
         let own = [Pair::Attention, Pair::Mlp].into_iter().filter(|part| self.scheme_of(*part) != scheme);
         for part in own {
             expect_width(&mesh, scheme, self.scheme_of(part), model.width)?;

@@ -9,8 +9,9 @@ use super::plan::{Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};
 use super::volume::Flow;
 use super::{Batch, ExpertFlow, ExpertFlows, ModelShape, experts, pool_flows};
-use crate::pipeline::{Pipeline, Times};
+use crate::pipeline::{Pipeline, Schedule, Times};
 use crate::{Axis, Scheme};
+use memory::Stripes;
 
 /// Bytes of a parameter the optimizer reads and writes: gradient, weight, master, two moments.
 const OPTIMIZER_TRAFFIC: f64 = 28.0;
@@ -251,7 +252,8 @@ impl Run<'_> {
             traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
         }
         let link = self.cluster.link(mesh, Axis::Fsdp);
-        let (scatter, gather) = (Flow::ring(shards, params), Flow::ring(shards, params));
+        let twice = if zero == Zero::One { 0.0 } else { self.scattered_twice(&held) };
+        let (scatter, gather) = (Flow::ring(shards, params + twice), Flow::ring(shards, params));
         let scattered = link.seconds(scatter, STATE_BYTES.grad);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
         let chunks = self.pipeline.chunks() as f64;
@@ -263,11 +265,17 @@ impl Run<'_> {
         let layers = stage_layers(self.model, self.batch, self.plan) as f64;
         if shards > 1.0 {
             let scatters = if zero == Zero::One { 1.0 } else { microbatches };
-            // Forward and backward; at the turn the head and the last layer are still there.
-            let turn = (held.layers() / layers + held.tables) / params;
+            // Forward and backward; where one follows the other, the head and the last layer are still there.
+            let turns = match self.plan.schedule {
+                Schedule::OneFOneB | Schedule::ZeroBubble => true,
+                Schedule::GPipe | Schedule::Interleaved { .. } => self.pipeline.stages() == 1,
+            };
+            let turn = if turns { (held.layers() / layers + held.tables) / params } else { 0.0 };
             let gathers = if zero == Zero::Three { (2.0 - turn) * microbatches } else { 1.0 };
             fsdp.add(scatter, STATE_BYTES.grad, scatters);
             fsdp.add(gather, STATE_BYTES.weight, gathers);
+            // What shows makes a microbatch longer on every stage: a step is as many as walk one after the other.
+            let microbatches = microbatches + (self.pipeline.stages() as f64 - 1.0) / chunks;
             seconds.gradients += match zero {
                 Zero::One => gathered,
                 Zero::Two => gathered + (microbatches - 1.0) * (scattered - backward).max(0.0),
@@ -279,11 +287,28 @@ impl Run<'_> {
                 }
             };
             once += scattered;
+            if zero > Zero::One && self.model.tied && self.pipeline.stages() > 1 {
+                // The table's gradient is whole once more, for the sum of both ends.
+                let whole = Flow::ring(shards, held.tables);
+                fsdp.add(whole, STATE_BYTES.grad, 1.0);
+                once += link.seconds(whole, STATE_BYTES.grad);
+            }
         }
         // Buckets go while the last microbatch's backward still runs, but for its last layer.
         let hides = backward * (layers - 1.0) / layers;
         seconds.gradients += (once - hides).max(once / layers);
         seconds.gradients *= self.evened();
+    }
+
+    /// Parameters of a rank whose gradients are scattered twice a microbatch: where gradients of weights
+    /// wait, those of norms do not, and take the rest of their stripe along.
+    fn scattered_twice(&self, held: &RankParams) -> f64 {
+        if self.plan.schedule != Schedule::ZeroBubble || self.pipeline.stages() == 1 {
+            return 0.0;
+        }
+        let stripes = Stripes::new(held.all() as usize, self.plan.mesh.size(Axis::Fsdp), 0);
+        let norms = 2 * stage_layers(self.model, self.batch, self.plan);
+        held.layers().min((norms * stripes.stripe()) as f64)
     }
 
     /// What counts of the seconds that the rank with most parameters spends on them: where ranks share

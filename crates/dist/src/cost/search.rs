@@ -267,13 +267,20 @@ impl<'a> Hunt<'a> {
             return;
         }
         let layer = &self.layers[&key(&plan)];
+        let mut fitting: Vec<Plan> = Vec::new();
         for plan in variants(&plan, self.model, self.batch, self.space.offload) {
+            // To share more never takes less time: it is for what does not fit otherwise.
+            let least = Plan { zero: Zero::One, ..plan };
+            if fitting.contains(&least) {
+                continue;
+            }
             let Ok(pipeline) = plan.check(self.model, self.batch) else { continue };
             let run =
                 Run { model: self.model, batch: self.batch, cluster: self.cluster, plan: &plan, pipeline };
             let price = run.price(layer);
             self.priced += 1;
             if price.fits(self.cluster) {
+                fitting.push(least);
                 if found.best.is_none_or(|best| price.step() < best.step()) {
                     found.best = Some(price);
                     if self.one_is_enough {

@@ -164,6 +164,43 @@ fn memory_falls_with_what_each_choice_gives_away() {
     });
 }
 
+/// Stages that share have several microbatches under way: sums travel with each, and so do weights, there
+/// and back unless a way back follows its way there.
+#[test]
+fn stages_that_share_more_hold_less_and_exchange_more() {
+    let (model, batch) = small();
+    let mesh = MeshShape::SOLO.with(Axis::Pp, 2).with(Axis::Fsdp, 4);
+    let of = |zero, schedule| {
+        let plan = Plan { mesh, zero, schedule, microbatch_rows: 4, ..solo() };
+        price(&model, batch, &cluster(), &plan).unwrap()
+    };
+    let bytes = |zero, schedule| of(zero, schedule).traffic[Axis::Fsdp as usize].bytes;
+    // The layers of the first stage and the table of one end; 4 microbatches.
+    let (layers, table, a) = (model.slice_layers(batch.context, 2).0 as f64, model.table_params(), 4.0);
+    let part = 3.0 / 4.0 * (layers * 12.0 * 1024.0 * 1024.0 + table);
+    for schedule in [Schedule::GPipe, Schedule::OneFOneB] {
+        close(bytes(Zero::One, schedule), part * (4.0 + 2.0));
+        let tied = 3.0 / 4.0 * table * 4.0;
+        close(bytes(Zero::Two, schedule), part * (a * 4.0 + 2.0) + tied);
+        let gathered = bytes(Zero::Three, schedule) - part * a * 4.0 - tied;
+        match schedule {
+            Schedule::GPipe => close(gathered, part * 2.0 * a * 2.0),
+            _ => assert!(gathered > part * a * 2.0 && gathered < part * 2.0 * a * 2.0),
+        }
+        let held = [Zero::One, Zero::Two, Zero::Three].map(|zero| of(zero, schedule).memory.device());
+        assert!(held[0] > held[1] && held[1] > held[2], "{held:?}");
+    }
+    // Norms lie in every fourth of these stripes: they take others along, never more than all.
+    let (once, twice) = (bytes(Zero::Two, Schedule::OneFOneB), bytes(Zero::Two, Schedule::ZeroBubble));
+    assert!(twice > once && twice < 2.0 * once, "{once} {twice}");
+    assert_eq!(bytes(Zero::One, Schedule::OneFOneB), bytes(Zero::One, Schedule::ZeroBubble));
+    // A search asks for more sharing only where less does not fit.
+    for schedule in [Schedule::GPipe, Schedule::Interleaved { chunks: 2 }, Schedule::ZeroBubble] {
+        let steps = [Zero::One, Zero::Two, Zero::Three].map(|zero| of(zero, schedule).step());
+        assert!(steps.is_sorted(), "{schedule}: {steps:?}");
+    }
+}
+
 #[test]
 fn a_stage_that_waits_leaves_its_processor_to_others() {
     // Of 8 layers' worth of work the last stage has 5: the head is as large as 4 layers.

@@ -102,7 +102,7 @@ fn add_weight_gradient(
     let (m, n, k) = (x.rows(), dy.cols(), x.cols());
     let (a, b) = (Mat::new(dy.view(), n).t(), Mat::new(x.view(), k));
     if product.stored.is_whole() {
-        let (_, dw, add) = tape.params.weight_and_grad(weight);
+        let (dw, add) = tape.params.grad_mut(weight);
         gemm(n, k, m, a, b, MatMut { data: dw, ld: k }, add, Epilogue::default());
         return Ok(());
     }
@@ -115,7 +115,7 @@ fn add_weight_gradient(
 }
 
 pub(super) fn add_to_grad(tape: &mut Tape<'_>, param: ParamRef, more: &Tensor) {
-    let (_, grad, add) = tape.params.weight_and_grad(param);
+    let (grad, add) = tape.params.grad_mut(param);
     match add {
         true => kernels::elementwise::add_assign(grad, more.view()),
         false => kernels::elementwise::copy(grad, more.view()),

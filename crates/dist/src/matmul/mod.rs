@@ -64,7 +64,7 @@ fn used(weights: &Weights) -> Vec<ParamRef> {
 /// bias.grad += column sums of dy [M, N].
 fn add_bias_gradient(tape: &mut Tape<'_>, bias: Option<ParamRef>, dy: &Tensor) {
     if let Some(bias) = bias {
-        let (_, db) = tape.params.weight_and_added_grad(bias);
+        let db = tape.params.added_grad(bias);
         kernels::elementwise::column_sums(dy.view(), dy.cols(), db);
     }
 }

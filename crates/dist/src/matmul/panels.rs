@@ -218,7 +218,7 @@ fn add_weight_gradient(
 ) -> Result<(), Fault> {
     let walk = Walk::new(product, x, tape.params.spec(weight).len());
     let (m, n) = (walk.x.rows, walk.w.rows);
-    let (_, mut dw) = tape.params.weight_and_added_grad(weight);
+    let mut dw = tape.params.added_grad(weight);
     walk.x.walk(x.view(), &walk.panels, |panel, b| {
         let part = local((n, panel.len(), m), Mat::new(dy.view(), n).t(), b.mat(), DType::F32)?;
         walk.w.deliver(part, dw.reborrow(), panel)

@@ -29,7 +29,7 @@ impl Saved {
         let tables: Vec<ParamRef> = self.lookups.iter().map(|(_, table)| *table).collect();
         tape.moment("embedding", &tables)?;
         for (ids, table) in &self.lookups {
-            let (_, grad) = tape.params.weight_and_added_grad(*table);
+            let grad = tape.params.added_grad(*table);
             kernels::embedding::backward(ids, dy.view(), dy.cols(), grad);
         }
         Ok(())

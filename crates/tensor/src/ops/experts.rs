@@ -196,7 +196,7 @@ fn experts_backward(
 fn add_weight_grads(tape: &mut Tape<'_>, param: ParamRef, starts: &[usize], (dy, x): (&Tensor, &Tensor)) {
     let (n, k) = (dy.cols(), x.cols());
     // Experts nobody chose keep what they have: a stale gradient is cleared first.
-    let (_, mut grad) = tape.params.weight_and_added_grad(param);
+    let mut grad = tape.params.added_grad(param);
     for (e, first, m) in runs(starts) {
         let out = MatMut { data: grad.reborrow().narrow(e * n * k, n * k), ld: k };
         let a = Mat::new(dy.view().narrow(first * n, m * n), n).t();

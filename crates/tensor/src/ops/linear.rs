@@ -94,11 +94,11 @@ impl Tape<'_> {
 /// W.grad += dy^T x; bias.grad += column sums of dy: x [M, in], dy [M, out].
 fn add_gradients(tape: &mut Tape<'_>, x: &Tensor, weight: ParamRef, bias: Option<ParamRef>, dy: &Tensor) {
     let (m, k, n) = (x.rows(), x.cols(), dy.cols());
-    let (_, dw, add) = tape.params.weight_and_grad(weight);
+    let (dw, add) = tape.params.grad_mut(weight);
     let out = MatMut { data: dw, ld: k };
     gemm(n, k, m, Mat::new(dy.view(), n).t(), Mat::new(x.view(), k), out, add, Epilogue::default());
     if let Some(bias) = bias {
-        let (_, db) = tape.params.weight_and_added_grad(bias);
+        let db = tape.params.added_grad(bias);
         kernels::elementwise::column_sums(dy.view(), n, db);
     }
 }

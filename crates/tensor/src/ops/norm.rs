@@ -120,7 +120,7 @@ impl Saved {
                 let (w, dw) = tape.params.weight_and_added_grad(weight);
                 let (mean, dx_out) = (mean.view(), dx.view_mut());
                 layer_norm::backward(x, w, mean, inv, dy.view(), carried, dx_out, dw, db.view_mut());
-                let (_, bias_grad) = tape.params.weight_and_added_grad(bias);
+                let bias_grad = tape.params.added_grad(bias);
                 kernels::elementwise::add_assign(bias_grad, db.view());
             }
         }
@@ -168,7 +168,7 @@ impl SavedHeads {
             dwk.view_mut(),
         );
         for (param, grad) in [(self.wq, dwq), (self.wk, dwk)] {
-            let (_, out) = tape.params.weight_and_added_grad(param);
+            let out = tape.params.added_grad(param);
             kernels::elementwise::add_assign(out, grad.view());
         }
         grads.add(inputs[0], dqkv)

@@ -102,7 +102,7 @@ impl Tape<'_> {
             let out = MatMut { data: dx.view_mut(), ld: d };
             gemm(m, d, n, Mat::new(ds.view(), n), w, out, false, Epilogue::default());
             tape.weight_gradient("scores", &[weight], move |tape| {
-                let (_, dw, add) = tape.params.weight_and_grad(weight);
+                let (dw, add) = tape.params.grad_mut(weight);
                 let (scores, out) = (Mat::new(ds.view(), n), MatMut { data: dw, ld: d });
                 gemm(n, d, m, scores.t(), Mat::new(kept.view(), d), out, add, Epilogue::default());
                 Ok(())

@@ -64,7 +64,7 @@ impl Saved {
         let dy_kept = dy.clone();
         tape.weight_gradient("swiglu_linear", &[weight], move |tape| {
             let (dy, act) = (Mat::new(dy_kept.view(), n), Mat::new(act.view(), f));
-            let (_, dw, add) = tape.params.weight_and_grad(weight);
+            let (dw, add) = tape.params.grad_mut(weight);
             gemm(n, f, m, dy.t(), act, MatMut { data: dw, ld: f }, add, Epilogue::default());
             Ok(())
         })?;

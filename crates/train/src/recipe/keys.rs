@@ -337,7 +337,7 @@ pub const KEYS: &[Key] = &[
         Int(1, 3),
         "3",
         "",
-        "What the ranks of mesh.fsdp share (ZeRO): 1 masters and moments, 2 also gradients, 3 also weights; beside mesh.pp only 1. Changes memory and traffic; results only where microbatches are added up (docs/parallelism.md).",
+        "What the ranks of mesh.fsdp share (ZeRO): 1 masters and moments, 2 also gradients, 3 also weights. Changes memory and traffic; results only where microbatches are added up (docs/parallelism.md).",
     ),
     key(
         "mesh.overlap",

@@ -488,7 +488,7 @@ fn mesh(get: &Get<'_>, train: &TrainRecipe) -> Result<MeshRecipe, RecipeError> {
     };
     let sharding = Sharding { zero, overlap: get.flag("mesh.overlap") };
     let attention = attention.unwrap_or_default();
-    Combination { mesh: shape, scheme, parts, zero, context: train.context }.check()?;
+    Combination { mesh: shape, scheme, parts, context: train.context }.check()?;
     let schedule = stages::schedule(get, &shape, train)?;
     let auto = auto::asked(get, &shape, (scheme, parts))?;
     Ok(MeshRecipe { auto, shape, scheme, parts, attention, deadline, sharding, schedule })

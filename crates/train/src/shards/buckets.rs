@@ -5,12 +5,16 @@
 //! the ranks of `fsdp` scatter the sum, so that each has its own granule of it; that granule is then
 //! added up over whoever else has summands. Sharing gradients (ZeRO 2, 3) they do the former after
 //! every microbatch and keep nothing but the sums of their granules; else microbatches are added up
-//! before anything travels.
+//! before anything travels. A pipeline has several microbatches under way: there every unit of work is
+//! what a microbatch is elsewhere (`units`).
 
 use super::Common;
+use super::units::Units;
+use crate::finals::Finals;
 use crate::ranks;
 use device::DType;
 use dist::cost::Zero;
+use dist::pipeline::Unit;
 use dist::{Array, Axis, CommError, Group, Underway, start_beside};
 use kernels::rank_sum::{Part, rank_sum};
 use memory::pager::About;
@@ -55,10 +59,8 @@ pub(super) struct Buckets {
     sums: Vec<Arc<Sums>>,
     /// By stripe: parameters in it.
     members: Vec<usize>,
-    /// By parameter: uses whose way back is still to come.
-    uses: Vec<u32>,
-    /// By parameter: whether its gradient of this pass is final.
-    closed: Vec<bool>,
+    /// Which gradients of this pass are final.
+    finals: Finals,
     /// By stripe: parameters whose gradient is not final.
     left: Vec<usize>,
     states: Vec<State>,
@@ -66,14 +68,16 @@ pub(super) struct Buckets {
     kept: Vec<Kept>,
     /// By stripe: whether those lie in our granule itself, over tiers, until a moment writes in it.
     laid: Vec<bool>,
-    /// Whether this pass is the last of its step.
+    /// Whether this pass is the last of its step; where units set out, whether all of them have.
     last: bool,
     /// Whether stripes set out before the pass has ended. Stages of a pipeline have several microbatches
     /// under way: a gradient is final when all of them have had their way back. Over tiers a stripe that
     /// is under way could not leave: there it is added up at once, while it is at hand.
     early: bool,
-    /// Gradients the moment at hand writes, and whether it goes back.
-    writing: (Vec<ParamRef>, bool),
+    /// Of stages that share gradients: what each unit writes sets out when that is final.
+    units: Option<Units>,
+    /// Of such a unit: gradients the moment at hand writes.
+    writing: Vec<ParamRef>,
     /// The layer at hand, and stripes that set out in it and in the one before.
     layer: usize,
     set_out: [Vec<usize>; 2],
@@ -87,16 +91,17 @@ impl Buckets {
         let mut members = vec![0; count];
         spans.iter().cloned().flatten().for_each(|stripe| members[stripe] += 1);
         let sums = (0..count).map(|stripe| Arc::new(sums_of(&common, store, spreads, stripe))).collect();
+        let staged = common.mesh.size(Axis::Pp) > 1;
         Buckets {
-            uses: vec![0; spans.len()],
-            closed: vec![false; spans.len()],
+            units: (staged && common.shares(Zero::Two)).then(|| Units::new(&spans, count)),
+            finals: Finals::new(spans.len()),
+            writing: Vec::new(),
             left: members.clone(),
             states: (0..count).map(|_| State::Open).collect(),
             kept: (0..count).map(|_| None).collect(),
             laid: vec![false; count],
             last: true,
-            early: common.mesh.size(Axis::Pp) == 1,
-            writing: Default::default(),
+            early: !staged,
             layer: 0,
             set_out: Default::default(),
             common,
@@ -112,12 +117,11 @@ impl Buckets {
     }
 
     pub fn begin(&mut self, last: bool, store: &mut ParamStore) -> Result<(), Fault> {
-        self.last = last;
-        self.uses.fill(0);
-        self.closed.fill(false);
+        self.last = last && self.units.is_none();
+        self.finals = Finals::new(self.spans.len());
         self.left.clone_from(&self.members);
         self.states.iter_mut().for_each(|state| *state = State::Open);
-        self.writing.0.clear();
+        self.writing.clear();
         self.set_out = Default::default();
         match self.common.shares(Zero::Two) {
             // Our granules have the sums.
@@ -134,22 +138,35 @@ impl Buckets {
         if self.layer != moment.layer {
             self.turn_to(moment.layer)?;
         }
-        match (moment.phase, moment.writes_grads) {
-            (Phase::Forward, false) if self.early => {
-                moment.params.iter().for_each(|param| self.uses[param.index()] += 1);
-            }
-            (_, true) => {
-                for param in moment.params {
-                    for stripe in self.spans[param.index()].clone() {
-                        self.bring(stripe, moment.about(SUM.op), store)?;
-                    }
-                }
-                if self.early {
-                    self.writing.0.extend(moment.params);
-                    self.writing.1 = moment.phase == Phase::Backward;
+        if self.units.is_some() {
+            return self.enter_unit(moment, store);
+        }
+        if moment.writes_grads {
+            for param in moment.params {
+                for stripe in self.spans[param.index()].clone() {
+                    self.bring(stripe, moment.about(SUM.op), store)?;
                 }
             }
-            _ => {}
+        }
+        if self.early {
+            self.finals.enter(moment);
+        }
+        Ok(())
+    }
+
+    /// The same in a unit of a pipeline: what the one before wrote there has gone first.
+    fn enter_unit(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
+        self.units.iter_mut().for_each(|units| units.enter(moment));
+        if moment.phase == Phase::Backward || moment.writes_grads {
+            self.writing.extend(moment.params);
+        }
+        if moment.writes_grads {
+            let spans = moment.params.iter().map(|param| self.spans[param.index()].clone());
+            for stripe in spans.collect::<Vec<_>>().into_iter().flatten() {
+                self.finish(stripe)?;
+                self.states[stripe] = State::Open;
+                self.bring(stripe, moment.about(SUM.op), store)?;
+            }
         }
         Ok(())
     }
@@ -190,20 +207,91 @@ impl Buckets {
 
     /// The moment at hand has ended: stripes whose gradients are all final set out.
     pub fn settle(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
-        let (params, back) = std::mem::take(&mut self.writing);
-        for param in &params {
-            let uses = &mut self.uses[param.index()];
-            *uses -= u32::from(back);
-            if *uses == 0 && !std::mem::replace(&mut self.closed[param.index()], true) {
-                store.settle_grad(*param)?;
-                for stripe in self.spans[param.index()].clone() {
-                    self.left[stripe] -= 1;
-                    if self.left[stripe] == 0 && self.reduces() {
-                        self.set_out(stripe, trace::Phase::Backward, store)?;
-                    }
+        if let Some(units) = &mut self.units {
+            let params = std::mem::take(&mut self.writing);
+            let gone = units.settle(params.into_iter().map(ParamRef::index));
+            return gone.into_iter().try_for_each(|stripe| self.unit_sets_out(stripe, store));
+        }
+        for param in self.finals.settle() {
+            store.settle_grad(param)?;
+            for stripe in self.spans[param.index()].clone() {
+                self.left[stripe] -= 1;
+                if self.left[stripe] == 0 && self.reduces() {
+                    self.start(stripe, trace::Phase::Backward, store)?;
                 }
             }
         }
+        Ok(())
+    }
+
+    /// A unit of a pipeline begins.
+    pub fn begin_unit(&mut self, unit: Unit) {
+        self.units.iter_mut().for_each(|units| units.begin(unit));
+    }
+
+    /// It has ended: what it wrote was taken from every parameter, and is written anew by the next one.
+    pub fn end_unit(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
+        self.settle(store)?;
+        let Some(units) = &mut self.units else { return Ok(()) };
+        units.end().into_iter().try_for_each(|stripe| self.unit_sets_out(stripe, store))?;
+        store.renew_grads();
+        Ok(())
+    }
+
+    /// What a unit wrote of a stripe sets out; what lies beside it there it did not write.
+    fn unit_sets_out(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+        self.reach(stripe, trace::Phase::Backward, Access::ReadWrite, store)?;
+        let start = stripe * self.common.stripes.stripe();
+        store.clear_unwritten(start..start + self.common.stripes.stripe());
+        self.start(stripe, trace::Phase::Backward, store)
+    }
+
+    /// Over tiers: have our granule of the gradients at hand.
+    fn reach(
+        &self,
+        stripe: usize,
+        phase: trace::Phase,
+        access: Access,
+        store: &mut ParamStore,
+    ) -> Result<(), Fault> {
+        let need = |class| Need { class, elements: self.common.own(store, stripe), access };
+        let needs = [need(Class::Grad), need(Class::Grad16)];
+        let rounds = store.rounds_grads() && self.last && access == Access::ReadWrite;
+        // Granules of others are where ops compute.
+        let phase = if self.common.shares(Zero::Two) { trace::Phase::Backward } else { phase };
+        store.bring(About { phase, ..SUM }, &needs[..1 + usize::from(rounds)])
+    }
+
+    /// All units have ended: the sums of our granules become our gradients, and those of parameters that
+    /// are `whole` come together.
+    pub fn end_units(&mut self, whole: &[ParamRef], store: &mut ParamStore) -> Result<(), Fault> {
+        if self.units.is_none() {
+            return store.settle_grads();
+        }
+        for stripe in 0..self.states.len() {
+            self.finish(stripe)?;
+            self.states[stripe] = State::Open;
+            if std::mem::take(&mut self.laid[stripe]) {
+                continue;
+            }
+            self.reach(stripe, trace::Phase::Backward, Access::Write, store)?;
+            let own = self.common.own(store, stripe);
+            let granule = store.arrays_mut().view_mut(Class::Grad, own.clone());
+            match self.kept[stripe].take() {
+                Some(sum) => device::copy(granule, sum.view().narrow(0, own.len())),
+                None => device::fill_zero(granule),
+            }
+        }
+        let mut stripes: Vec<usize> =
+            whole.iter().flat_map(|param| self.spans[param.index()].clone()).collect();
+        stripes.dedup();
+        for stripe in stripes {
+            self.reach(stripe, trace::Phase::Backward, Access::Read, store)?;
+            store.arrays_mut().open_stripe(Class::Grad, stripe);
+            let mut stretch = store.arrays_mut().lend_stripe(Class::Grad, stripe);
+            self.common.fsdp().all_gather_within(stretch.view_mut(DType::F32))?;
+        }
+        self.last = true;
         Ok(())
     }
 
@@ -215,11 +303,14 @@ impl Buckets {
         }
         let open: Vec<usize> =
             (0..self.states.len()).filter(|stripe| matches!(self.states[*stripe], State::Open)).collect();
-        for stripe in &open {
-            self.bring(*stripe, SUM, store)?;
+        // After units our granules are all there is.
+        if self.units.is_none() {
+            for stripe in &open {
+                self.bring(*stripe, SUM, store)?;
+            }
+            store.settle_grads()?;
         }
-        store.settle_grads()?;
-        open.into_iter().try_for_each(|stripe| self.set_out(stripe, trace::Phase::Optimizer, store))?;
+        open.into_iter().try_for_each(|stripe| self.start(stripe, trace::Phase::Optimizer, store))?;
         for stripe in 0..self.states.len() {
             self.finish(stripe)?;
         }
@@ -229,22 +320,20 @@ impl Buckets {
     /// A stripe's gradients are final: add them up, beside what comes next; where chunks come and go at
     /// once, while our granule is at hand. `phase` says where that is: on the way back where ops compute,
     /// there the sum of this rank was written.
-    fn set_out(&mut self, stripe: usize, phase: trace::Phase, store: &mut ParamStore) -> Result<(), Fault> {
+    fn start(&mut self, stripe: usize, phase: trace::Phase, store: &mut ParamStore) -> Result<(), Fault> {
         let (sums, last) = (self.sums[stripe].clone(), self.last);
         let (paged, rounds) = (store.arrays().is_paged(), store.rounds_grads() && last);
         let Common { mesh, stripes, sharding } = &self.common;
-        let (own, scatters, shared) = (stripes.index, stripes.ranks > 1, self.common.shares(Zero::Two));
-        let elements = self.common.own(store, stripe);
+        let (own, shared) = (stripes.index, self.common.shares(Zero::Two));
+        // Units have scattered theirs before the last sum.
+        let scatters = stripes.ranks > 1 && !(self.units.is_some() && last);
         if paged {
             self.states[stripe] = State::Done;
-            if sums.runs.is_empty() && !scatters && !rounds {
+            let idle = sums.runs.is_empty() && !shared && !rounds;
+            if idle || (!scatters && self.common.own(store, stripe).is_empty()) {
                 return Ok(());
             }
-            let need = |class| Need { class, elements: elements.clone(), access: Access::ReadWrite };
-            let needs = [need(Class::Grad), need(Class::Grad16)];
-            // Granules of others are where ops compute.
-            let phase = if shared { trace::Phase::Backward } else { phase };
-            store.bring(About { phase, ..SUM }, &needs[..1 + usize::from(rounds)])?;
+            self.reach(stripe, phase, Access::ReadWrite, store)?;
         }
         let fsdp = scatters.then(|| self.common.fsdp());
         let beyond = sums.axes.iter().filter(|_| last).map(|axis| mesh.group(*axis));
@@ -277,8 +366,9 @@ impl Buckets {
         };
         if paged {
             add_up(&groups)?;
-            self.laid[stripe] = !last;
+            self.laid[stripe] = !last && !self.common.own(store, stripe).is_empty();
             if rounds {
+                let elements = self.common.own(store, stripe);
                 store.round(elements.clone());
                 store.forget_sums(elements)?;
             }

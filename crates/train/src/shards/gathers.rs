@@ -68,7 +68,7 @@ impl Gathers {
 
     /// Make the weights of a moment about to run whole.
     pub fn enter(&mut self, moment: &Moment<'_>, store: &mut ParamStore) -> Result<(), Fault> {
-        if !self.active {
+        if !self.active || !moment.reads_weights {
             return Ok(());
         }
         if self.stays.last().is_none_or(|stay| stay.layer != moment.layer) {

@@ -9,10 +9,12 @@
 mod buckets;
 mod gathers;
 mod norm;
+mod units;
 
 use crate::optimizer::AdamW;
 use buckets::Buckets;
 use dist::cost::Zero;
+use dist::pipeline::Unit;
 use dist::{Axis, Group, Mesh, Underway, start_beside};
 use gathers::Gathers;
 use memory::trace::Access;
@@ -156,6 +158,28 @@ impl Shards {
             self.buckets.enter(moment, store)?;
         }
         Ok(())
+    }
+
+    /// A unit of a pipeline's work begins.
+    pub fn begin_unit(&mut self, unit: Unit) {
+        if self.pass != Pass::Running {
+            self.buckets.begin_unit(unit);
+        }
+    }
+
+    /// It has ended.
+    pub fn end_unit(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
+        match self.pass {
+            Pass::Running => Ok(()),
+            _ => self.buckets.end_unit(store),
+        }
+    }
+
+    /// All units of a pass have ended: gradients of what both ends of the pipeline have are whole.
+    pub fn end_units(&mut self, store: &mut ParamStore, spreads: &[Spread]) -> Result<(), Fault> {
+        let ends = store.refs().zip(spreads).filter(|(_, spread)| spread.both_ends);
+        let ends: Vec<_> = ends.map(|(param, _)| param).collect();
+        self.buckets.end_units(&ends, store)
     }
 
     /// The pass has ended. After the last one of a step our granules of the gradients are final.
