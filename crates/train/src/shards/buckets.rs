@@ -200,7 +200,7 @@ impl Buckets {
         let (params, back) = std::mem::take(&mut self.writing);
         if let Some(units) = &mut self.units {
             let gone = units.settle(params.into_iter().map(ParamRef::index));
-            return gone.into_iter().try_for_each(|stripe| self.set_out(stripe, store));
+            return gone.into_iter().try_for_each(|stripe| self.unit_sets_out(stripe, store));
         }
         for param in &params {
             let uses = &mut self.uses[param.index()];
@@ -231,13 +231,13 @@ impl Buckets {
     pub fn end_unit(&mut self, store: &mut ParamStore) -> Result<(), Fault> {
         self.settle(store)?;
         let Some(units) = &mut self.units else { return Ok(()) };
-        units.end().into_iter().try_for_each(|stripe| self.set_out(stripe, store))?;
+        units.end().into_iter().try_for_each(|stripe| self.unit_sets_out(stripe, store))?;
         store.renew_grads();
         Ok(())
     }
 
     /// What a unit wrote of a stripe sets out; what lies beside it there it did not write.
-    fn set_out(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
+    fn unit_sets_out(&mut self, stripe: usize, store: &mut ParamStore) -> Result<(), Fault> {
         let start = stripe * self.common.stripes.stripe();
         store.clear_unwritten(start..start + self.common.stripes.stripe());
         self.start(stripe, store)
