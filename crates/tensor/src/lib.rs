@@ -8,6 +8,7 @@
 
 mod fault;
 mod filed;
+mod grads;
 mod init;
 mod ops;
 mod params;
