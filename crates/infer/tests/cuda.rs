@@ -1,7 +1,7 @@
 //! Models speak on a GPU as they speak on the CPU. The GPU is played by the CPU, which runs the text of the kernels;
 //! built with `TRILITH_GPU=real` the test takes the machine's own.
 
-use device::cuda::{self, Emulated};
+use device::cuda;
 use device::{DType, Device, View};
 use dist::Mesh;
 use infer::{Generation, Sampling, Session};
@@ -40,9 +40,7 @@ fn spoken(config: &Config, device: Device, dtype: DType) -> (Vec<f32>, Vec<u32>)
 
 #[test]
 fn logits_and_words_are_those_of_the_cpu() {
-    if option_env!("TRILITH_GPU") != Some("real") {
-        assert!(cuda::play(Box::new(Emulated::new(1 << 30))), "nobody asked for a GPU before");
-    }
+    let _gpu = cuda::for_a_test();
     device::Threads::new(2).unwrap().run(|| {
         let qwen3 = json!({"model_type": "qwen3", "head_dim": 16});
         for (family, dtype, most) in

@@ -2,7 +2,7 @@
 
 use memory::plan::{
     Aim, Ask, Budgets, LinkRate, Plan, Rates, Refusal, Rule, StateLayout, Transformer, Updates, plan_with,
-    replay,
+    replay, stretches,
 };
 use memory::trace::{Access, ChunkId, Moment, Phase, Runs, Trace};
 use memory::{Class, Tier};
@@ -118,6 +118,32 @@ proptest! {
     }
 }
 
+/// Seconds that the order of a step asks for.
+fn ordered_s(trace: &Trace, budgets: &Budgets) -> Option<f64> {
+    Some(stretches(trace, budgets)?.iter().map(|stretch| stretch.seconds(RATES.nvme)).sum())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(400))]
+
+    /// With any run of moments as the backward pass.
+    #[test]
+    fn no_plan_is_quicker_than_its_order_allows(
+        mut trace in traces(14, 30),
+        three in any::<bool>(),
+        (hbm, dram) in (5u8..80, 5u8..80),
+        (first, len) in (0usize..30, 1usize..12),
+    ) {
+        let moments = trace.moments.len();
+        let backward = trace.moments.iter_mut().skip(first % moments).take(len);
+        backward.for_each(|moment| moment.phase = Phase::Backward);
+        let budgets = machine(&trace, if three { 2 } else { 0 }, hbm, dram);
+        let (budgets, plan) = remedied(&trace, budgets, &Ask::default()).map_err(TestCaseError::fail)?;
+        let least = ordered_s(&trace, &budgets).expect("a drive and a backward pass");
+        prop_assert!(least <= plan.step_s() * (1.0 + 1e-9), "{} above {}", least, plan.step_s());
+    }
+}
+
 /// Steps of transformers whose chunks are small beside the budget.
 fn transformers() -> impl Strategy<Value = Transformer> {
     let sizes = (4u32..12, 2u32..6, 1u32..4, 0u64..3000, 0u64..2000);
@@ -165,6 +191,9 @@ proptest! {
         let slack = 2 * 2 * largest * u64::from(2 * model.accumulate + 1);
         let over = link.moved_bytes() - link.bound_bytes;
         prop_assert!(over <= slack.max(link.bound_bytes / 20), "{:?}, chunks of {}", link, largest);
+        let quick = plan_with(&trace, &budgets, &RATES, &Ask::default()).expect("fits");
+        let least = ordered_s(&trace, &budgets).expect("a drive and a backward pass");
+        prop_assert!(least <= quick.step_s() * (1.0 + 1e-9), "{} above {}", least, quick.step_s());
     }
 }
 

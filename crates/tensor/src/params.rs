@@ -12,7 +12,7 @@ use crate::{Fault, Tensor};
 use device::{Buffer, DType, Device, OutOfMemory, View, ViewMut};
 use memory::pager::{About, PagerError, Setup};
 use memory::trace::Access;
-use memory::{Arrays, Class, Need, Stripes, trace};
+use memory::{Arrays, Class, Need, Stripes};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Mutex;

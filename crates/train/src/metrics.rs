@@ -9,6 +9,7 @@ use crate::predicted::{Predicted, PredictedLink};
 use crate::tensorboard::EventWriter;
 use dist::Counts;
 use memory::pager::{LinkCount, TierCount, TierReport};
+use memory::plan::Stretch;
 use serde_json::{Map, Value, json};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
@@ -241,6 +242,11 @@ fn tiers_line(tiers: &TierReport) -> Value {
             "up_s": link.up_s, "down_s": link.down_s, "stall_s": link.stall_s,
         })
     };
+    let stretch = |stretch: Stretch| {
+        json!({
+            "compute_s": stretch.compute_s, "up_bytes": stretch.up_bytes, "down_bytes": stretch.down_bytes,
+        })
+    };
     let tier = |tier: &TierCount| {
         json!({
             "tier": tier.tier.to_string(), "peak_bytes": tier.peak_bytes,
@@ -249,7 +255,7 @@ fn tiers_line(tiers: &TierReport) -> Value {
     };
     json!({
         "links": tiers.links.iter().map(link).collect::<Vec<_>>(), "tiers": tiers.tiers.iter().map(tier).collect::<Vec<_>>(),
-        "other_bytes": tiers.other_bytes,
+        "other_bytes": tiers.other_bytes, "stretches": tiers.stretches.map(|both| both.map(stretch)),
     })
 }
 

@@ -4,24 +4,8 @@
 mod common;
 
 use common::{MODEL, Place, budget, log, moved};
-use device::cuda::{self, Emulated};
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use device::cuda;
 use train::{Prepared, Start};
-
-/// One test at a time: there is one GPU, and what is held is counted for the whole process.
-static ALONE: Mutex<()> = Mutex::new(());
-
-fn gpu() -> MutexGuard<'static, ()> {
-    static CHOSEN: Once = Once::new();
-    CHOSEN.call_once(|| {
-        if option_env!("TRILITH_GPU") == Some("real") {
-            eprintln!("on {}", cuda::gpu().expect("TRILITH_GPU=real asks for a GPU").card().name);
-        } else {
-            assert!(cuda::play(Box::new(Emulated::new(1 << 30))), "nobody asked for a GPU before");
-        }
-    });
-    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 /// What a GPU that is played by the CPU runs in a second.
 const SMALL: [&str; 5] =
@@ -41,7 +25,7 @@ fn losses(place: &Place, dir: &str) -> Vec<f64> {
 
 #[test]
 fn runs_learn_what_they_learn_on_the_cpu() {
-    let _gpu = gpu();
+    let _gpu = cuda::for_a_test();
     let place = Place::new();
     let variants: &[(&[&str], f64)] = &[
         (&["train.precision=f32"], 2e-4),
@@ -69,7 +53,7 @@ fn runs_learn_what_they_learn_on_the_cpu() {
 
 #[test]
 fn tiers_behind_a_gpu_change_no_bit() {
-    let _gpu = gpu();
+    let _gpu = cuda::for_a_test();
     let place = Place::new();
     let variants: &[&[&str]] = &[
         &["train.clip=0"],
@@ -109,7 +93,7 @@ fn tiers_behind_a_gpu_change_no_bit() {
 
 #[test]
 fn a_run_goes_on_where_it_stopped_on_the_gpu() {
-    let _gpu = gpu();
+    let _gpu = cuda::for_a_test();
     let place = Place::new();
     let sets = [&MODEL[..], &SMALL, &["train.device=cuda"]].concat();
     place.run("whole", &sets, Start::New, None).unwrap();
@@ -127,7 +111,7 @@ fn a_run_goes_on_where_it_stopped_on_the_gpu() {
 
 #[test]
 fn what_a_gpu_cannot_do_is_said_before_anything_begins() {
-    let _gpu = gpu();
+    let _gpu = cuda::for_a_test();
     let place = Place::new();
     let refused = |sets: &[&str]| {
         place.settings("probe", &[&MODEL[..], sets].concat()).recipe().unwrap_err().to_string()

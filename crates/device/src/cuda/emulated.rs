@@ -5,7 +5,7 @@ mod memory;
 mod program;
 
 use super::driver::{self, Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
-use super::lock;
+use super::{gpu, lock, play};
 use crate::DType;
 use half::bf16;
 use memory::Memory;
@@ -13,7 +13,22 @@ use program::Program;
 use std::ffi::c_void;
 use std::num::NonZeroU64;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard, Once};
+
+/// The GPU of a process that tests, for one test at a time: its memory is counted for the whole process, and ops
+/// share a workspace. The CPU plays it unless this was built with `TRILITH_GPU=real`, which takes the machine's own.
+pub fn for_a_test() -> MutexGuard<'static, ()> {
+    static CHOSEN: Once = Once::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    CHOSEN.call_once(|| {
+        if option_env!("TRILITH_GPU") == Some("real") {
+            eprintln!("on {}", gpu().expect("TRILITH_GPU=real asks for a GPU").card().name);
+        } else {
+            assert!(play(Box::new(Emulated::new(1 << 30))), "nobody asked for a GPU before");
+        }
+    });
+    lock(&TURN)
+}
 
 /// The GPU that is played.
 pub struct Emulated {

@@ -12,7 +12,7 @@ mod real;
 
 pub use driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Program, Stream};
 #[cfg(feature = "emulate")]
-pub use emulated::Emulated;
+pub use emulated::{Emulated, for_a_test};
 
 pub use nvrtc::{compile, has_compiler};
 

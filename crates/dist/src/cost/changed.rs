@@ -1,7 +1,7 @@
 //! A plan with one thing changed, for the answer of a search.
 
+use super::choices::{mixed, offloads, schemes};
 use super::plan::{Plan, Zero};
-use super::search::{mixed, offloads, schemes};
 use crate::pipeline::Schedule;
 use crate::{Axis, Parts, Scheme};
 
@@ -19,8 +19,8 @@ pub(super) fn changed(plan: &Plan, offload: bool) -> Vec<(String, Plan)> {
     let recompute = !plan.recompute;
     let word = if recompute { "recompute always" } else { "recompute never" };
     all.push((word.into(), Plan { recompute, ..*plan }));
-    for choice in offloads(offload).into_iter().filter(|choice| *choice != plan.offload) {
-        all.push((format!("{choice} on the host"), Plan { offload: choice, ..*plan }));
+    for choice in offloads(offload).iter().filter(|choice| **choice != plan.offload) {
+        all.push((format!("{choice} on the host"), Plan { offload: *choice, ..*plan }));
     }
     if plan.mesh.size(Axis::Fsdp) > 1 {
         for zero in [Zero::One, Zero::Two, Zero::Three].into_iter().filter(|zero| *zero != plan.zero) {

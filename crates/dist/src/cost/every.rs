@@ -1,9 +1,9 @@
 //! Every plan for a few ranks, cheapest first: where ranks are threads or processes of the machines at
 //! hand, a run takes the first that training accepts.
 
+use super::choices::{mixed, variants};
 use super::plan::{Offload, Plan, Zero};
 use super::price::{Price, price};
-use super::search::{mixed, variants};
 use super::volume::Grid;
 use super::{Batch, Cluster, ModelShape};
 use crate::pipeline::Schedule;

@@ -1,5 +1,6 @@
 //! Bytes of the fullest rank, by what they hold.
 
+use super::cluster::Cluster;
 use super::plan::{Plan, Zero};
 use super::volume::{Half, Laid, block, overlaps};
 use super::{Batch, ModelShape, Pair, experts};
@@ -28,7 +29,7 @@ const LOSS_SLICE: f64 = 256.0;
 
 /// Part of a device's memory a plan may fill: the rest is for the driver, the communicator's
 /// buffers and fragments.
-pub(super) const USABLE: f64 = 0.92;
+const USABLE: f64 = 0.92;
 
 /// Bytes of the fullest rank.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -50,6 +51,11 @@ impl Memory {
     pub fn device(&self) -> f64 {
         self.weights + self.grads + self.optimizer + self.activations
     }
+
+    /// Whether it stays within a device and its share of the host.
+    pub fn fits(&self, cluster: &Cluster) -> bool {
+        self.device() <= cluster.device_bytes * USABLE && self.host <= cluster.host_bytes * USABLE
+    }
 }
 
 /// Pieces a weight of `scheme` is cut into.
@@ -61,10 +67,40 @@ pub(super) fn weight_cut(plan: &Plan, scheme: Scheme) -> f64 {
     }
 }
 
-/// Layers of the fullest stage.
-pub(super) fn stage_layers(model: &ModelShape, batch: Batch, plan: &Plan) -> usize {
-    let chunks = plan.schedule.chunks();
-    model.slice_layers(batch.context, plan.mesh.size(Axis::Pp) * chunks).0 * chunks
+/// What the fullest rank has, whatever shards share and whatever waits on the host: the same for many plans.
+pub(super) struct Fullest {
+    /// Layers of its longest slice, and of the last slice of all.
+    pub slice: (usize, usize),
+    /// Layers of its stage.
+    pub layers: usize,
+    pub params: RankParams,
+    /// Elements kept of one layer that does not run again.
+    layer_kept: f64,
+    /// Bytes kept from forward to backward by the fullest stage, the first.
+    kept: f64,
+    /// Microbatches and chunks of them.
+    live: usize,
+}
+
+impl Fullest {
+    pub fn of(model: &ModelShape, batch: Batch, plan: &Plan) -> Fullest {
+        let chunks = plan.schedule.chunks();
+        let slice = model.slice_layers(batch.context, plan.mesh.size(Axis::Pp) * chunks);
+        let (layers, m) = (slice.0 * chunks, tokens(batch, plan));
+        let layer_kept = kept_elements(model, plan, m);
+        let each = match plan.recompute {
+            true => m * model.width as f64 / plan.mesh.grid().size() as f64,
+            false => layer_kept,
+        };
+        let live = plan.pipeline(batch).map_or(0, |pipeline| pipeline.peak_live(0));
+        let kept = live as f64 * slice.0 as f64 * each * ACTIVATION_BYTES;
+        Fullest { slice, layers, params: RankParams::of(model, plan, layers), layer_kept, kept, live }
+    }
+
+    /// Bytes of one microbatch's kept values on one chunk.
+    pub fn chunk_kept_bytes(&self) -> f64 {
+        self.kept / self.live.max(1) as f64
+    }
 }
 
 /// Matrix parameters of the fullest rank.
@@ -80,10 +116,10 @@ pub(super) struct RankParams {
 }
 
 impl RankParams {
-    pub fn of(model: &ModelShape, batch: Batch, plan: &Plan) -> RankParams {
+    fn of(model: &ModelShape, plan: &Plan, layers: usize) -> RankParams {
         // The first stage has the embedding, the last the head; alone, they share a tied one.
         let tables = if plan.mesh.size(Axis::Pp) == 1 && !model.tied { 2.0 } else { 1.0 };
-        let layers = stage_layers(model, batch, plan) as f64;
+        let layers = layers as f64;
         let (experts, routers) =
             model.mixture.map_or((0.0, 0.0), |mixture| experts::params(model, &mixture, plan));
         RankParams {
@@ -167,15 +203,15 @@ pub(super) fn passing_elements(model: &ModelShape, plan: &Plan, m: f64) -> (f64,
     (stream, inner + model.mixture.map_or(0.0, |mixture| experts::kept(model, &mixture, plan, m)))
 }
 
-/// Memory of the fullest rank.
-pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
+/// Memory of the fullest rank, which has `fullest`.
+pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan, fullest: &Fullest) -> Memory {
     let state = STATE_BYTES;
     let (mesh, m) = (&plan.mesh, tokens(batch, plan));
     let shards = mesh.size(Axis::Fsdp) as f64;
     let shared = |stage: Zero| if plan.zero >= stage { shards } else { 1.0 };
-    let held = RankParams::of(model, batch, plan);
-    let params = held.all();
-    let per_layer = held.layers() / stage_layers(model, batch, plan) as f64;
+    let Fullest { layers, params: held, kept, .. } = fullest;
+    let (params, layers, kept) = (held.all(), *layers as f64, *kept);
+    let per_layer = held.layers() / layers;
     let one_table = model.table_params() / weight_cut(plan, plan.scheme);
     // Part of what is whole for a while that is not the rank's own.
     let others = 1.0 - 1.0 / shards;
@@ -186,15 +222,14 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
     }
     for pair in model.pairs().iter().filter(|pair| plan.scheme_of(**pair) == Scheme::ThreeD) {
         // The formula of 3D keeps gathered weights from forward to backward.
-        let held = stage_layers(model, batch, plan) as f64 * pairs(model, plan, |other| other == *pair);
+        let held = layers * pairs(model, plan, |other| other == *pair);
         weights += held * (plan.laid(*pair).grid.x as f64 - 1.0) * state.weight;
     }
     let optimizer = params * state.optimizer / shared(Zero::One);
-    let (kept, layers) = (activation_bytes(model, batch, plan), stage_layers(model, batch, plan));
-    let scratch = kept_elements(model, plan, m) * ACTIVATION_BYTES + context_scratch(model, plan, m);
+    let scratch = fullest.layer_kept * ACTIVATION_BYTES + context_scratch(model, plan, m);
     let head = 2.0 * LOSS_SLICE.min(m) * model.vocab as f64 * 4.0 / mesh.grid().size() as f64;
     // Offloaded activations: one layer leaves while the next is computed.
-    let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers as f64) } else { kept };
+    let on_device = if plan.offload.activations { kept.min(2.0 * kept / layers) } else { kept };
     let mut grads = params * state.grad / shared(Zero::Two);
     if plan.zero >= Zero::Two && shards > 1.0 {
         // Whole are the gradients of the layer at work and of the one before, on their way; that of a
@@ -220,22 +255,4 @@ pub(super) fn memory(model: &ModelShape, batch: Batch, plan: &Plan) -> Memory {
         memory.host += kept;
     }
     memory
-}
-
-/// Bytes kept from forward to backward by the fullest stage, the first.
-fn activation_bytes(model: &ModelShape, batch: Batch, plan: &Plan) -> f64 {
-    let m = tokens(batch, plan);
-    let each = match plan.recompute {
-        true => m * model.width as f64 / plan.mesh.grid().size() as f64,
-        false => kept_elements(model, plan, m),
-    };
-    let live = plan.pipeline(batch).map_or(0, |pipeline| pipeline.peak_live(0));
-    let chunk_layers = stage_layers(model, batch, plan) / plan.schedule.chunks();
-    live as f64 * chunk_layers as f64 * each * ACTIVATION_BYTES
-}
-
-/// Bytes of one microbatch's kept values on one chunk.
-pub(super) fn chunk_kept_bytes(model: &ModelShape, batch: Batch, plan: &Plan) -> f64 {
-    let live = plan.pipeline(batch).map_or(1, |pipeline| pipeline.peak_live(0)).max(1);
-    activation_bytes(model, batch, plan) / live as f64
 }

@@ -5,6 +5,7 @@
 //! T tokens a row; E experts, k of a token; x, y, z sizes of the tensor axes.
 
 mod changed;
+mod choices;
 mod cluster;
 mod every;
 mod experts;

@@ -2,10 +2,9 @@
 
 use super::cluster::Cluster;
 use super::memory::{
-    ACTIVATION_BYTES, Memory, RankParams, STATE_BYTES, USABLE, chunk_kept_bytes, memory, pairs, stage_layers,
-    tokens, weight_cut,
+    ACTIVATION_BYTES, Fullest, Memory, RankParams, STATE_BYTES, memory, pairs, tokens, weight_cut,
 };
-use super::plan::{Plan, PlanError, Zero};
+use super::plan::{Offload, Plan, PlanError, Zero};
 use super::seconds::{LayerCost, Phase, Phases, Seconds, context_flows};
 use super::volume::Flow;
 use super::{Batch, ExpertFlow, ExpertFlows, ModelShape, experts, pool_flows};
@@ -45,8 +44,7 @@ pub struct Price {
 impl Price {
     /// Whether it stays within a device and its share of the host.
     pub fn fits(&self, cluster: &Cluster) -> bool {
-        self.memory.device() <= cluster.device_bytes * USABLE
-            && self.memory.host <= cluster.host_bytes * USABLE
+        self.memory.fits(cluster)
     }
 
     /// Seconds of the step.
@@ -64,7 +62,8 @@ impl Price {
 pub fn price(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> Result<Price, PlanError> {
     let pipeline = plan.check(model, batch)?;
     let layer = LayerCost::new(model, batch, cluster, plan);
-    Ok(Run { model, batch, cluster, plan, pipeline }.price(&layer))
+    let run = Run::new((model, batch, cluster), *plan, pipeline, &layer);
+    Ok(run.price(plan.zero, plan.offload))
 }
 
 /// Phases of one chunk for one microbatch.
@@ -75,44 +74,67 @@ struct Chunks {
     mean: Phases,
 }
 
-/// A checked plan with all it is priced from.
+/// A checked plan, priced as far as it costs the same whatever its shards share and whatever waits on the host.
 pub(super) struct Run<'a> {
-    pub model: &'a ModelShape,
-    pub batch: Batch,
-    pub cluster: &'a Cluster,
-    pub plan: &'a Plan,
-    pub pipeline: Pipeline,
+    model: &'a ModelShape,
+    batch: Batch,
+    cluster: &'a Cluster,
+    plan: Plan,
+    pipeline: Pipeline,
+    fullest: Fullest,
+    /// Of a chunk on the stage that has most to do.
+    times: Times,
+    /// The rest only adds to it.
+    seconds: Seconds,
+    traffic: [AxisTraffic; Axis::ALL.len()],
 }
 
-impl Run<'_> {
-    pub fn price(&self, layer: &LayerCost) -> Price {
-        let chunks = self.chunks(layer);
-        let mut seconds = self.pipeline_seconds(&chunks);
-        let times = chunks.longest.times();
-        let mut traffic = self.tensor_traffic(layer);
-        self.pass_messages(&mut seconds, &mut traffic, times);
-        self.reduce_gradients(&mut seconds, &mut traffic, times);
-        self.update(&mut seconds);
-        self.offload_activations(&mut seconds, times);
+impl<'a> Run<'a> {
+    pub fn new(
+        (model, batch, cluster): (&'a ModelShape, Batch, &'a Cluster),
+        plan: Plan,
+        pipeline: Pipeline,
+        layer: &LayerCost,
+    ) -> Run<'a> {
+        let fullest = Fullest::of(model, batch, &plan);
+        let (times, seconds, traffic) = Default::default();
+        let mut run = Run { model, batch, cluster, plan, pipeline, fullest, times, seconds, traffic };
+        let chunks = run.chunks(layer);
+        run.times = chunks.longest.times();
+        run.seconds = run.pipeline_seconds(&chunks);
+        run.traffic = run.tensor_traffic(layer);
+        run.pass_messages();
+        run
+    }
+
+    /// The step is no shorter, whatever is shared and whatever waits.
+    pub fn least(&self) -> f64 {
+        self.seconds.total()
+    }
+
+    pub fn memory(&self, zero: Zero, offload: Offload) -> Memory {
+        memory(self.model, self.batch, &Plan { zero, offload, ..self.plan }, &self.fullest)
+    }
+
+    pub fn price(&self, zero: Zero, offload: Offload) -> Price {
+        let plan = Plan { zero, offload, ..self.plan };
+        let (mut seconds, mut traffic) = (self.seconds, self.traffic);
+        self.reduce_gradients(zero, &mut seconds, &mut traffic);
+        self.update(offload, &mut seconds);
+        self.offload_activations(offload, &mut seconds);
         for axis in Axis::ALL {
-            let size = self.plan.mesh.size(axis);
+            let size = plan.mesh.size(axis);
             traffic[axis as usize].peers = if axis == Axis::Pp { (size - 1).min(2) } else { size - 1 };
         }
-        Price {
-            plan: *self.plan,
-            seconds,
-            memory: memory(self.model, self.batch, self.plan),
-            traffic,
-            microbatches: self.pipeline.microbatches(),
-        }
+        let microbatches = self.pipeline.microbatches();
+        Price { plan, seconds, memory: self.memory(zero, offload), traffic, microbatches }
     }
 
     /// One chunk for one microbatch: of the stage that has most to do, and the mean of all.
     fn chunks(&self, cost: &LayerCost) -> Chunks {
         let (p, v) = (self.pipeline.stages() as f64, self.pipeline.chunks() as f64);
-        let slices = self.pipeline.stages() * self.pipeline.chunks();
         // The last slice has the head, and fewer layers for it.
-        let (layers, last) = self.model.slice_layers(self.batch.context, slices);
+        let (layers, last) = self.fullest.slice;
         let mut layer = cost.layer;
         if self.model.mixture.is_some() {
             layer.forward.experts += experts::seconds(self.cluster, &self.plan.mesh, &self.pooled());
@@ -167,7 +189,7 @@ impl Run<'_> {
     fn tensor_traffic(&self, cost: &LayerCost) -> [AxisTraffic; Axis::ALL.len()] {
         let mut traffic = [AxisTraffic::default(); Axis::ALL.len()];
         let microbatches = self.pipeline.microbatches() as f64;
-        let layers = microbatches * stage_layers(self.model, self.batch, self.plan) as f64;
+        let layers = microbatches * self.fullest.layers as f64;
         let forwards = if self.plan.recompute { 2.0 } else { 1.0 };
         for (i, axis) in [Axis::X, Axis::Y, Axis::Z].into_iter().enumerate() {
             let flows = [(cost.flows.0[i], forwards * layers), (cost.flows.1[i], layers)];
@@ -176,7 +198,7 @@ impl Run<'_> {
             }
         }
         if self.plan.mesh.size(Axis::Cp) > 1 {
-            let flows = context_flows(self.model, self.plan, tokens(self.batch, self.plan));
+            let flows = context_flows(self.model, &self.plan, tokens(self.batch, &self.plan));
             let context = &mut traffic[Axis::Cp as usize];
             context.add(flows.forward, ACTIVATION_BYTES, forwards * layers);
             context.add(flows.backward, ACTIVATION_BYTES, layers);
@@ -204,46 +226,42 @@ impl Run<'_> {
 
     /// Activations and gradients between stages. Sends do not wait, so what shows is the way of the
     /// first microbatch down and of the last gradient up, and a link that is slower than a chunk.
-    fn pass_messages(
-        &self,
-        seconds: &mut Seconds,
-        traffic: &mut [AxisTraffic; Axis::ALL.len()],
-        times: Times,
-    ) {
+    fn pass_messages(&mut self) {
         if self.pipeline.stages() == 1 {
             return;
         }
         let grid = self.plan.mesh.grid().size() as f64;
-        let elements = tokens(self.batch, self.plan) * self.model.width as f64 / grid;
+        let elements = tokens(self.batch, &self.plan) * self.model.width as f64 / grid;
         let flow = Flow { elements, calls: 1.0, hops: 1.0 };
         let each = self.cluster.link(&self.plan.mesh, Axis::Pp).seconds(flow, ACTIVATION_BYTES);
         let (slices, runs) = (
             self.pipeline.stages() * self.pipeline.chunks(),
             (self.pipeline.microbatches() * self.pipeline.chunks()) as f64,
         );
+        let times = self.times;
         let behind =
             (each - times.forward).max(0.0) + (each - times.backward_input - times.backward_weight).max(0.0);
         // Whoever waits for a message leaves its processor to others.
-        seconds.messages = (2.0 * (slices as f64 - 1.0) * each + runs * behind) / self.cluster.pace.sharing;
-        traffic[Axis::Pp as usize].add(flow, ACTIVATION_BYTES, 2.0 * runs);
+        self.seconds.messages =
+            (2.0 * (slices as f64 - 1.0) * each + runs * behind) / self.cluster.pace.sharing;
+        self.traffic[Axis::Pp as usize].add(flow, ACTIVATION_BYTES, 2.0 * runs);
     }
 
     /// Sum gradients over everything that holds copies: the shards scatter the sum, then each is summed
     /// over the other axes, once a step; gather sharded weights.
     fn reduce_gradients(
         &self,
+        zero: Zero,
         seconds: &mut Seconds,
         traffic: &mut [AxisTraffic; Axis::ALL.len()],
-        times: Times,
     ) {
-        let (mesh, zero) = (&self.plan.mesh, self.plan.zero);
-        let held = RankParams::of(self.model, self.batch, self.plan);
+        let (mesh, times, held) = (&self.plan.mesh, self.times, &self.fullest.params);
         let params = held.all();
         let microbatches = self.pipeline.microbatches() as f64;
         let mut once = 0.0;
         let shards = mesh.size(Axis::Fsdp) as f64;
         for axis in [Axis::Dp, Axis::Ep, Axis::Cp, Axis::X, Axis::Y, Axis::Z] {
-            let mut flow = Flow::ring(mesh.size(axis) as f64, self.summed(&held, axis) / shards);
+            let mut flow = Flow::ring(mesh.size(axis) as f64, self.summed(held, axis) / shards);
             if flow.elements == 0.0 {
                 continue;
             }
@@ -252,7 +270,7 @@ impl Run<'_> {
             traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
         }
         let link = self.cluster.link(mesh, Axis::Fsdp);
-        let twice = if zero == Zero::One { 0.0 } else { self.scattered_twice(&held) };
+        let twice = if zero == Zero::One { 0.0 } else { self.scattered_twice(held) };
         let (scatter, gather) = (Flow::ring(shards, params + twice), Flow::ring(shards, params));
         let scattered = link.seconds(scatter, STATE_BYTES.grad);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
@@ -262,7 +280,7 @@ impl Run<'_> {
         let (forward, backward) =
             (hiding * times.forward, hiding * (times.backward_input + times.backward_weight));
         let fsdp = &mut traffic[Axis::Fsdp as usize];
-        let layers = stage_layers(self.model, self.batch, self.plan) as f64;
+        let layers = self.fullest.layers as f64;
         if shards > 1.0 {
             let scatters = if zero == Zero::One { 1.0 } else { microbatches };
             // Forward and backward; where one follows the other, the head and the last layer are still there.
@@ -307,7 +325,7 @@ impl Run<'_> {
             return 0.0;
         }
         let stripes = Stripes::new(held.all() as usize, self.plan.mesh.size(Axis::Fsdp), 0);
-        let norms = 2 * stage_layers(self.model, self.batch, self.plan);
+        let norms = 2 * self.fullest.layers;
         held.layers().min((norms * stripes.stripe()) as f64)
     }
 
@@ -318,10 +336,9 @@ impl Run<'_> {
         if stages == 1.0 {
             return 1.0;
         }
-        let held = RankParams::of(self.model, self.batch, self.plan);
-        let fullest = stage_layers(self.model, self.batch, self.plan) as f64;
+        let (held, fullest) = (&self.fullest.params, self.fullest.layers as f64);
         let layers = (held.all() - held.tables) * self.model.layers as f64 / (fullest * stages);
-        let tables = 2.0 * self.model.table_params() / weight_cut(self.plan, self.plan.scheme) / stages;
+        let tables = 2.0 * self.model.table_params() / weight_cut(&self.plan, self.plan.scheme) / stages;
         ((layers + tables) / held.all()).max(1.0 / self.cluster.pace.sharing)
     }
 
@@ -334,24 +351,23 @@ impl Run<'_> {
         let plain = match axis {
             Axis::Dp | Axis::Ep | Axis::Cp => held.plain + held.tables,
             _ => {
-                let layers = stage_layers(self.model, self.batch, self.plan) as f64;
-                let plain = pairs(self.model, self.plan, |pair| deep(self.plan.scheme_of(pair)));
+                let layers = self.fullest.layers as f64;
+                let plain = pairs(self.model, &self.plan, |pair| deep(self.plan.scheme_of(pair)));
                 layers * plain + part(held.tables, deep(self.plan.scheme))
             }
         };
         if self.model.mixture.is_none() {
             return plain;
         }
-        let (experts, routers) = experts::summed(self.plan, axis);
+        let (experts, routers) = experts::summed(&self.plan, axis);
         plain + part(held.experts, experts) + part(held.routers, routers)
     }
 
     /// The optimizer over a rank's shard, on the device or, chunk by chunk, on the host.
-    fn update(&self, seconds: &mut Seconds) {
-        let shard =
-            RankParams::of(self.model, self.batch, self.plan).all() / self.plan.mesh.size(Axis::Fsdp) as f64;
+    fn update(&self, offload: Offload, seconds: &mut Seconds) {
+        let shard = self.fullest.params.all() / self.plan.mesh.size(Axis::Fsdp) as f64;
         let traffic = shard * OPTIMIZER_TRAFFIC;
-        seconds.optimizer = match self.plan.offload.optimizer {
+        seconds.optimizer = match offload.optimizer {
             false => self.evened() * traffic / self.cluster.pace.update_bytes_per_s,
             true => {
                 // Gradients down, the update and weights up run beside each other.
@@ -362,12 +378,12 @@ impl Run<'_> {
         };
     }
 
-    fn offload_activations(&self, seconds: &mut Seconds, times: Times) {
-        if !self.plan.offload.activations {
+    fn offload_activations(&self, offload: Offload, seconds: &mut Seconds) {
+        if !offload.activations {
             return;
         }
-        let bytes = chunk_kept_bytes(self.model, self.batch, self.plan);
-        let each = bytes / self.cluster.host_link.bytes_per_s;
+        let times = self.times;
+        let each = self.fullest.chunk_kept_bytes() / self.cluster.host_link.bytes_per_s;
         let runs = (self.pipeline.microbatches() * self.pipeline.chunks()) as f64;
         let back = times.backward_input + times.backward_weight;
         seconds.offload = runs * ((each - times.forward).max(0.0) + (each - back).max(0.0));

@@ -7,6 +7,7 @@
 //! gets the same answer.
 
 use super::changed::{changed, other_experts};
+use super::choices::{divisors, grids, microbatches, mixed, offloads, schedules, schemes, zeros};
 use super::cluster::Cluster;
 use super::family::Family;
 use super::plan::{Offload, Plan, PlanError, Zero};
@@ -16,13 +17,10 @@ use super::volume::{Grid, inner_cut};
 use super::{Batch, ModelShape, Pair};
 use crate::pipeline::Schedule;
 use crate::{Axis, MeshShape, Parts, Scheme};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 /// Shortest piece of a row a context rank gets.
 const LEAST_CONTEXT: usize = 256;
-
-/// Most slices of the model on one stage.
-const MOST_CHUNKS: usize = 8;
 
 /// Numbers of devices that `fewer` tries.
 const MOST_COUNTS: usize = 6;
@@ -69,7 +67,7 @@ pub struct Decision {
     pub contenders: Vec<Contender>,
     /// The choice with one thing changed.
     pub variations: Vec<Variation>,
-    /// Plans that were priced.
+    /// Plans that were priced, as far as it took to know that they are not the best.
     pub priced: usize,
 }
 
@@ -108,17 +106,22 @@ pub fn fewer(model: &ModelShape, batch: Batch, cluster: &Cluster, space: Space, 
     let node = cluster.node_devices;
     let counts = (space.devices * 9 / 10..space.devices).rev();
     let counts = counts.filter(|n| n.is_multiple_of(node) && smooth(*n)).take(MOST_COUNTS);
-    let mut best: Option<Price> = None;
-    for devices in counts {
+    let best_on = |devices| {
         let mut hunt = Hunt::new(model, batch, cluster, Space { devices, mesh: None, ..space });
-        let limit = best.map_or(limit, |best| best.step().min(limit));
         (hunt.limit, hunt.one_is_enough) = (limit, true);
         hunt.all_meshes();
         let found = hunt.bests.values().filter_map(|found| found.best);
-        let found = found.filter(|price| price.step() < limit);
-        best = found.min_by(|a, b| a.step().total_cmp(&b.step())).or(best);
-    }
-    best
+        found.filter(|price| price.step() < limit).min_by(|a, b| a.step().total_cmp(&b.step()))
+    };
+    // Beside each other, and no hunt asks what another found: the answer is that of one after the other.
+    let found: Vec<Option<Price>> = std::thread::scope(|scope| {
+        let hunts: Vec<_> = counts.map(|devices| scope.spawn(move || best_on(devices))).collect();
+        let join = |hunt: std::thread::ScopedJoinHandle<'_, _>| {
+            hunt.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        hunts.into_iter().map(join).collect()
+    });
+    found.into_iter().flatten().min_by(|a, b| a.step().total_cmp(&b.step()))
 }
 
 /// Whether 2, 3, 5 and 7 are the only prime factors.
@@ -137,12 +140,17 @@ struct Found {
     least: Option<Price>,
 }
 
-/// What a layer's cost depends on: the tensor mesh, cp, ep, rows of a microbatch.
-type LayerKey = (Grid, Scheme, Parts, usize, usize, usize);
+/// Seconds of a layer, forward and backward, by what they depend on beside the tensor mesh, cp and ep:
+/// schemes and rows of a microbatch.
+type Layers = BTreeMap<(Scheme, Parts, usize), f64>;
 
-fn key(plan: &Plan) -> LayerKey {
-    let (grid, cp, ep) = (plan.mesh.grid(), plan.mesh.size(Axis::Cp), plan.mesh.size(Axis::Ep));
-    (grid, plan.scheme, plan.parts, cp, ep, plan.microbatch_rows)
+/// A plan of a family as far as its layers cost the same however its replicas share state.
+struct Spread {
+    family: Family,
+    plan: Plan,
+    layer: LayerCost,
+    /// Seconds no step of such a plan is below.
+    bound: f64,
 }
 
 struct Hunt<'a> {
@@ -154,23 +162,23 @@ struct Hunt<'a> {
     limit: f64,
     /// Whether the best of all will do, whatever its family.
     one_is_enough: bool,
-    layers: BTreeMap<LayerKey, LayerCost>,
-    /// Mixed layers that take less time than unmixed ones.
-    paying: BTreeMap<LayerKey, bool>,
+    /// By tensor mesh, cp and ep. Never walked through: its order is not the search's.
+    layers: HashMap<(Grid, usize, usize), Layers>,
     bests: BTreeMap<Family, Found>,
     priced: usize,
 }
 
 impl<'a> Hunt<'a> {
     fn new(model: &'a ModelShape, batch: Batch, cluster: &'a Cluster, space: Space) -> Hunt<'a> {
-        let (layers, paying, bests) = Default::default();
+        let (layers, bests) = Default::default();
         let (limit, one_is_enough, priced) = (f64::INFINITY, false, 0);
-        Hunt { model, batch, cluster, space, limit, one_is_enough, layers, paying, bests, priced }
+        Hunt { model, batch, cluster, space, limit, one_is_enough, layers, bests, priced }
     }
 
     fn all_meshes(&mut self) {
         if let Some(mesh) = self.space.mesh {
-            return self.on_mesh(mesh);
+            let spreads = self.spreads(mesh);
+            return self.on_mesh(mesh, &spreads);
         }
         let devices = self.space.devices;
         for pp in divisors(devices).into_iter().filter(|pp| *pp <= self.model.layers) {
@@ -194,17 +202,23 @@ impl<'a> Hunt<'a> {
     fn on_replicas(&mut self, base: MeshShape, replicas: usize) {
         let most = self.model.mixture.map_or(1, |mixture| mixture.experts);
         for ep in divisors(replicas).into_iter().filter(|ep| *ep <= most) {
+            let mesh = base.with(Axis::Ep, ep).with(Axis::Dp, replicas / ep);
+            let spreads = self.spreads(mesh);
             for fsdp in divisors(replicas / ep) {
-                let mesh = base.with(Axis::Ep, ep).with(Axis::Fsdp, fsdp);
-                self.on_mesh(mesh.with(Axis::Dp, replicas / ep / fsdp));
+                let mesh = mesh.with(Axis::Fsdp, fsdp).with(Axis::Dp, replicas / ep / fsdp);
+                self.on_mesh(mesh, &spreads);
             }
         }
     }
 
-    fn on_mesh(&mut self, mesh: MeshShape) {
+    /// Schemes and microbatches that may still be worth something on a mesh.
+    fn spreads(&mut self, mesh: MeshShape) -> Vec<Spread> {
+        let mut spreads = Vec::new();
         if mesh.replicas() > self.batch.rows {
-            return;
+            return spreads;
         }
+        let place = (mesh.grid(), mesh.size(Axis::Cp), mesh.size(Axis::Ep));
+        let mut layers = self.layers.remove(&place).unwrap_or_default();
         let rows = microbatches(self.batch.rows.div_ceil(mesh.replicas()));
         let one = schemes(mesh.grid()).into_iter().map(|(family, scheme)| (family, scheme, Parts::default()));
         let parts = mixed(mesh.grid()).into_iter().map(|(scheme, parts)| (Family::Mixed, scheme, parts));
@@ -226,73 +240,94 @@ impl<'a> Hunt<'a> {
             let tokens = plan.token_cut();
             for microbatch_rows in rows.iter().filter(|rows| **rows >= tokens) {
                 plan.microbatch_rows = *microbatch_rows;
-                if family != Family::Mixed || self.pays(&plan) {
-                    self.on_microbatch(family, plan);
-                }
+                spreads.extend(self.spread(family, plan, &mut layers));
             }
         }
+        self.layers.insert(place, layers);
+        spreads
+    }
+
+    fn spread(&self, family: Family, plan: Plan, known: &mut Layers) -> Option<Spread> {
+        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
+        let each = self.layer_seconds(&plan, known) / cluster.pace.sharing;
+        let layers = model.layers.div_ceil(plan.mesh.size(Axis::Pp));
+        let bound = plan.microbatches(batch) as f64 * layers as f64 * each;
+        if bound >= self.limit(family) || (family == Family::Mixed && !self.pays(&plan, known)) {
+            return None;
+        }
+        plan.check(model, batch).ok()?;
+        Some(Spread { family, plan, layer: LayerCost::new(model, batch, cluster, &plan), bound })
     }
 
     /// Whether a layer of mixed schemes takes less time than it does in each of them alone, where heads
-    /// allow that: a plan that gains nothing there gains nothing elsewhere. Asked once a layer's cost.
-    fn pays(&mut self, plan: &Plan) -> bool {
-        if let Some(known) = self.paying.get(&key(plan)) {
-            return *known;
-        }
-        let own = self.layer(plan).layer.total();
-        let pays = [Pair::Attention, Pair::Mlp].into_iter().all(|part| {
+    /// allow that: a plan that gains nothing there gains nothing elsewhere.
+    fn pays(&self, plan: &Plan, known: &mut Layers) -> bool {
+        let own = self.layer_seconds(plan, known);
+        [Pair::Attention, Pair::Mlp].into_iter().all(|part| {
             let alone = Plan { scheme: plan.scheme_of(part), parts: Parts::default(), ..*plan };
             let heads = inner_cut(alone.scheme, alone.mesh.grid()).1;
-            heads > self.model.heads || own < self.layer(&alone).layer.total()
-        });
-        self.paying.insert(key(plan), pays);
-        pays
+            heads > self.model.heads || own < self.layer_seconds(&alone, known)
+        })
     }
 
-    fn layer(&mut self, plan: &Plan) -> &LayerCost {
-        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
-        self.layers.entry(key(plan)).or_insert_with(|| LayerCost::new(model, batch, cluster, plan))
+    fn layer_seconds(&self, plan: &Plan, known: &mut Layers) -> f64 {
+        let seconds = || LayerCost::headless(self.model, self.batch, self.cluster, plan).layer.total();
+        *known.entry((plan.scheme, plan.parts, plan.microbatch_rows)).or_insert_with(seconds)
+    }
+
+    /// Seconds that a plan of a family must stay below to be of interest.
+    fn limit(&self, family: Family) -> f64 {
+        let best = self.bests.get(&family).and_then(|found| found.best);
+        best.map_or(self.limit, |best| best.step().min(self.limit))
+    }
+
+    fn on_mesh(&mut self, mesh: MeshShape, spreads: &[Spread]) {
+        for spread in spreads {
+            if spread.bound < self.limit(spread.family) {
+                self.on_spread(spread, Plan { mesh, ..spread.plan });
+            }
+        }
     }
 
     /// All plans that share mesh, schemes and microbatch.
-    fn on_microbatch(&mut self, family: Family, plan: Plan) {
-        if plan.check(self.model, self.batch).is_err() {
-            return;
-        }
-        let each = self.layer(&plan).layer.total() / self.cluster.pace.sharing;
-        let found = self.bests.entry(family).or_default();
-        let layers = self.model.layers.div_ceil(plan.mesh.size(Axis::Pp));
-        let bound = plan.microbatches(self.batch) as f64 * layers as f64 * each;
-        if bound >= found.best.map_or(self.limit, |best| best.step().min(self.limit)) {
-            return;
-        }
-        let layer = &self.layers[&key(&plan)];
-        let mut fitting: Vec<Plan> = Vec::new();
-        for plan in variants(&plan, self.model, self.batch, self.space.offload) {
-            // To share more never takes less time: it is for what does not fit otherwise.
-            let least = Plan { zero: Zero::One, ..plan };
-            if fitting.contains(&least) {
-                continue;
-            }
-            let Ok(pipeline) = plan.check(self.model, self.batch) else { continue };
-            let run =
-                Run { model: self.model, batch: self.batch, cluster: self.cluster, plan: &plan, pipeline };
-            let price = run.price(layer);
-            self.priced += 1;
-            if price.fits(self.cluster) {
-                fitting.push(least);
-                if found.best.is_none_or(|best| price.step() < best.step()) {
-                    found.best = Some(price);
-                    if self.one_is_enough {
-                        self.limit = self.limit.min(price.step());
-                    }
+    fn on_spread(&mut self, spread: &Spread, plan: Plan) {
+        let (model, batch, cluster) = (self.model, self.batch, self.cluster);
+        for schedule in schedules(&plan, model, batch) {
+            for recompute in [false, true] {
+                let plan = Plan { schedule, recompute, ..plan };
+                let Ok(pipeline) = plan.check(model, batch) else { continue };
+                let run = Run::new((model, batch, cluster), plan, pipeline, &spread.layer);
+                for offload in offloads(self.space.offload) {
+                    // To share more never takes less time: it is for what does not fit otherwise.
+                    let mut shared = zeros(&plan.mesh).iter();
+                    shared.find(|zero| self.weigh(spread.family, &run, (**zero, *offload)));
                 }
-            } else if found.best.is_none()
-                && found.least.is_none_or(|least| price.memory.device() < least.memory.device())
-            {
-                found.least = Some(price);
             }
         }
+    }
+
+    /// Price a plan as far as it takes to know that it is not the best; whether it fits, or is too slow.
+    fn weigh(&mut self, family: Family, run: &Run<'_>, (zero, offload): (Zero, Offload)) -> bool {
+        self.priced += 1;
+        if run.least() >= self.limit(family) {
+            return true;
+        }
+        let (memory, found) = (run.memory(zero, offload), self.bests.entry(family).or_default());
+        let fits = memory.fits(self.cluster);
+        if fits {
+            let price = run.price(zero, offload);
+            if found.best.is_none_or(|best| price.step() < best.step()) {
+                found.best = Some(price);
+                if self.one_is_enough {
+                    self.limit = self.limit.min(price.step());
+                }
+            }
+        } else if found.best.is_none()
+            && found.least.is_none_or(|least| memory.device() < least.memory.device())
+        {
+            found.least = Some(run.price(zero, offload));
+        }
+        fits
     }
 
     fn decide(self, best: Price) -> Decision {
@@ -359,111 +394,3 @@ fn why_lost(found: &Found, best: &Price, cluster: &Cluster) -> String {
 }
 
 const GIB: f64 = (1u64 << 30) as f64;
-
-/// Sizes of x, y, z with this product: 1D as (p, 1, 1); two axes both above 1; three all above 1 or
-/// depth over a plane. Every grid once.
-fn grids(tensor: usize) -> Vec<Grid> {
-    let mut grids = Vec::new();
-    for z in divisors(tensor) {
-        for y in divisors(tensor / z) {
-            let x = tensor / z / y;
-            // A line or a plane is spelled one way; z is for depth and cubes.
-            let line = y == 1 && z == 1;
-            if line || (x > 1 && y > 1) {
-                grids.push(Grid { x, y, z });
-            }
-        }
-    }
-    grids
-}
-
-/// Families that run on a grid. Plain 1D is not tried: sequence-parallel 1D moves the same bytes and
-/// keeps less.
-pub(super) fn schemes(grid: Grid) -> Vec<(Family, Scheme)> {
-    match grid {
-        Grid { x: 1, y: 1, z: 1 } => vec![(Family::NoTensor, Scheme::OneD)],
-        Grid { y: 1, z: 1, .. } => vec![(Family::OneD, Scheme::OneDSequence)],
-        Grid { z: 1, .. } => {
-            vec![(Family::Summa, Scheme::Summa), (Family::WeightStationary, Scheme::WeightStationary)]
-        }
-        _ => vec![(Family::TwoPointFiveD, Scheme::TwoPointFiveD), (Family::ThreeD, Scheme::ThreeD)],
-    }
-}
-
-/// Schemes of the residual stream and of one part that has its own, on a plane.
-pub(super) fn mixed(grid: Grid) -> Vec<(Scheme, Parts)> {
-    if grid.x == 1 || grid.y == 1 || grid.z > 1 {
-        return Vec::new();
-    }
-    let pairs = [(Scheme::Summa, Scheme::WeightStationary), (Scheme::WeightStationary, Scheme::Summa)];
-    let parts = |(stream, other)| {
-        let attention = Parts { attention: Some(other), ffn: None };
-        [(stream, attention), (stream, Parts { attention: None, ffn: Some(other) })]
-    };
-    pairs.into_iter().flat_map(parts).collect()
-}
-
-/// Rows of a microbatch: divisors, and powers of two for rows that have few.
-fn microbatches(rows: usize) -> Vec<usize> {
-    let powers = (0..usize::BITS).map(|bit| 1usize << bit).take_while(|power| *power <= rows);
-    let mut all: Vec<usize> = divisors(rows).into_iter().chain(powers).collect();
-    all.sort_unstable();
-    all.dedup();
-    all
-}
-
-/// Every choice that leaves mesh, schemes and microbatch alone. GPipe is not among them: it takes
-/// 1F1B's time and more memory.
-pub(super) fn variants(plan: &Plan, model: &ModelShape, batch: Batch, offload: bool) -> Vec<Plan> {
-    let pp = plan.mesh.size(Axis::Pp);
-    let mut schedules = vec![Schedule::OneFOneB];
-    if pp > 1 {
-        schedules.push(Schedule::ZeroBubble);
-        if plan.microbatches(batch).is_multiple_of(pp) {
-            let chunks = (2..=MOST_CHUNKS).filter(|v| model.layers.is_multiple_of(pp * v));
-            schedules.extend(chunks.map(|chunks| Schedule::Interleaved { chunks }));
-        }
-    }
-    let zeros: &[Zero] = match plan.mesh.size(Axis::Fsdp) {
-        1 => &[Zero::One],
-        _ => &[Zero::One, Zero::Two, Zero::Three],
-    };
-    let mut all = Vec::new();
-    for schedule in schedules {
-        for zero in zeros {
-            for recompute in [false, true] {
-                for offload in offloads(offload) {
-                    all.push(Plan { schedule, zero: *zero, recompute, offload, ..*plan });
-                }
-            }
-        }
-    }
-    all
-}
-
-pub(super) fn offloads(allowed: bool) -> Vec<Offload> {
-    let all = [(false, false), (true, false), (false, true), (true, true)];
-    let all = all.map(|(optimizer, activations)| Offload { optimizer, activations });
-    all[..if allowed { 4 } else { 1 }].to_vec()
-}
-
-/// All divisors, ascending.
-fn divisors(n: usize) -> Vec<usize> {
-    let low: Vec<usize> = (1..=n.isqrt()).filter(|d| n.is_multiple_of(*d)).collect();
-    let high = low.iter().rev().map(|d| n / d).filter(|d| d * d > n);
-    low.iter().copied().chain(high).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn divisors_and_grids_are_complete() {
-        assert_eq!(divisors(36), [1, 2, 3, 4, 6, 9, 12, 18, 36]);
-        assert_eq!(divisors(1), [1]);
-        let named = grids(8).iter().map(|g| (g.x, g.y, g.z)).collect::<Vec<_>>();
-        assert_eq!(named, [(8, 1, 1), (4, 2, 1), (2, 4, 1), (2, 2, 2)]);
-        assert_eq!(microbatches(12), [1, 2, 3, 4, 6, 8, 12]);
-    }
-}

@@ -110,6 +110,13 @@ pub(super) struct LayerCost {
 
 impl LayerCost {
     pub fn new(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> LayerCost {
+        let mut cost = LayerCost::headless(model, batch, cluster, plan);
+        (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, tokens(batch, plan));
+        cost
+    }
+
+    /// All but the head, for those who ask for layers only.
+    pub fn headless(model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) -> LayerCost {
         let m = tokens(batch, plan);
         let mut cost = LayerCost {
             layer: Phases::default(),
@@ -135,7 +142,6 @@ impl LayerCost {
         let seconds = ELEMENT_PASSES * ACTIVATION_BYTES * each;
         cost.layer.forward.compute += seconds;
         cost.layer.input.compute += 2.0 * seconds;
-        (cost.head, cost.head_flows) = head_seconds(model, cluster, plan, m);
         cost
     }
 

@@ -258,6 +258,32 @@ fn the_choice_is_the_cheapest_of_all_plans_and_always_the_same() {
     }
 }
 
+/// Against pricing every plan there is: with room, and with so little that few fit.
+#[test]
+fn plans_that_are_left_early_are_not_the_best() {
+    let (model, batch) = small();
+    for (devices, gib) in [(2, 80.0), (4, 80.0), (8, 80.0), (8, 0.5)] {
+        let cluster = Cluster { device_bytes: gib * (1u64 << 30) as f64, ..cluster() };
+        let found = search(&model, batch, &cluster, Space { devices, mesh: None, offload: false });
+        // A search leaves plain 1D out, and rows cut shorter than 256 tokens.
+        let tried = |price: &Price| {
+            let (mesh, scheme) = (price.plan.mesh, price.plan.scheme);
+            (scheme != Scheme::OneD || mesh.grid().size() == 1) && mesh.size(Axis::Cp) <= 4
+        };
+        let best = every(&model, batch, &cluster, devices).into_iter().find(tried);
+        assert_eq!(
+            found.map_or(0.0, |found| found.best.step()),
+            best.unwrap().step(),
+            "{devices}, {gib} GiB"
+        );
+    }
+    let space = Space { devices: 260, mesh: None, offload: true };
+    let on = |devices| search(&model, batch, &cluster(), Space { devices, ..space }).unwrap().best;
+    let best = [256, 240].map(on).into_iter().min_by(|a, b| a.step().total_cmp(&b.step()));
+    assert_eq!(fewer(&model, batch, &cluster(), space, f64::INFINITY), best);
+    assert_eq!(fewer(&model, batch, &cluster(), space, 0.0), None);
+}
+
 /// Three tokens a column and slow links: attention wants SUMMA, the feed-forward part weight-stationary
 /// products.
 #[test]

@@ -104,6 +104,9 @@ pub(super) fn crossing(
     elements: f64,
 ) -> Result<[Flow; 3], FlowError> {
     let mut flows = [NONE; 3];
+    if stream == part {
+        return Ok(flows);
+    }
     let (outer, _) = stream.layouts(mesh, false);
     let cut = outer.rows.axes().chain(outer.cols.axes());
     let mut here = elements / cut.map(|axis| mesh.size(axis)).product::<usize>() as f64;

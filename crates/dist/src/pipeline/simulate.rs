@@ -5,7 +5,7 @@ use super::{Action, Message, Unit, Work};
 use std::collections::HashMap;
 
 /// How long the work of one chunk takes, in any unit.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Times {
     /// Forward.
     pub forward: f64,

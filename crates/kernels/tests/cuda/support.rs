@@ -1,25 +1,14 @@
 //! A GPU for the tests, values on it, and how close results must be.
 
-use device::cuda::{self, Emulated};
 use device::{Buffer, DType, Device, View, ViewMut};
 use half::bf16;
-use std::sync::{Mutex, MutexGuard, Once, PoisonError};
+use std::sync::MutexGuard;
 
-/// One test at a time: ops share a workspace, as they do in a training step.
-static TURN: Mutex<()> = Mutex::new(());
-
-/// The GPU, ours until the guard is dropped.
+/// The GPU with its kernels, ours until the guard is dropped.
 pub fn gpu() -> MutexGuard<'static, ()> {
-    static CHOSEN: Once = Once::new();
-    CHOSEN.call_once(|| {
-        if option_env!("TRILITH_GPU") == Some("real") {
-            eprintln!("on {}", cuda::gpu().expect("TRILITH_GPU=real asks for a GPU").card().name);
-        } else {
-            assert!(cuda::play(Box::new(Emulated::new(1 << 30))), "nobody asked for a GPU before");
-        }
-        kernels::cuda::load().unwrap_or_else(|error| panic!("{error}"));
-    });
-    TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    let turn = device::cuda::for_a_test();
+    kernels::cuda::load().unwrap_or_else(|error| panic!("{error}"));
+    turn
 }
 
 /// Values of a type on the host.

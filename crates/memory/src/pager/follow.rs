@@ -1,7 +1,7 @@
 //! A plan as the pager carries it out: what to begin once a moment has ended.
 
 use crate::Tier;
-use crate::plan::{Move, MoveKind, Plan};
+use crate::plan::{Move, MoveKind, Plan, Stretch};
 use crate::trace::{ChunkId, Trace};
 
 /// One thing to begin. A depth is the place of a tier among those that are there, fastest first.
@@ -29,6 +29,8 @@ pub(super) struct Follow {
     pub initial: Vec<Vec<bool>>,
     /// By link: no plan moves fewer bytes.
     pub bound_bytes: Vec<u64>,
+    /// What any plan has to do in either stretch of the step.
+    pub stretches: Option<[Stretch; 2]>,
     /// By depth: room the plan was made for.
     pub capacity_bytes: Vec<u64>,
 }
@@ -57,7 +59,7 @@ impl Follow {
             }
         }
         let bound_bytes = plan.links.iter().map(|link| link.bound_bytes).collect();
-        Follow { after, initial, bound_bytes, capacity_bytes }
+        Follow { after, initial, bound_bytes, stretches: None, capacity_bytes }
     }
 
     /// What begins once moment `k` has ended.

@@ -406,7 +406,8 @@ impl Pager {
             peak_bytes: peaks[depth],
             capacity_bytes: self.capacity_bytes[depth],
         });
-        let report = TierReport { links, tiers: tiers.collect(), other_bytes: self.other_bytes };
+        let stretches = self.follow.as_ref().and_then(|follow| follow.stretches);
+        let report = TierReport { links, tiers: tiers.collect(), other_bytes: self.other_bytes, stretches };
         self.reported = now;
         report
     }

@@ -2,6 +2,7 @@
 
 use super::mover::{Carried, MEMORIES};
 use crate::Tier;
+use crate::plan::Stretch;
 
 /// Traffic of one link.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -52,6 +53,8 @@ pub struct TierReport {
     pub tiers: Vec<TierCount>,
     /// Most that everything else was seen to hold in the fastest tier.
     pub other_bytes: u64,
+    /// What every placement has to do in either stretch of the recorded step; none until it is known.
+    pub stretches: Option<[Stretch; 2]>,
 }
 
 #[derive(Clone, Copy, Default)]

@@ -7,7 +7,7 @@ use super::residency::NOW;
 use super::{Pager, PagerError, Policy, SLACK};
 use crate::Tier;
 use crate::arrays::Regions;
-use crate::plan::{Budgets, LinkRate, Rates};
+use crate::plan::{Budgets, LinkRate, Rates, stretches};
 use crate::trace::ChunkId;
 
 impl Pager {
@@ -104,7 +104,9 @@ impl Pager {
         trace.moments.iter_mut().for_each(|moment| moment.other_bytes = 0);
         let plan = crate::plan::plan(&trace, &budgets, &Rates { host, nvme }).ok()?;
         let capacity = self.capacity_bytes[..self.memories].to_vec();
-        Some(Follow::new(&trace, &plan, &self.tiers, capacity))
+        let mut follow = Follow::new(&trace, &plan, &self.tiers, capacity);
+        follow.stretches = stretches(&trace, &budgets);
+        Some(follow)
     }
 
     /// What all pagers of the process may use together.

@@ -5,7 +5,7 @@
 //!           │                                               │ the level below must hold
 //!           └──── level (tier below)  ─ choose ─ schedule ──┘
 //!         search: which course of `build` waits least; bound: how few bytes any course can move
-//!         replay: believes none of it and checks
+//!         replay: believes none of it and checks; order: how short any step is
 //! ```
 //!
 //! The words: a chunk has *events* (moments that need it) and *pauses* between them, in which it
@@ -15,6 +15,7 @@ mod bound;
 mod build;
 mod choose;
 mod level;
+mod order;
 mod picture;
 mod replay;
 mod room;
@@ -23,6 +24,7 @@ mod search;
 mod transformer;
 mod types;
 
+pub use order::{Stretch, stretches};
 pub use picture::{class_table, limit, link_table, picture};
 pub use replay::{Broken, Replay, replay};
 pub use search::{Aim, Ask, Rule, plan, plan_with};

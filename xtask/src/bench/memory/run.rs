@@ -32,6 +32,16 @@ pub struct Step {
 #[derive(Clone, Debug, Deserialize, Serialize)]
 pub struct Tiers {
     pub links: Vec<Link>,
+    /// From the end of the backward pass to the beginning of the next, and the rest; of a run with a plan.
+    pub stretches: Option<[Stretch; 2]>,
+}
+
+/// What every plan has to do in a part of the step.
+#[derive(Clone, Copy, Debug, PartialEq, Deserialize, Serialize)]
+pub struct Stretch {
+    pub compute_s: f64,
+    pub up_bytes: f64,
+    pub down_bytes: f64,
 }
 
 /// One link: bytes and seconds towards the faster and the slower tier.
@@ -65,6 +75,11 @@ impl Run {
     /// The median over steps that count of something of the drive's link.
     pub fn of_link(&self, value: impl Fn(&Link) -> Option<f64>) -> Option<f64> {
         self.middle(|step| value(step.tiers.as_ref()?.links.last()?))
+    }
+
+    /// Both stretches of the last step.
+    pub fn stretches(&self) -> Option<[Stretch; 2]> {
+        self.steps.last()?.tiers.as_ref()?.stretches
     }
 
     fn middle(&self, value: impl Fn(&Step) -> Option<f64>) -> Option<f64> {

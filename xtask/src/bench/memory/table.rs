@@ -4,11 +4,11 @@ use comfy_table::{CellAlignment, Table, presets};
 use serde_json::{Value, json};
 
 use super::cases::{Case, Program};
-use super::run::Link;
+use super::run::{Link, Run, Stretch};
 use super::{Drive, Round};
 use crate::bench::runs::median;
 
-const HEADERS: [&str; 10] = [
+const HEADERS: [&str; 12] = [
     "step s (min..max)",
     "to no limit",
     "read GB",
@@ -19,6 +19,8 @@ const HEADERS: [&str; 10] = [
     "writing GB/s",
     "floor s",
     "step / floor",
+    "ordered s",
+    "step / ordered",
 ];
 
 /// Medians over rounds; ratios are taken within a round.
@@ -50,6 +52,7 @@ fn row(index: usize, cases: &[Case], rounds: &[Round]) -> Vec<String> {
     };
     let compute = |round: &Round| compute_s(cases, round);
     let floor = |round: &Round| floor_s(index, cases, round);
+    let ordered = |round: &Round| ordered_s(index, cases, round);
     vec![
         cases[index].name.clone(),
         format!("{step:.2} ({least:.2}..{most:.2})"),
@@ -62,6 +65,8 @@ fn row(index: usize, cases: &[Case], rounds: &[Round]) -> Vec<String> {
         show(link(|link| (link.down_s > 0.0).then(|| link.down_bytes / link.down_s / 1e9))),
         show(within(|_, floor| floor, &floor)),
         show(within(|step, floor| step / floor, &floor)),
+        show(within(|_, ordered| ordered, &ordered)),
+        show(within(|step, ordered| step / ordered, &ordered)),
         median(runs().map(|run| run.resident_bytes)).map_or_else(|| "-".to_string(), mib),
         median(runs().filter_map(|run| run.group_bytes)).map_or_else(|| "-".to_string(), mib),
     ]
@@ -81,6 +86,21 @@ fn floor_s(index: usize, cases: &[Case], round: &Round) -> Option<f64> {
     let written = run.of_link(|link| Some(link.down_bytes))?;
     let both = (read + written) / drive.both_per_s;
     Some(compute_s(cases, round)?.max(read / drive.read_per_s).max(written / drive.write_per_s).max(both))
+}
+
+/// The floor, or what the order of the step asks for where that is more: the two stretches of docs/memory.md
+/// one after the other. All runs of a table share step and budget, so those of the run with a plan count for
+/// all; compute is the reference's, in the parts that the planned run saw.
+fn ordered_s(index: usize, cases: &[Case], round: &Round) -> Option<f64> {
+    let floor = floor_s(index, cases, round)?;
+    let (both, compute) = (round.runs.iter().flatten().find_map(Run::stretches)?, compute_s(cases, round)?);
+    let seen: f64 = both.iter().map(|stretch| stretch.compute_s).sum();
+    let seconds = both.map(|Stretch { compute_s, up_bytes, down_bytes }| {
+        let drive = round.drive;
+        let moved = (up_bytes / drive.read_per_s).max(down_bytes / drive.write_per_s);
+        (compute * compute_s / seen).max(moved).max((up_bytes + down_bytes) / drive.both_per_s)
+    });
+    Some(floor.max(seconds.iter().sum()))
 }
 
 /// The drive, as measured at the beginning of each round.
@@ -119,8 +139,9 @@ pub fn document(title: &str, cases: &[Case], rounds: &[Round]) -> Value {
     let drives: Vec<Drive> = rounds.iter().map(|round| round.drive).collect();
     let case = |(index, case): (usize, &Case)| {
         let floors: Vec<Option<f64>> = rounds.iter().map(|round| floor_s(index, cases, round)).collect();
+        let ordered: Vec<Option<f64>> = rounds.iter().map(|round| ordered_s(index, cases, round)).collect();
         let runs: Vec<_> = rounds.iter().map(|round| round.runs[index].as_ref()).collect();
-        json!({ "name": case.name, "floor_s_by_round": floors, "runs_by_round": runs })
+        json!({ "name": case.name, "floor_s_by_round": floors, "ordered_s_by_round": ordered, "runs_by_round": runs })
     };
     json!({
         "title": title, "drive_by_round": drives,
@@ -130,7 +151,7 @@ pub fn document(title: &str, cases: &[Case], rounds: &[Round]) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use super::super::run::{Run, Step, Tiers};
+    use super::super::run::{Step, Tiers};
     use super::*;
 
     fn case(name: &str) -> Case {
@@ -147,7 +168,7 @@ mod tests {
             stall_s: 0.0,
             bound_bytes: None,
         };
-        let tiers = moved.map(|moved| Tiers { links: vec![link(moved)] });
+        let tiers = moved.map(|moved| Tiers { links: vec![link(moved)], stretches: None });
         let steps = vec![Step { seconds, loss, tiers }];
         Some(Run { steps, warm_up: 0, resident_bytes: 0.0, group_bytes: None })
     }
@@ -167,6 +188,20 @@ mod tests {
         assert_eq!(floor(Some((4e9, 6e9))), Some(4.0));
         assert_eq!(floor(Some((3e9, 7e9))), Some(4.0));
         assert_eq!(floor(None), None);
+    }
+
+    #[test]
+    fn stretches_come_one_after_the_other() {
+        let cases = [case("no limit"), case("dynamic"), case("lru")];
+        let mut planned = run(6.0, 1.0, Some((3e9, 1e9)));
+        let tiers = planned.as_mut().and_then(|run| run.steps[0].tiers.as_mut()).expect("it has tiers");
+        let stretch = |compute_s, up_bytes, down_bytes| Stretch { compute_s, up_bytes, down_bytes };
+        // A third of the compute beside 2.5 s of reading, two thirds beside nothing.
+        tiers.stretches = Some([stretch(1.1, 2.5e9, 1e9), stretch(2.2, 0.0, 1e8)]);
+        let round = round(1.0, vec![run(1.5, 1.0, None), planned, run(7.0, 1.0, Some((4e9, 1e9)))]);
+        assert_eq!([1, 2].map(|index| floor_s(index, &cases, &round)), [Some(3.0), Some(4.0)]);
+        assert_eq!([1, 2].map(|index| ordered_s(index, &cases, &round)), [Some(3.5), Some(4.0)]);
+        assert_eq!(ordered_s(0, &cases, &round), None);
     }
 
     #[test]
