@@ -226,13 +226,7 @@ pub(crate) fn check(
             remedy: "lower memory.dram, or set it to \"auto\"".into(),
         });
     }
-    let filed = setup.filed.as_ref().map_or(0, filed_bytes) * setup.ranks;
-    let per_param = AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments) as u64;
-    let rounded = estimate.state_bytes / per_param * rounded_bytes(recipe) as u64;
-    // Every rank's shard is whole chunks.
-    let shards = if recipe.mesh.shape.size(Axis::Fsdp) > 1 { setup.ranks } else { 0 };
-    let padding = shards * setup.chunk_elements as u64 * (per_param + rounded_bytes(recipe) as u64);
-    let chunk_bytes = estimate.state_bytes + padding + rounded + filed;
+    let chunk_bytes = chunk_bytes(recipe, estimate, setup);
     if let Some(nvme_bytes) = setup.budgets.nvme.filter(|nvme| *nvme < chunk_bytes) {
         return Err(TrainError::Budget {
             what: format!("memory.nvme = {}, the state takes {}", bytes(nvme_bytes), bytes(chunk_bytes)),
@@ -260,6 +254,17 @@ pub(crate) fn check(
         });
     }
     Ok(())
+}
+
+/// What the chunks of all ranks take on the drive.
+fn chunk_bytes(recipe: &Recipe, estimate: &Estimate, setup: &Setup) -> u64 {
+    let filed = setup.filed.as_ref().map_or(0, filed_bytes) * setup.ranks;
+    let per_param = AdamW::bytes_per_param(recipe.train.dtype, recipe.train.adamw.moments) as u64;
+    let rounded = estimate.state_bytes / per_param * rounded_bytes(recipe) as u64;
+    // Every rank's shard is whole chunks.
+    let shards = if recipe.mesh.shape.size(Axis::Fsdp) > 1 { setup.ranks } else { 0 };
+    let padding = shards * setup.chunk_elements as u64 * (per_param + rounded_bytes(recipe) as u64);
+    estimate.state_bytes + padding + rounded + filed
 }
 
 /// By tier of memory: bytes below which some moment cannot run. Where ops compute: activations beside
