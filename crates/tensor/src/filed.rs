@@ -3,10 +3,10 @@
 //! back first. Where the chunks are in between, the plan of the step decides. No bit changes.
 
 use crate::ops::Op;
-use crate::tape::{Node, Phase};
+use crate::tape::Node;
 use crate::{Fault, Tape, Tensor, Var};
 use memory::pager::About;
-use memory::trace::{self, Access};
+use memory::trace::Access;
 use memory::{Class, Need};
 use std::ops::Range;
 
@@ -134,12 +134,7 @@ impl Tape<'_> {
     }
 
     fn bring_filed(&mut self, elements: Range<usize>, op: &'static str, access: Access) -> Result<(), Fault> {
-        let phase = match self.phase() {
-            Phase::Forward => trace::Phase::Forward,
-            Phase::Backward => trace::Phase::Backward,
-            Phase::Recompute => trace::Phase::Recompute,
-        };
-        let about = About { phase, op, layer: self.layer() as u32 };
+        let about = About { phase: self.phase().into(), op, layer: self.layer() as u32 };
         self.params.bring(about, &[Need { class: Class::Activation, elements, access }])
     }
 }

@@ -270,7 +270,9 @@ impl ParamStore {
             if moment.writes_grads {
                 needs.push(self.need_of_grad(*param));
             }
-            needs.push(Need { class: Class::Param, elements, access: Access::Read });
+            if moment.reads_weights {
+                needs.push(Need { class: Class::Param, elements, access: Access::Read });
+            }
         }
         self.bring(moment.about(moment.op), &needs)
     }

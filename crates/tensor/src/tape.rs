@@ -31,6 +31,16 @@ pub enum Phase {
     Recompute,
 }
 
+impl From<Phase> for trace::Phase {
+    fn from(phase: Phase) -> trace::Phase {
+        match phase {
+            Phase::Forward => trace::Phase::Forward,
+            Phase::Backward => trace::Phase::Backward,
+            Phase::Recompute => trace::Phase::Recompute,
+        }
+    }
+}
+
 /// One op about to run: what memory tiers, profilers and traces are told.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moment<'a> {
@@ -53,12 +63,7 @@ pub struct Moment<'a> {
 impl Moment<'_> {
     /// What tiers are told of `op`, which is run here.
     pub fn about(&self, op: &'static str) -> About {
-        let phase = match self.phase {
-            Phase::Forward => trace::Phase::Forward,
-            Phase::Backward => trace::Phase::Backward,
-            Phase::Recompute => trace::Phase::Recompute,
-        };
-        About { phase, op, layer: self.layer as u32 }
+        About { phase: self.phase.into(), op, layer: self.layer as u32 }
     }
 }
 
