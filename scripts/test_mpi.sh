@@ -25,7 +25,7 @@ same_state "$work/threads" "$work/mpi"
 
 # A rank that stops is named by one message, in time, and the run goes on from what was saved.
 log=$work/stopped.log
-timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set mesh.deadline=2 \
+timeout 300 "$mpirun" "${many[@]}" -n 4 "$trilith" train "$recipe" "${mesh[@]}" --set mesh.deadline=10 \
     --set "run.dir=$work/stopped" 2> "$log" &
 launcher=$!
 until [ -s "$work/stopped/metrics.jsonl" ]; do
