@@ -25,7 +25,7 @@ const MODEL: [&str; 8] = [
     "checkpoint.keep_last=1",
 ];
 
-const MESHES: [&[&str]; 14] = [
+const MESHES: [&[&str]; 16] = [
     &["mesh.x=2"],
     &["mesh.x=2", "mesh.y=2", "train.clip=0"],
     &["mesh.dp=2", "train.moments=8bit"],
@@ -40,6 +40,8 @@ const MESHES: [&[&str]; 14] = [
     &["mesh.fsdp=2", "mesh.dp=2", "train.accumulate=2", "train.gradients=bf16", "train.clip=0"],
     &["mesh.fsdp=3", "train.batch=3", "model.tied=true", "train.moments=8bit", "train.recompute=always"],
     &["mesh.fsdp=2", "mesh.x=2", "train.accumulate=2", "mesh.overlap=false"],
+    &["mesh.fsdp=2", "mesh.cp=2", "train.accumulate=2"],
+    &["mesh.fsdp=2", "mesh.ep=2", "model.family=mixtral", "model.experts=4"],
     &["mesh.fsdp=2", "mesh.pp=2", "train.accumulate=2", "model.tied=true", "train.gradients=bf16"],
     &[
         "mesh.fsdp=2",
