@@ -5,10 +5,11 @@ mod common;
 
 use common::Place;
 use common::runs::{begin, run};
+use common::shards::{KEPT, on_ranks, resident};
 use dist::cost::Zero;
-use dist::{Axis, Counts, MeshShape, Options, launch};
+use dist::{Axis, Counts};
 use memory::Class;
-use train::{Begin, Learner, Sharding, Start, StepPlan};
+use train::{Begin, Learner, Start};
 
 const BASE: [&str; 5] =
     ["train.batch=4", "train.steps=3", "eval.every=2", "eval.batches=3", "checkpoint.every=3"];
@@ -115,38 +116,6 @@ fn a_step_says_what_it_exchanged_and_how_long_it_waited() {
     }
 }
 
-/// Run `body` on every rank with a learner of `zero`.
-fn on_ranks<R: Send>(
-    begin: &Begin,
-    mesh: &str,
-    zero: Zero,
-    body: impl Fn(&mut Learner, &dyn Fn(&mut Learner, u64)) -> R + Sync,
-) -> Vec<R> {
-    let shape: MeshShape = mesh.parse().unwrap();
-    let mut recipe = begin.recipe.clone();
-    recipe.mesh.shape = shape;
-    recipe.mesh.sharding = Sharding { zero, overlap: true };
-    let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
-    let loader = data::Loader::new(samples, 1, true);
-    launch(&shape, &Options::default(), |mesh| {
-        let flow = recipe.mesh.flow(mesh)?;
-        let mut learner = begin.prepared.learner(&recipe, &flow)?;
-        learner.initialise(1)?;
-        let (replica, replicas) = (mesh.coord(Axis::Fsdp), mesh.size(Axis::Fsdp));
-        let step = |learner: &mut Learner, step: u64| {
-            let batches: Vec<_> = (0..recipe.train.accumulate as u64)
-                .map(|i| loader.batch(8 * step + 4 * i, 4 / replicas, replica, replicas))
-                .collect();
-            learner.step(&batches, StepPlan { lr: 1e-2, clip: 1.0 }).unwrap();
-        };
-        Ok::<_, train::TrainError>(body(&mut learner, &step))
-    })
-    .unwrap()
-}
-
-/// Arrays of a run in memory.
-const KEPT: [Class; 5] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
-
 /// Beside whole stripes at the end, a rank has 1/F of what its stage shares and all of the rest,
 /// before and after steps.
 #[test]
@@ -160,12 +129,10 @@ fn resident_state_falls_as_one_over_the_ranks_that_share_it() {
     ] {
         for ranks in [2, 4] {
             let resident = on_ranks(&begin, &format!("fsdp={ranks}"), zero, |learner, step| {
-                let count =
-                    |learner: &Learner| KEPT.map(|class| learner.store.arrays().resident_bytes(class));
-                let before = count(learner);
+                let before = resident(learner);
                 step(learner, 0);
                 step(learner, 1);
-                assert_eq!(count(learner), before, "{zero:?} on {ranks}");
+                assert_eq!(resident(learner), before, "{zero:?} on {ranks}");
                 let arrays = learner.store.arrays();
                 let stripes = arrays.stripes().unwrap();
                 let padded = stripes.count(arrays.len()) * stripes.stripe();

@@ -6,10 +6,10 @@ mod common;
 use common::Place;
 use common::meshes::{states_are_gone_on_with, steps_are_those_of_one_rank};
 use common::runs::{begin, losses, run};
+use common::shards::{KEPT, on_ranks, resident};
+use dist::Axis;
 use dist::cost::Zero;
-use dist::{Axis, Options, launch};
-use memory::Class;
-use train::{Begin, Learner, Sharding, Start, StepPlan};
+use train::Start;
 
 const SCHEDULES: [&str; 4] =
     ["mesh.schedule=gpipe", "mesh.schedule=1f1b", "mesh.schedule=interleaved", "mesh.schedule=zero-bubble"];
@@ -127,47 +127,19 @@ fn a_state_of_stages_that_share_is_gone_on_with_on_one_rank_and_back() {
     states_are_gone_on_with(&["train.batch=4", "train.accumulate=4", "model.layers=4"], &chain);
 }
 
-/// Run `body` on every rank of `mesh` with a learner of `zero`, which takes steps of microbatches of 4 rows.
-fn on_ranks<R: Send>(
-    begin: &Begin,
-    mesh: &str,
-    zero: Zero,
-    body: impl Fn(&mut Learner, &dyn Fn(&mut Learner, u64)) -> R + Sync,
-) -> Vec<R> {
-    let mut recipe = begin.recipe.clone();
-    recipe.mesh.shape = mesh.parse().unwrap();
-    recipe.mesh.sharding = Sharding { zero, overlap: true };
-    let samples = data::Samples::new(begin.prepared.train.clone(), recipe.train.context).unwrap();
-    let loader = data::Loader::new(samples, 1, true);
-    launch(&recipe.mesh.shape, &Options::default(), |mesh| {
-        let mut learner = begin.prepared.learner(&recipe, &recipe.mesh.flow(mesh)?)?;
-        learner.initialise(1)?;
-        let (replica, replicas) = (mesh.coord(Axis::Fsdp), mesh.size(Axis::Fsdp));
-        let step = |learner: &mut Learner, step: u64| {
-            let of = |i| loader.batch(16 * step + 4 * i, 4 / replicas, replica, replicas);
-            let batches: Vec<_> = (0..recipe.train.accumulate as u64).map(of).collect();
-            learner.step(&batches, StepPlan { lr: 1e-2, clip: 1.0 }).unwrap();
-        };
-        Ok::<_, train::TrainError>(body(&mut learner, &step))
-    })
-    .unwrap()
-}
-
 /// Between steps a rank has what its stage of ZeRO says of its stage of the pipeline.
 #[test]
 fn resident_state_falls_as_one_over_the_ranks_of_a_stage() {
-    const KEPT: [Class; 5] = [Class::Param, Class::Grad, Class::Master, Class::M, Class::V];
     let place = Place::new();
     let sets = ["train.batch=4", "train.accumulate=4", "model.width=64", "model.layers=4"];
     for schedule in ["mesh.schedule=1f1b", "mesh.schedule=zero-bubble"] {
         let begin = begin(&place, "run", &[&sets[..], &["mesh.pp=2", schedule]].concat(), Start::New);
         for (zero, shared) in [(Zero::Two, &KEPT[1..]), (Zero::Three, &KEPT)] {
             let resident = on_ranks(&begin, "pp=2,fsdp=4", zero, |learner, step| {
-                let count = |learner: &Learner| KEPT.map(|c| learner.store.arrays().resident_bytes(c));
-                let before = count(learner);
+                let before = resident(learner);
                 step(learner, 0);
                 step(learner, 1);
-                assert_eq!(count(learner), before, "{zero:?}, {schedule}");
+                assert_eq!(resident(learner), before, "{zero:?}, {schedule}");
                 let arrays = learner.store.arrays();
                 let stripes = arrays.stripes().unwrap();
                 let padded = stripes.count(arrays.len()) * stripes.stripe();

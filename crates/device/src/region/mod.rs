@@ -16,7 +16,7 @@ use reserved::{AWAY, HERE, LENT, Reserved};
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Reserved addresses in granules of equal size, the last one shorter.
 pub struct Region {
@@ -55,20 +55,8 @@ impl Region {
         let refused = OutOfMemory { bytes, device };
         let length = bytes.max(1).checked_next_multiple_of(granule_bytes).ok_or(refused.clone())?;
         let at = driver.reserve(length).and_then(|at| NonNull::new(at as *mut u8)).ok_or(refused)?;
-        let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let (mapping, huge) = ((at, length), false);
-        let block = Reserved {
-            device,
-            mapping,
-            ptr: at,
-            states,
-            bytes,
-            granule_bytes,
-            huge,
-            frame_bytes,
-            pinned: None,
-            buffers: None,
-        };
+        let mut block = Reserved::new(device, (at, length), at, (bytes, granule_bytes));
+        block.frame_bytes = frame_bytes;
         Ok(Region { block: Arc::new(block), bytes, granule_bytes })
     }
 
@@ -142,20 +130,8 @@ impl Region {
         // SAFETY: `shift` is less than `align`, which the mapping has room for.
         let ptr = unsafe { start.add(shift) };
         advise_pages(ptr, rounded, huge);
-        let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let (mapping, frame_bytes) = ((start, length), 0);
-        let block = Reserved {
-            device,
-            mapping,
-            ptr,
-            states,
-            bytes,
-            granule_bytes,
-            huge,
-            frame_bytes,
-            pinned: None,
-            buffers: None,
-        };
+        let mut block = Reserved::new(device, (start, length), ptr, (bytes, granule_bytes));
+        block.huge = huge;
         Ok(Region { block: Arc::new(block), bytes, granule_bytes })
     }
 

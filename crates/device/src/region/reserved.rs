@@ -33,6 +33,18 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
+    /// Granules of `granule_bytes` that are all away, in `mapping` from `ptr` on.
+    pub fn new(
+        device: Device,
+        mapping: (NonNull<u8>, usize),
+        ptr: NonNull<u8>,
+        (bytes, granule_bytes): (usize, usize),
+    ) -> Reserved {
+        let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
+        let (huge, frame_bytes, pinned, buffers) = (false, 0, None, None);
+        Reserved { device, mapping, ptr, states, bytes, granule_bytes, huge, frame_bytes, pinned, buffers }
+    }
+
     /// Memory behind a granule while it is here: whole pages.
     pub fn bytes_of(&self, granule: usize) -> usize {
         let left = self.bytes - granule * self.granule_bytes;

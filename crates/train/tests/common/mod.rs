@@ -3,6 +3,7 @@
 
 pub mod meshes;
 pub mod runs;
+pub mod shards;
 
 use std::path::{Path, PathBuf};
 use train::{Prepared, Progress, Settings, Start, TrainError, Trainer};
