@@ -10,7 +10,7 @@ use crate::beside::Array;
 use crate::call::{Call, Members, Op};
 use crate::error::CommError;
 use crate::traffic::piece;
-use device::{Borrowed, DType, Exclusive, View, ViewMut};
+use device::{Borrowed, DType, Device, Exclusive, View, ViewMut};
 use kernels::rank_sum::{Part, rank_sum};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -207,9 +207,7 @@ impl Seat {
 
     /// Copies into a letter, so that neither side waits for the other.
     pub(crate) fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
-        let mut array = Array::new(data.dtype(), data.len())?;
-        array.view_mut().bytes().copy_from_slice(data.bytes());
-        self.post(Op::Send, array, to)
+        self.post(Op::Send, Array::copied(Device::Cpu, data)?, to)
     }
 
     pub(crate) fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
