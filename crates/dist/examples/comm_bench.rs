@@ -3,8 +3,8 @@
 //! `comm_bench RANKS BYTES ITERATIONS`: one JSON line an op with the median seconds of an iteration,
 //! taken on rank 0 between barriers.
 
-use device::{View, ViewMut};
-use dist::{Axis, CommError, Group, MeshShape, Options, launch};
+use device::{DType, Device, View, ViewMut};
+use dist::{Array, Axis, CommError, Group, MeshShape, Options, launch};
 use std::time::Instant;
 
 fn main() {
@@ -25,6 +25,13 @@ fn main() {
 fn rank(group: &Group, len: usize, iterations: usize) -> Result<Vec<(&'static str, f64)>, CommError> {
     let piece = len / group.size();
     let (mut whole, mut part) = (vec![1f32; piece * group.size()], vec![1f32; piece]);
+    let panel = Array::new(Device::Cpu, DType::F32, whole.len())?;
+    // The first rank hands out a handle and is done: until all have it is what counts.
+    let shared = || {
+        let mine = (group.index() == 0).then(|| panel.clone());
+        group.start_broadcast(mine, (Device::Cpu, DType::F32, panel.len), 0)?.finish()?;
+        group.barrier()
+    };
     Ok(vec![
         ("all_reduce", time(group, iterations, || group.all_reduce_sum(ViewMut::of_f32(&mut whole)))?),
         (
@@ -38,6 +45,11 @@ fn rank(group: &Group, len: usize, iterations: usize) -> Result<Vec<(&'static st
             })?,
         ),
         ("broadcast", time(group, iterations, || group.broadcast(ViewMut::of_f32(&mut whole), 0))?),
+        (
+            "all_gather_shared",
+            time(group, iterations, || group.all_gather_shared(View::of_f32(&part)).map(drop))?,
+        ),
+        ("broadcast_shared", time(group, iterations, shared)?),
     ])
 }
 

@@ -230,13 +230,9 @@ impl Group {
         })
     }
 
-    /// [`Group::all_gather`] beside computation; the result is `size` times as long.
+    /// [`Group::all_gather_shared`] beside computation; the result is `size` times as long.
     pub fn start_all_gather(&self, mine: Array) -> Result<Pending, CommError> {
-        let mut out = Array::new(mine.device(), mine.dtype, mine.len * self.size())?;
-        self.start(move |group| {
-            group.all_gather(mine.view(), out.view_mut())?;
-            Ok(out)
-        })
+        self.start(move |group| group.all_gather_shared(mine.view()))
     }
 
     /// [`Group::reduce_scatter_sum`] beside computation; the result is our piece.

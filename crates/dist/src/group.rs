@@ -125,6 +125,18 @@ impl Group {
         })
     }
 
+    /// [`Group::all_gather`] of what is only read afterwards: members of one process get handles of one
+    /// array, in which each has written its piece, so that a byte moves once for all of them.
+    pub fn all_gather_shared(&self, mine: View<'_>) -> Result<Array, CommError> {
+        if let Carrier::Threads(seat) = &self.carrier {
+            let traffic = Traffic::pieces(self.size(), mine.len() * mine.dtype().size_bytes());
+            return self.counted(traffic, |_| seat.all_gather_shared(mine));
+        }
+        let mut out = Array::new(mine.device(), mine.dtype(), self.size() * mine.len())?;
+        self.all_gather(mine, out.view_mut())?;
+        Ok(out)
+    }
+
     /// `out` becomes our piece of the sum over members of `mine`. `mine.len() == size * out.len()`.
     pub fn reduce_scatter_sum(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
         self.expect_float(Op::ReduceScatter, mine.dtype())?;
@@ -344,19 +356,19 @@ impl Group {
     }
 
     /// Makes a call and counts it; the exposed time of a call beside computation is exposed in `finish`.
-    fn counted(
+    fn counted<R>(
         &self,
         traffic: Traffic,
-        body: impl FnOnce(&Carrier) -> Result<(), CommError>,
-    ) -> Result<(), CommError> {
+        body: impl FnOnce(&Carrier) -> Result<R, CommError>,
+    ) -> Result<R, CommError> {
         let start = Instant::now();
-        body(&self.carrier)?;
+        let result = body(&self.carrier)?;
         self.tally.add(traffic, self.size(), self.index);
         match self.carrier.is_beside() {
             true => self.tally.work_beside(start.elapsed()),
             false => self.tally.expose(start.elapsed()),
         }
-        Ok(())
+        Ok(result)
     }
 
     /// What a broadcast beside computation starts from: data at the root, nothing elsewhere.

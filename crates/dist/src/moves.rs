@@ -10,8 +10,8 @@ use tensor::{DType, Fault, Tensor};
 pub(crate) fn gather(mesh: &Mesh, axis: Axis, side: Side, x: &Tensor) -> Result<Tensor, Fault> {
     let ranks = mesh.size(axis);
     let (m, k) = (x.rows(), x.cols());
-    let mut pieces = Tensor::new(x.device(), x.dtype(), &[ranks * m, k])?;
-    mesh.group(axis).all_gather(x.view(), pieces.view_mut())?;
+    let pieces = mesh.group(axis).all_gather_shared(x.view())?;
+    let pieces = Tensor::from_buffer(pieces.buffer, x.dtype(), &[ranks * m, k]);
     match side {
         Side::Rows => Ok(pieces),
         Side::Cols => {

@@ -37,6 +37,7 @@ fn foreground(group: &Group, device: Device, dtype: DType) -> Result<Vec<Vec<u8>
         let new = |len| array(device, dtype, me, len);
         let (piece, mut pieces) = (new(each), new(each * ranks));
         group.all_gather(piece.view(), pieces.view_mut())?;
+        let shared = group.all_gather_shared(piece.view())?;
         let (all, mut sum) = (new(each * ranks), new(each));
         group.reduce_scatter_sum(all.view(), sum.view_mut())?;
         let mut gathered = new(each * ranks);
@@ -56,7 +57,7 @@ fn foreground(group: &Group, device: Device, dtype: DType) -> Result<Vec<Vec<u8>
         let receive: Vec<usize> = (0..ranks).map(|rank| each + rank).collect();
         let (mine, mut come) = (new(send.iter().sum()), new(receive.iter().sum()));
         group.all_to_all((mine.view(), &send), (come.view_mut(), &receive))?;
-        left.extend([pieces, sum, gathered, own, whole, given, added, come].iter().map(bytes));
+        left.extend([pieces, shared, sum, gathered, own, whole, given, added, come].iter().map(bytes));
         if ranks > 1 {
             let (letter, mut got) = (new(each), new(each));
             group.send(letter.view(), (me + 1) % ranks)?;

@@ -16,8 +16,9 @@ use model::{Config, Recompute};
 use std::time::Instant;
 use tensor::Fault;
 
-/// Tokens of the probe: enough for products to reach their rate.
-const TOKENS: usize = 512;
+/// Tokens of the probe on all ranks together at most, of those a microbatch has: how well workers share an op
+/// depends on its size.
+const TOKENS: usize = 2048;
 /// Longest rows of the probe.
 const CONTEXT: usize = 2048;
 /// Vocabulary of the probe at most: a logit costs the same in any.
@@ -27,6 +28,9 @@ const VOCAB: usize = 4096;
 const IN_USE: f64 = (128 << 20) as f64;
 /// Times a product or a step is measured, after one that warms up.
 const RUNS: usize = 3;
+/// Times all of it is measured; the least of each figure counts. What disturbs a machine only ever adds, and
+/// often for longer than one of these times.
+const ROUNDS: usize = 4;
 /// Times a collective is.
 const CALLS: usize = 12;
 /// Bytes of the whole array in collectives.
@@ -35,7 +39,8 @@ const SIZES: [usize; 2] = [64 << 10, 4 << 20];
 /// Seconds as a sum of two costs: (amount of the first, of the second, seconds).
 type Sample = (f64, f64, f64);
 
-/// What one rank reached.
+/// What one rank reached, or all of them.
+#[derive(Clone)]
 struct Reached {
     /// FLOPs, bytes packed.
     products: Vec<Sample>,
@@ -52,6 +57,33 @@ struct Reached {
     params: usize,
 }
 
+impl Reached {
+    /// All seconds: of samples, of parts.
+    fn seconds(&mut self) -> impl Iterator<Item = &mut f64> {
+        let Reached { products, messages, attention, norms, layers, head, update, step, .. } = self;
+        let samples = products.iter_mut().chain(messages).map(|(.., seconds)| seconds);
+        samples.chain([attention, norms, layers, head, update, step])
+    }
+
+    /// Every figure of this and of another one, as one.
+    fn with(mut self, mut other: Reached, join: impl Fn(f64, f64) -> f64) -> Reached {
+        self.seconds().zip(other.seconds()).for_each(|(ours, theirs)| *ours = join(*ours, *theirs));
+        self
+    }
+
+    fn mean<'a>(ranks: impl ExactSizeIterator<Item = &'a Reached>) -> Reached {
+        let count = ranks.len() as f64;
+        let sum = ranks.cloned().reduce(|sum, rank| sum.with(rank, |a, b| a + b));
+        let mut mean = sum.expect("there are ranks");
+        mean.seconds().for_each(|seconds| *seconds /= count);
+        mean
+    }
+
+    fn least(self, other: Reached) -> Reached {
+        self.with(other, f64::min)
+    }
+}
+
 /// Speeds of `ranks` ranks on this machine for the model and the recipe, in a few seconds. Errors: the
 /// model cannot be built, a layer of it does not fit, a rank failed.
 pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cluster, TrainError> {
@@ -61,7 +93,10 @@ pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cl
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));
     let reached =
         ends.map_err(|failure| TrainError::Mesh { what: format!("measuring speeds: {failure}") })?;
-    Ok(probe.cluster(&reached))
+    // Ranks wait for each other, so that a round takes what they take on average.
+    let rounds = (0..ROUNDS).map(|round| Reached::mean(reached.iter().map(|rounds| &rounds[round])));
+    let least = rounds.reduce(Reached::least).expect("there are rounds");
+    Ok(probe.cluster(&least))
 }
 
 /// What every rank runs.
@@ -77,7 +112,7 @@ struct Probe<'a> {
 impl<'a> Probe<'a> {
     fn new(config: &Config, recipe: &'a Recipe, ranks: usize) -> Result<Probe<'a>, TrainError> {
         let context = recipe.train.context.min(CONTEXT);
-        let rows = (TOKENS / context).max(1);
+        let rows = (TOKENS / context).min(recipe.train.batch).div_ceil(ranks).max(1);
         let layers = layers(&config.shape(), rows * context, ranks);
         let mut json = config.with_layers(layers).to_json("bfloat16");
         json["vocab_size"] = config.vocab().min(VOCAB).into();
@@ -89,14 +124,19 @@ impl<'a> Probe<'a> {
         self.rows * self.context
     }
 
-    fn run(&self, mesh: &Mesh) -> Result<Reached, TrainError> {
+    fn run(&self, mesh: &Mesh) -> Result<Vec<Reached>, TrainError> {
+        let mut learner = self.learner()?;
+        (0..ROUNDS).map(|_| self.round(mesh, &mut learner)).collect()
+    }
+
+    fn round(&self, mesh: &Mesh, learner: &mut Learner) -> Result<Reached, TrainError> {
         let group = mesh.group(Axis::X);
         let products = self.products(&group)?;
         let messages = messages(mesh, self.recipe.train.dtype)?;
         let (attention, norms, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0);
         let mut reached =
             Reached { products, messages, attention, norms, layers, head, update, step, params };
-        self.pass(&group, &mut reached)?;
+        self.pass(&group, learner, &mut reached)?;
         Ok(reached)
     }
 
@@ -134,8 +174,8 @@ impl<'a> Probe<'a> {
         plain.map(|(_, product)| product).chain(experts).collect()
     }
 
-    /// Steps of a model of few layers: as a run makes them, and op by op.
-    fn pass(&self, group: &Group, reached: &mut Reached) -> Result<(), TrainError> {
+    /// Of a model of few layers.
+    fn learner(&self) -> Result<Learner, TrainError> {
         let train = &self.recipe.train;
         let options = LearnerOptions {
             context: self.context,
@@ -148,9 +188,14 @@ impl<'a> Probe<'a> {
         let mut learner = Learner::on(&Flow::solo(), &self.config, options)
             .map_err(|error| TrainError::Mesh { what: format!("measuring speeds: {error}") })?;
         learner.initialise(self.recipe.run.seed)?;
+        Ok(learner)
+    }
+
+    /// Its steps: as a run makes them, and op by op.
+    fn pass(&self, group: &Group, learner: &mut Learner, reached: &mut Reached) -> Result<(), TrainError> {
         let batch = self.batch();
         // Weights stay as they are.
-        let plan = StepPlan { lr: 0.0, clip: train.clip };
+        let plan = StepPlan { lr: 0.0, clip: self.recipe.train.clip };
         learner.step(std::slice::from_ref(&batch), plan)?;
         learner.profile(&batch)?;
         group.barrier().map_err(Fault::outside)?;
@@ -182,20 +227,18 @@ impl<'a> Probe<'a> {
         Rows { b, t, ids, targets, positions, starts: vec![0; b * t], learned: b * t, samples: Vec::new() }
     }
 
-    /// The figures of all ranks as one: of equal ranks the mean, as each waits for the others.
-    fn cluster(&self, reached: &[Reached]) -> Cluster {
-        let mean = |of: fn(&Reached) -> f64| reached.iter().map(of).sum::<f64>() / reached.len() as f64;
-        let all = |of: fn(&Reached) -> &Vec<Sample>| reached.iter().flat_map(of).copied().collect::<Vec<_>>();
-        let (flop_s, packed_s) = fit(&all(|r| &r.products));
-        let (call_s, byte_s) = fit(&all(|r| &r.messages));
+    fn cluster(&self, reached: &Reached) -> Cluster {
+        let Reached { attention, norms, layers, head, update, step, params, .. } = *reached;
+        let (flop_s, packed_s) = fit(&reached.products);
+        let (call_s, byte_s) = fit(&reached.messages);
         // No messages: no time, at an infinite rate.
         let link = Link { latency_s: 0.0, call_s, bytes_per_s: 1.0 / byte_s };
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
         // What a step has beside its layers and its head: the update, the norm of all gradients, what is
         // cleared and counted. It goes with the parameters.
-        let beside = mean(|r| (r.step - r.attention - r.norms - r.layers - r.head).max(r.update));
-        let per_s = |seconds: f64| UPDATE_BYTES * reached[0].params as f64 / seconds;
-        let (memory_bytes_per_s, update_bytes_per_s) = (per_s(mean(|r| r.update)), per_s(beside));
+        let beside = (step - attention - norms - layers - head).max(update);
+        let per_s = |seconds: f64| UPDATE_BYTES * params as f64 / seconds;
+        let (memory_bytes_per_s, update_bytes_per_s) = (per_s(update), per_s(beside));
         let endless = f64::INFINITY;
         let cluster = Cluster {
             node_devices: self.ranks,
@@ -218,11 +261,10 @@ impl<'a> Probe<'a> {
                 sharing: (self.ranks as f64 / device::cores() as f64).max(1.0),
             },
         };
-        let parts = [mean(|r| r.attention), mean(|r| r.norms), mean(|r| r.layers), mean(|r| r.head)];
-        let cluster = self.rest(cluster, parts);
+        let cluster = self.rest(cluster, [attention, norms, layers, head]);
         // The clock of whole steps has the last word: parts timed one by one take longer together.
         let all = self.compute(&self.shape, &cluster) + beside;
-        faster(cluster, all / mean(|r| r.step))
+        faster(cluster, all / step)
     }
 
     /// Seconds of a step without its optimizer.

@@ -34,8 +34,16 @@ pub struct Args {
     python: Option<PathBuf>,
 }
 
-/// Ops in the order of the table.
-const OPS: [&str; 4] = ["all_reduce", "all_gather", "reduce_scatter", "broadcast"];
+/// Ops in the order of the table, and what peers call them. The shared ones are what training calls where it
+/// only reads what comes: members of a process get handles of one array.
+const OPS: [(&str, &str); 6] = [
+    ("all_reduce", "all_reduce"),
+    ("reduce_scatter", "reduce_scatter"),
+    ("all_gather", "all_gather"),
+    ("all_gather_shared", "all_gather"),
+    ("broadcast", "broadcast"),
+    ("broadcast_shared", "broadcast"),
+];
 
 /// One implementation: its command for (ranks, bytes, iterations).
 struct Program {
@@ -150,8 +158,16 @@ fn measure(programs: &[Program], (ranks, bytes): (usize, usize), args: &Args) ->
     times
 }
 
-fn row(programs: &[Program], op: &str, bytes: usize, (times, rounds): (&Times, usize)) -> Vec<String> {
-    let of = |program: usize, round: usize| times.get(&(program, round, op.to_string())).copied();
+fn row(
+    programs: &[Program],
+    (op, theirs): (&str, &str),
+    bytes: usize,
+    (times, rounds): (&Times, usize),
+) -> Vec<String> {
+    let of = |program: usize, round: usize| {
+        let op = if program == 0 { op } else { theirs };
+        times.get(&(program, round, op.to_string())).copied()
+    };
     let ours = median((0..rounds).filter_map(|round| of(0, round)));
     let ratio = |program: usize| {
         let ratios = (0..rounds).filter_map(|round| Some(of(program, round)? / of(0, round)?));
@@ -177,7 +193,7 @@ mod tests {
             times.insert((0, round, "broadcast".to_string()), 1e-3 * slowdown);
             times.insert((1, round, "broadcast".to_string()), 4e-3 * slowdown);
         }
-        let row = row(&programs, "broadcast", 1024, (&times, 3));
+        let row = row(&programs, ("broadcast", "broadcast"), 1024, (&times, 3));
         assert_eq!(row, ["broadcast", "1024", "2000.0 us", "4.0", "-"]);
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Member {
     pub(super) number: AtomicU64,
     /// The one it is in.
     pub(super) call: Mutex<Option<Call>>,
+    /// An array all members share, handed to it within a collective.
+    pub(super) handed: Mutex<Option<Array>>,
     /// Letters to it, by sender.
     pub(super) letters: Vec<Mutex<Letters>>,
 }
@@ -50,6 +52,7 @@ impl Room {
         let member = |_| Member {
             number: AtomicU64::new(0),
             call: Mutex::default(),
+            handed: Mutex::default(),
             letters: (0..size).map(|_| Mutex::default()).collect(),
         };
         Room {

@@ -62,6 +62,32 @@ impl Seat {
         })
     }
 
+    /// The first member has the array, everybody writes its piece, and at a third meeting handles of it
+    /// were given out. Ranks of one process share a GPU and its order of launches, so that it may lie there.
+    pub(crate) fn all_gather_shared(&self, mine: View<'_>) -> Result<Array, CommError> {
+        let (dtype, len) = (mine.dtype(), mine.len() * self.members.ranks.len());
+        let call = self.call(Op::AllGather, (dtype, mine.len()), None);
+        let mut whole = if self.index == 0 { Some(Array::new(mine.device(), dtype, len)?) } else { None };
+        self.during(call, |call| {
+            let pieces = whole.as_mut().map_or_else(Vec::new, |whole| self.cut(whole.view_mut()));
+            self.room.loans[self.index].lend(&[], pieces, || {
+                self.meet(call, true)?;
+                {
+                    let guard = self.room.loans[0].borrow();
+                    let mut piece = guard.exclusive(self.index).ok_or_else(|| self.withdrawn())?;
+                    device::copy(piece.view(), mine);
+                }
+                self.meet(call, false)
+            })?;
+            if let Some(whole) = &whole {
+                self.others().for_each(|to| *lock(&self.room.members[to].handed) = Some(whole.clone()));
+            }
+            self.meet(call, false)?;
+            let handed = || lock(&self.room.members[self.index].handed).take();
+            whole.or_else(handed).ok_or_else(|| self.withdrawn())
+        })
+    }
+
     pub(crate) fn reduce_scatter_sum(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
         let call = self.call(Op::ReduceScatter, (mine.dtype(), mine.len()), None);
         self.lending(call, &[mine], Vec::new(), || {

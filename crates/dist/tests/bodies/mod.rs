@@ -90,6 +90,10 @@ fn all_gather_puts_pieces_in_order(mesh: &Mesh, group: &Group) -> Result<(), Com
         let mut all = vec![bf16::ZERO; ranks * len];
         group.all_gather(View::of_bf16(&narrow(&mine)), ViewMut::of_bf16(&mut all))?;
         assert_eq!(all, narrow(&want));
+        let shared = group.all_gather_shared(View::of_f32(&mine))?;
+        assert_eq!(shared.view().f32(), want);
+        let shared = group.all_gather_shared(View::of_bf16(&narrow(&mine)))?;
+        assert_eq!(shared.view().bf16(), narrow(&want));
     }
     Ok(())
 }
