@@ -3,6 +3,7 @@
 use crate::{plan, show};
 use ::train::{Recipe, Settings, measure_here};
 use anyhow::{Result, bail};
+use device::Device;
 use dist::cost::{Batch, Cluster, Price, every};
 use dist::{Axis, Communicator, Mesh};
 use model::{Config, Model};
@@ -40,7 +41,13 @@ impl Ranking {
         let started = Instant::now();
         let cluster = measure_here(&config, recipe, ranks)?;
         let measured_s = started.elapsed().as_secs_f64();
-        let plans = plans(settings, recipe, &config, &cluster, ranks)?;
+        // The speeds are those of cores: on a machine with a GPU ranks that follow them compute there, too.
+        let on_cores =
+            (recipe.train.device == Device::Cuda && ranks > 1).then(|| "train.device=cpu".to_string());
+        let mut settings = settings.clone();
+        on_cores.iter().try_for_each(|set| settings.set(set))?;
+        let mut plans = plans(&settings, recipe, &config, &cluster, ranks)?;
+        plans.iter_mut().for_each(|plan| plan.sets.extend(on_cores.clone()));
         Ok(Ranking { plans, ranks, cluster, measured_s })
     }
 

@@ -6,6 +6,7 @@ use crate::train::{cook, rank};
 use crate::{EXIT_AGAIN, EXIT_LOST};
 use ::train::{Begin, Predicted, Recipe, Settings, Start, TrainError};
 use anyhow::{Context, Result, anyhow};
+use device::Device;
 use dist::{Axis, CommError, Communicator, Ends, Failure, Mesh, MeshShape, Process, Supervision};
 use std::cell::Cell;
 use std::os::unix::process::CommandExt;
@@ -65,7 +66,8 @@ impl Run {
         let ranking = Ranking::new(&self.settings, &self.recipe, ranks)?;
         eprintln!("{}", ranking.summary());
         let best = ranking.best();
-        (self.settings, self.recipe) = self.settings.following(&best.price)?;
+        best.sets.iter().try_for_each(|set| self.settings.set(set))?;
+        self.recipe = self.settings.recipe()?;
         self.sets.extend(best.sets.iter().cloned());
         let memory_bytes = (best.price.memory.device() * ranks as f64) as u64;
         self.predicted = Some(Predicted { step_s: best.price.step(), memory_bytes, links: Vec::new() });
@@ -177,6 +179,15 @@ impl Way {
         let locals = number(["OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS"]).unwrap_or(1);
         Ok(Way::Mpi(local.min(locals.max(1) - 1), locals.max(1)))
     }
+
+    /// Let this process have a GPU to itself where there are enough: before anything asks for one.
+    pub fn choose_card(&self) {
+        match self {
+            Way::Rank(dist::Start { rank: seat, .. }) | Way::Mpi(seat, _) => device::cuda::choose(*seat),
+            // Ranks that are threads share a GPU; a supervisor needs none.
+            Way::Threads | Way::Processes => {}
+        }
+    }
 }
 
 /// Which rank prepares a run, and how its ranks are carried.
@@ -185,12 +196,19 @@ pub struct Seat {
     /// Processes that share the work, each with such a pool.
     pub ranks: usize,
     pub carrier: &'static str,
+    /// Ranks that compute on our GPU, where ranks do; none: all of them.
+    on_card: Option<usize>,
 }
 
 impl Seat {
     /// The process that has all ranks.
     pub fn alone() -> Seat {
-        Seat { rank: 0, ranks: 1, carrier: "threads" }
+        Seat { rank: 0, ranks: 1, carrier: "threads", on_card: None }
+    }
+
+    /// Ranks of a recipe that compute on our GPU.
+    pub fn on_card(&self, recipe: &Recipe) -> usize {
+        self.on_card.unwrap_or(recipe.mesh.shape.world_size())
     }
 }
 
@@ -335,7 +353,11 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
     };
     let communicator = Communicator::Processes(process.clone());
     let (rank, carrier) = (communicator.rank(), if over_mpi { "MPI processes" } else { "processes" });
-    let seat = Seat { rank, ranks: communicator.world_size(), carrier };
+    let on_card = match run.recipe.train.device {
+        Device::Cpu => None,
+        Device::Cuda => Some(locals.div_ceil(device::cuda::gpu().map_or(1, |gpu| gpu.card().shown.max(1)))),
+    };
+    let seat = Seat { rank, ranks: communicator.world_size(), carrier, on_card };
     let mesh = match Mesh::new(run.recipe.mesh.shape, communicator) {
         Ok(mesh) => mesh,
         Err(error) => return say(over_mpi, rank, finish(&process, Err(anyhow!(error)), false)),

@@ -74,6 +74,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         _ => Start::New,
     };
     let way = Way::find(args.processes)?;
+    way.choose_card();
     let run = Run::new(path, &args.set, start)?.chosen(args.ranks, &way)?;
     let run = run.restarted(args.restart, args.fallback)?;
     if let Some(ranks) = args.ranks.filter(|ranks| *ranks != run.recipe.mesh.shape.world_size()) {
@@ -129,9 +130,10 @@ pub fn cook(recipe: &Recipe, settings: &Settings, start: Start, seat: &Seat) -> 
         return Ok(Begin { recipe, resolved, prepared, start, peak_gflops: 1.0 });
     }
     let prepared = prepare(&recipe, resume)?;
-    prepared.check_memory(&recipe)?;
+    prepared.check_memory(&recipe, seat.on_card(&recipe))?;
     // Ranks that are processes have equal shares of their machines.
-    let peak_gflops = peak(&recipe) * seat.ranks as f64;
+    let sharing = if recipe.train.device == Device::Cuda { seat.on_card(&recipe).min(seat.ranks) } else { 1 };
+    let peak_gflops = peak(&recipe) * seat.ranks as f64 / sharing as f64;
     eprint!("{}", headline(&recipe, &prepared, seat, peak_gflops));
     Ok(Begin { recipe, resolved, prepared: Arc::new(prepared), start, peak_gflops })
 }
@@ -360,14 +362,16 @@ fn indent(text: &str) -> String {
 }
 
 /// Where ops run.
-fn computes_on(device: Device, threads: usize) -> String {
+fn computes_on(recipe: &Recipe, seat: &Seat, threads: usize) -> String {
     let threads = format!("{threads} threads");
-    match device {
-        Device::Cpu => threads,
-        Device::Cuda => {
-            device::cuda::gpu().map_or(threads.clone(), |gpu| format!("{} beside {threads}", gpu.card().name))
-        }
+    if recipe.train.device == Device::Cpu {
+        return threads;
     }
+    let ranks = match seat.on_card(recipe) {
+        1 => String::new(),
+        ranks => format!(", {ranks} ranks on one GPU"),
+    };
+    device::cuda::gpu().map_or(threads.clone(), |gpu| format!("{} beside {threads}{ranks}", gpu.card().name))
 }
 
 fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String {
@@ -411,7 +415,7 @@ fn headline(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> Str
                 show::flops(estimate.step_flops)
             ),
         ),
-        ("machine", format!("{}, {peak:.0} GFLOP/s measured peak", computes_on(train.device, threads))),
+        ("machine", format!("{}, {peak:.0} GFLOP/s measured peak", computes_on(recipe, seat, threads))),
         ("mesh", mesh_line(&recipe.mesh, seat)),
         ("memory", memory(recipe, prepared) + &rerun),
     ]) + "\n"
@@ -480,7 +484,7 @@ fn plan(recipe: &Recipe, prepared: &Prepared, seat: &Seat, peak: f64) -> String 
         ("time per step, predicted", show::duration(seconds)),
         ("whole run, predicted", show::duration(seconds * recipe.train.steps as f64)),
     ]);
-    let verdict = match prepared.check_memory(recipe) {
+    let verdict = match prepared.check_memory(recipe, seat.on_card(recipe)) {
         Ok(()) => "It fits.".to_string(),
         Err(error) => format!("It does not fit: {error}"),
     };

@@ -3,7 +3,7 @@
 //! `comm_bench RANKS BYTES ITERATIONS`: one JSON line an op with the median seconds of an iteration,
 //! taken on rank 0 between barriers.
 
-use device::{DType, View, ViewMut};
+use device::{DType, Device, View, ViewMut};
 use dist::{Array, Axis, CommError, Group, MeshShape, Options, launch};
 use std::time::Instant;
 
@@ -25,11 +25,11 @@ fn main() {
 fn rank(group: &Group, len: usize, iterations: usize) -> Result<Vec<(&'static str, f64)>, CommError> {
     let piece = len / group.size();
     let (mut whole, mut part) = (vec![1f32; piece * group.size()], vec![1f32; piece]);
-    let panel = Array::new(DType::F32, whole.len())?;
+    let panel = Array::new(Device::Cpu, DType::F32, whole.len())?;
     // The first rank hands out a handle and is done: until all have it is what counts.
     let shared = || {
         let mine = (group.index() == 0).then(|| panel.clone());
-        group.start_broadcast(mine, (DType::F32, panel.len), 0)?.finish()?;
+        group.start_broadcast(mine, (Device::Cpu, DType::F32, panel.len), 0)?.finish()?;
         group.barrier()
     };
     Ok(vec![

@@ -12,7 +12,7 @@ use crate::group::Carrier;
 use crate::threads::Seat;
 use crate::traffic::{Peers, Tally, Traffic};
 use crate::wire;
-use device::{Buffer, DType, Device};
+use device::{Buffer, DType, Device, View, ViewMut};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -58,17 +58,34 @@ pub struct Array {
 
 impl Array {
     /// `len` elements of unspecified contents.
-    pub fn new(dtype: DType, len: usize) -> Result<Array, CommError> {
-        Ok(Array { buffer: Buffer::new(Device::Cpu, len * dtype.size_bytes())?, dtype, len })
+    pub fn new(device: Device, dtype: DType, len: usize) -> Result<Array, CommError> {
+        Ok(Array { buffer: Buffer::new(device, len * dtype.size_bytes())?, dtype, len })
+    }
+
+    /// A copy in some memory.
+    pub(crate) fn copied(device: Device, data: View<'_>) -> Result<Array, CommError> {
+        let mut array = Array::new(device, data.dtype(), data.len())?;
+        device::copy(array.view_mut(), data);
+        Ok(array)
+    }
+
+    /// Where they live.
+    pub fn device(&self) -> Device {
+        self.buffer.device()
+    }
+
+    /// Themselves, or a copy where they live elsewhere.
+    fn on(self, device: Device) -> Result<Array, CommError> {
+        if self.device() == device { Ok(self) } else { Array::copied(device, self.view()) }
     }
 
     /// Read them.
-    pub fn view(&self) -> device::View<'_> {
+    pub fn view(&self) -> View<'_> {
         self.buffer.view(self.dtype, 0, self.len)
     }
 
     /// Write them; panics when the buffer is shared.
-    pub fn view_mut(&mut self) -> device::ViewMut<'_> {
+    pub fn view_mut(&mut self) -> ViewMut<'_> {
         self.buffer.view_mut(self.dtype, 0, self.len)
     }
 }
@@ -99,9 +116,10 @@ enum State {
         len: usize,
         from: (usize, u64),
     },
-    /// A message between processes.
+    /// A message between processes, for an array on `device`.
     Message {
         seat: wire::Seat,
+        device: Device,
         dtype: DType,
         len: usize,
         from: (usize, u64),
@@ -136,7 +154,9 @@ impl Pending {
             State::Lane(result) => result.recv().map_err(|_| gone())?,
             State::Handle { op, seat, dtype, len, from } => seat.take_handle(op, (dtype, len), from),
             State::Letter { seat, dtype, len, from } => seat.take_letter((dtype, len), from),
-            State::Message { seat, dtype, len, from } => seat.take_asked((dtype, len), from),
+            State::Message { seat, device, dtype, len, from } => {
+                seat.take_asked((dtype, len), from).and_then(|array| array.on(device))
+            }
         };
         self.tally.expose(start.elapsed());
         done
@@ -217,20 +237,20 @@ impl Group {
 
     /// [`Group::reduce_scatter_sum`] beside computation; the result is our piece.
     pub fn start_reduce_scatter_sum(&self, mine: Array) -> Result<Pending, CommError> {
-        let mut out = Array::new(mine.dtype, mine.len / self.size())?;
+        let mut out = Array::new(mine.device(), mine.dtype, mine.len / self.size())?;
         self.start(move |group| {
             group.reduce_scatter_sum(mine.view(), out.view_mut())?;
             Ok(out)
         })
     }
 
-    /// [`Group::broadcast`] of `len` elements beside computation; the root gives `data`, the others
-    /// nothing. Between threads the result is the root's own buffer, shared: read it only, and the
+    /// [`Group::broadcast`] of `len` elements on `device` beside computation; the root gives `data`, the
+    /// others nothing. Between threads the result is the root's own buffer, shared: read it only, and the
     /// root writes it again only when every member has dropped its handle.
     pub fn start_broadcast(
         &self,
         data: Option<Array>,
-        (dtype, len): (DType, usize),
+        (device, dtype, len): (Device, DType, usize),
         root: usize,
     ) -> Result<Pending, CommError> {
         let data = self.expect_root_data(data, (dtype, len), root)?;
@@ -251,13 +271,11 @@ impl Group {
         }
         let mut data = match data {
             Some(data) => data,
-            None => Array::new(dtype, len)?,
+            None => Array::new(device, dtype, len)?,
         };
         self.start(move |group| {
             if group.index() == root && !data.buffer.is_unique() {
-                let mut own = Array::new(dtype, len)?;
-                own.view_mut().bytes().copy_from_slice(data.view().bytes());
-                data = own;
+                data = Array::copied(device, data.view())?;
             }
             group.broadcast(data.view_mut(), root)?;
             Ok(data)
@@ -273,7 +291,7 @@ impl Group {
             return Ok(self.pending(State::Ready(data)));
         }
         let (to, from) = ((own + 1) % size, (own + size - 1) % size);
-        let (dtype, len) = (data.dtype, data.len);
+        let (device, dtype, len) = (data.device(), data.dtype, data.len);
         let (seat, waits) = (self.sharing_seat(), self.beside().waits());
         if seat.is_some() || !waits {
             let bytes = (len * dtype.size_bytes()) as u64;
@@ -291,7 +309,7 @@ impl Group {
         }
         self.start(move |group| {
             group.send(data.view(), to)?;
-            let mut out = Array::new(dtype, len)?;
+            let mut out = Array::new(device, dtype, len)?;
             group.receive(out.view_mut(), from)?;
             Ok(out)
         })
@@ -302,7 +320,7 @@ impl Group {
     pub fn start_send(&self, data: Array, to: usize) -> Result<Sending, CommError> {
         self.expect_other(Op::Send, to)?;
         let tally = self.tally().clone();
-        let sent = data.view().bytes().len() as u64;
+        let sent = (data.len * data.dtype.size_bytes()) as u64;
         let traffic = Traffic { sent, received: 0, peers: Peers::One(to) };
         let under_way = match self.carrier_beside() {
             Carrier::Null => None,
@@ -313,7 +331,8 @@ impl Group {
             // It waits for nobody's call: whoever it goes to takes messages in at any time.
             Carrier::Processes(seat) => {
                 let ((sender, receiver), seat) = (sync_channel(1), seat.clone());
-                self.lane().run(Box::new(move || drop(sender.send(seat.send_to(data.view(), to)))))?;
+                let send = move || seat.send_to(data.on(Device::Cpu)?.view(), to);
+                self.lane().run(Box::new(move || drop(sender.send(send()))))?;
                 Some(receiver)
             }
         };
@@ -321,23 +340,27 @@ impl Group {
         Ok(Sending { under_way, tally })
     }
 
-    /// [`Group::receive`] of `len` elements beside computation: takes the next message of `from` that
+    /// [`Group::receive`] of `len` elements on `device` beside computation: takes the next message of `from` that
     /// nobody asked for yet. It needs no thread, so that a message that comes late holds nothing up.
     /// What comes may be shared with the sender: read it only.
-    pub fn start_receive(&self, (dtype, len): (DType, usize), from: usize) -> Result<Pending, CommError> {
+    pub fn start_receive(
+        &self,
+        (device, dtype, len): (Device, DType, usize),
+        from: usize,
+    ) -> Result<Pending, CommError> {
         self.expect_other(Op::Receive, from)?;
         let received = (len * dtype.size_bytes()) as u64;
         let traffic = Traffic { sent: 0, received, peers: Peers::One(from) };
         self.tally().add(traffic, self.size(), self.index());
         Ok(self.pending(match self.carrier_beside() {
-            Carrier::Null => State::Ready(Array::new(dtype, len)?),
+            Carrier::Null => State::Ready(Array::new(device, dtype, len)?),
             Carrier::Threads(seat) => {
                 let (seat, from) = (seat.clone(), (from, seat.ask(from)));
                 State::Letter { seat, dtype, len, from }
             }
             Carrier::Processes(seat) => {
                 let (seat, from) = (seat.clone(), (from, seat.ask(from)));
-                State::Message { seat, dtype, len, from }
+                State::Message { seat, device, dtype, len, from }
             }
         }))
     }

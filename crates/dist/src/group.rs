@@ -3,13 +3,15 @@
 //!
 //! Sums are taken in the order of members, in f32 (bf16 is rounded once at the end), so a result
 //! has the same bits on every communicator and run after run.
+//!
+//! Arrays may lie in memory of a GPU; what carries them may not reach there (`staged`).
 
 use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
 use crate::traffic::{Counts, Peers, Tally, Traffic};
 use crate::{Communicator, threads, wire};
-use device::{DType, View, ViewMut};
+use device::{DType, Device, View, ViewMut};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -93,6 +95,9 @@ impl Group {
         if self.size() == 1 {
             return Ok(());
         }
+        if self.is_staged(data.device()) {
+            return self.staged_within(data, |data| self.all_reduce_sum(data));
+        }
         let traffic = Traffic::all_reduce(self.size(), self.index, data.len(), data.dtype().size_bytes());
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
@@ -105,13 +110,18 @@ impl Group {
     pub fn all_gather(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
         self.expect_pieces(Op::AllGather, (mine.dtype(), mine.len()), (out.dtype(), out.len()))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
         }
-        self.counted(Traffic::pieces(self.size(), mine.bytes().len()), |carrier| match carrier {
-            Carrier::Null => Ok(()),
-            Carrier::Threads(seat) => seat.all_gather(mine, out),
-            Carrier::Processes(seat) => seat.all_gather(mine, out),
+        if self.is_staged(out.device()) {
+            return self.staged(mine, out, |mine, out| self.all_gather(mine, out));
+        }
+        self.counted(Traffic::pieces(self.size(), mine.len() * mine.dtype().size_bytes()), |carrier| {
+            match carrier {
+                Carrier::Null => Ok(()),
+                Carrier::Threads(seat) => seat.all_gather(mine, out),
+                Carrier::Processes(seat) => seat.all_gather(mine, out),
+            }
         })
     }
 
@@ -119,10 +129,10 @@ impl Group {
     /// array, in which each has written its piece, so that a byte moves once for all of them.
     pub fn all_gather_shared(&self, mine: View<'_>) -> Result<Array, CommError> {
         if let Carrier::Threads(seat) = &self.carrier {
-            let traffic = Traffic::pieces(self.size(), mine.bytes().len());
+            let traffic = Traffic::pieces(self.size(), mine.len() * mine.dtype().size_bytes());
             return self.counted(traffic, |_| seat.all_gather_shared(mine));
         }
-        let mut out = Array::new(mine.dtype(), self.size() * mine.len())?;
+        let mut out = Array::new(mine.device(), mine.dtype(), self.size() * mine.len())?;
         self.all_gather(mine, out.view_mut())?;
         Ok(out)
     }
@@ -132,8 +142,11 @@ impl Group {
         self.expect_float(Op::ReduceScatter, mine.dtype())?;
         self.expect_pieces(Op::ReduceScatter, (out.dtype(), out.len()), (mine.dtype(), mine.len()))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
+        }
+        if self.is_staged(out.device()) {
+            return self.staged(mine, out, |mine, out| self.reduce_scatter_sum(mine, out));
         }
         let piece_bytes = out.len() * out.dtype().size_bytes();
         self.counted(Traffic::pieces(self.size(), piece_bytes), |carrier| match carrier {
@@ -148,6 +161,9 @@ impl Group {
         let piece = self.expect_whole(Op::AllGather, &data)?;
         if self.size() == 1 {
             return Ok(());
+        }
+        if self.is_staged(data.device()) {
+            return self.staged_within(data, |data| self.all_gather_within(data));
         }
         self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
             Carrier::Null => Ok(()),
@@ -164,6 +180,9 @@ impl Group {
         if self.size() == 1 {
             return Ok(());
         }
+        if self.is_staged(data.device()) {
+            return self.staged_within(data, |data| self.reduce_scatter_sum_within(data));
+        }
         self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum_within(data),
@@ -176,6 +195,9 @@ impl Group {
         self.expect_member(Op::Broadcast, root)?;
         if self.size() == 1 {
             return Ok(());
+        }
+        if self.is_staged(data.device()) {
+            return self.staged_within(data, |data| self.broadcast(data, root));
         }
         let bytes = data.len() * data.dtype().size_bytes();
         self.counted(Traffic::broadcast(self.size(), self.index, bytes, root), |carrier| match carrier {
@@ -191,6 +213,9 @@ impl Group {
         self.expect_float(Op::Reduce, data.dtype())?;
         if self.size() == 1 {
             return Ok(());
+        }
+        if self.is_staged(data.device()) {
+            return self.staged_within(data, |data| self.reduce_sum(data, root));
         }
         let bytes = data.len() * data.dtype().size_bytes();
         self.counted(Traffic::reduce(self.size(), self.index, bytes, root), |carrier| match carrier {
@@ -209,8 +234,11 @@ impl Group {
     ) -> Result<(), CommError> {
         self.expect_runs((mine.dtype(), mine.len(), send), (out.dtype(), out.len(), receive))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
+        }
+        if self.is_staged(out.device()) {
+            return self.staged(mine, out, |mine, out| self.all_to_all((mine, send), (out, receive)));
         }
         let traffic = Traffic::all_to_all(self.index, send, receive, mine.dtype().size_bytes());
         self.counted(traffic, |carrier| match carrier {
@@ -224,7 +252,11 @@ impl Group {
     /// written again; the receiver may come later.
     pub fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
         self.expect_other(Op::Send, to)?;
-        let traffic = Traffic { sent: data.bytes().len() as u64, received: 0, peers: Peers::One(to) };
+        if self.is_staged(data.device()) {
+            return self.send(Array::copied(Device::Cpu, data)?.view(), to);
+        }
+        let sent = (data.len() * data.dtype().size_bytes()) as u64;
+        let traffic = Traffic { sent, received: 0, peers: Peers::One(to) };
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.send(data, to),
@@ -235,6 +267,9 @@ impl Group {
     /// Takes what member `from` sends next. Length and type must be the sender's.
     pub fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {
         self.expect_other(Op::Receive, from)?;
+        if self.is_staged(data.device()) {
+            return self.staged(View::of_u16(&[]), data, |_, data| self.receive(data, from));
+        }
         let received = (data.len() * data.dtype().size_bytes()) as u64;
         self.counted(Traffic { sent: 0, received, peers: Peers::One(from) }, |carrier| match carrier {
             Carrier::Null => Ok(()),
@@ -283,6 +318,41 @@ impl Group {
 
     pub(crate) fn tally(&self) -> &Arc<Tally> {
         &self.tally
+    }
+
+    /// Whether data on `device` passes through memory of the host, which is all that these carriers reach.
+    /// Where nothing moves nothing is copied either.
+    fn is_staged(&self, device: Device) -> bool {
+        match self.carrier {
+            Carrier::Null => false,
+            Carrier::Threads(_) | Carrier::Processes(_) => device == Device::Cuda,
+        }
+    }
+
+    /// Makes a call on copies in memory of the host.
+    fn staged(
+        &self,
+        mine: View<'_>,
+        out: ViewMut<'_>,
+        call: impl FnOnce(View<'_>, ViewMut<'_>) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let mine = Array::copied(Device::Cpu, mine)?;
+        let mut here = Array::new(Device::Cpu, out.dtype(), out.len())?;
+        call(mine.view(), here.view_mut())?;
+        device::copy(out, here.view());
+        Ok(())
+    }
+
+    /// The same for a call that reads and writes one array.
+    fn staged_within(
+        &self,
+        data: ViewMut<'_>,
+        call: impl FnOnce(ViewMut<'_>) -> Result<(), CommError>,
+    ) -> Result<(), CommError> {
+        let mut here = Array::copied(Device::Cpu, data.as_view())?;
+        call(here.view_mut())?;
+        device::copy(data, here.view());
+        Ok(())
     }
 
     /// Makes a call and counts it; the exposed time of a call beside computation is exposed in `finish`.

@@ -88,10 +88,9 @@ pub(crate) fn max(mesh: &Mesh, cut: Cut, mut x: Tensor) -> Result<Tensor, Fault>
         let mut all = Tensor::new(x.device(), DType::F32, &[ranks, len])?;
         mesh.group(axis).all_gather(x.view(), all.view_mut())?;
         let mut top = Tensor::new(x.device(), DType::F32, x.shape())?;
-        let (out, all) = (top.view_mut().f32(), all.view().f32());
-        out.copy_from_slice(&all[..len]);
-        for other in all[len..].chunks_exact(len) {
-            out.iter_mut().zip(other).for_each(|(top, x)| *top = top.max(*x));
+        device::copy(top.view_mut(), all.view().narrow(0, len));
+        for rank in 1..ranks {
+            kernels::elementwise::max_assign(top.view_mut(), all.view().narrow(rank * len, len));
         }
         x = top;
     }

@@ -54,7 +54,7 @@ pub fn norm(tape: &mut Tape<'_>, width: &Width, x: &Var, norm: Norm) -> Result<V
     let mean = bias.map(|_| width.mean_of(value, Sum::Values)).transpose()?;
     let what = mean.as_ref().map_or(Sum::Squares, |mean| Sum::Deviations(mean.view()));
     let mut inv = width.mean_of(value, what)?;
-    inv.view_mut().f32().iter_mut().for_each(|x| *x = 1.0 / (*x + eps).sqrt());
+    cut_norm::invert(inv.view_mut(), eps);
     let mut y = Tensor::new(value.device(), value.dtype(), value.shape())?;
     let saved = Saved { width: width.clone(), x: value.clone(), mean, inv, weight, bias };
     let bias_weight = bias.map(|bias| tape.params.weight(bias));

@@ -2,35 +2,16 @@
 //! and on processes' sockets.
 
 mod bodies;
+mod sockets;
 
 use bodies::{BODIES, array};
-use device::{DType, View, ViewMut};
-use dist::{Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Options, Process, launch};
-use std::time::Duration;
+use device::{DType, Device, View, ViewMut};
+use dist::{Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Options, launch};
+use sockets::on_sockets;
 
 fn on_ranks<R: Send>(ranks: usize, body: impl Fn(&Mesh, &Group) -> Result<R, CommError> + Sync) -> Vec<R> {
     let shape = MeshShape::new(&[(Axis::X, ranks)]).unwrap();
     launch(&shape, &Options::default(), |mesh| body(mesh, &mesh.group(Axis::X))).unwrap()
-}
-
-/// Ranks that talk over sockets, as processes do, though they are threads of this test.
-fn on_sockets<R: Send>(
-    shape: MeshShape,
-    body: impl Fn(&Mesh) -> Result<R, CommError> + Sync,
-) -> Result<Vec<R>, CommError> {
-    let folder = tempfile::tempdir().unwrap();
-    let ranks = shape.world_size();
-    let rank = |rank: usize| {
-        let process = Process::join(folder.path(), rank, ranks, Duration::from_secs(30))?;
-        let mesh = Mesh::new(shape, Communicator::Processes(process.clone())).unwrap();
-        let result = body(&mesh);
-        process.end(result.as_ref().err().map(CommError::to_string))?;
-        result
-    };
-    std::thread::scope(|scope| {
-        let running: Vec<_> = (0..ranks).map(|i| scope.spawn(move || rank(i))).collect();
-        running.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
 }
 
 #[test]
@@ -125,7 +106,7 @@ fn a_rank_that_only_counts_counts_what_a_rank_that_moves_does() {
         column.send(View::of_f32(&x), 1 - column.index())?;
         column.receive(ViewMut::of_f32(&mut x), 1 - column.index())?;
         let mine = (row.index() == 0).then(|| array(&[1.0; 9]));
-        row.start_broadcast(mine, (DType::F32, 9), 0)?.finish()?;
+        row.start_broadcast(mine, (Device::Cpu, DType::F32, 9), 0)?.finish()?;
         row.start_all_reduce_sum(array(&[1.0; 6]))?.finish()?;
         mesh.group_over(&Axis::ALL).barrier()?;
         Ok(mesh

@@ -162,7 +162,7 @@ fn a_receiver_of_another_length_and_one_without_a_sender_are_told() {
 #[test]
 fn calls_beside_computation_fail_with_the_run() {
     let (heard, failure) = told(3, PATIENT, |mesh, group| {
-        let bucket = dist::Array::new(device::DType::F32, 8)?;
+        let bucket = dist::Array::new(device::Device::Cpu, device::DType::F32, 8)?;
         if mesh.rank() == 2 {
             return Ok(());
         }
@@ -194,7 +194,13 @@ fn random_failures_at_random_places_end_every_rank() {
                     1 => group.broadcast(ViewMut::of_f32(&mut [1.0; 100]), step % ranks)?,
                     2 => group.barrier()?,
                     _ => drop(
-                        group.start_all_reduce_sum(dist::Array::new(device::DType::F32, 64)?)?.finish()?,
+                        group
+                            .start_all_reduce_sum(dist::Array::new(
+                                device::Device::Cpu,
+                                device::DType::F32,
+                                64,
+                            )?)?
+                            .finish()?,
                     ),
                 }
             }

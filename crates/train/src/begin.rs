@@ -13,6 +13,7 @@ use crate::recipe::Recipe;
 use crate::run_folder::{Identity, RunFolder, StateMeta, meta_of};
 use crate::whole::Whole;
 use checkpoint::{Checkpoint, StateDir};
+use device::Device;
 use dist::Flow;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -66,7 +67,7 @@ struct Found {
 pub(crate) fn begin(begin: &Begin, flow: &Flow, whole: Option<&Whole>) -> Result<Begun, TrainError> {
     let Begin { recipe, resolved, prepared, start, .. } = begin;
     let identity = identity(recipe, prepared);
-    same_run(flow, resolved, &identity)?;
+    same_run(flow, recipe, resolved, &identity)?;
     let mut found = match flow.mesh.rank() {
         0 => Some(look(recipe, *start)?),
         _ => None,
@@ -133,23 +134,35 @@ fn look(recipe: &Recipe, start: Start) -> Result<Found, TrainError> {
 
 /// Refuse to train with ranks that would train something else: processes read recipe and data by
 /// themselves, on hosts of their own, and copies of weights would drift apart without a word.
-fn same_run(flow: &Flow, resolved: &str, identity: &Identity) -> Result<(), TrainError> {
+fn same_run(flow: &Flow, recipe: &Recipe, resolved: &str, identity: &Identity) -> Result<(), TrainError> {
     let isa = device::Isa::active().name();
+    // What "auto" came to.
+    let device = match recipe.train.device {
+        Device::Cpu => "the CPU".to_string(),
+        Device::Cuda => device::cuda::gpu().map_or(String::new(), |gpu| gpu.card().name.clone()),
+    };
     let model = identity.model.to_string();
     let data = identity.data.to_string();
-    let ours = [("recipe", resolved), ("model", &model), ("training data", &data), ("instruction set", isa)];
+    let ours = [
+        ("recipe", resolved),
+        ("model", &model),
+        ("training data", &data),
+        ("instruction set", isa),
+        ("device", &device),
+    ];
     // FNV-1a, the same in every process.
     let hash = |text: &str| {
         let step = |hash: u64, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
         text.bytes().fold(0xcbf2_9ce4_8422_2325, step)
     };
-    let own: [u64; 4] = ours.map(|(_, text)| hash(text));
+    let own: [u64; 5] = ours.map(|(_, text)| hash(text));
     let mut words = words_of(&own);
     let mine = words.clone();
     first_says(&flow.mesh, &mut words)?;
-    let Some(at) = (0..16).find(|i| words[*i] != mine[*i]) else { return Ok(()) };
-    let (rank, name) = (flow.mesh.rank(), ours[at / 4].0);
-    let hint = if name == "instruction set" { format!(" (here it is {isa})") } else { String::new() };
+    let Some(at) = (0..20).find(|i| words[*i] != mine[*i]) else { return Ok(()) };
+    let (rank, (name, here)) = (flow.mesh.rank(), ours[at / 4]);
+    let is_short = ["instruction set", "device"].contains(&name);
+    let hint = if is_short { format!(" (here it is {here})") } else { String::new() };
     Err(TrainError::Mesh {
         what: format!(
             "rank {rank} has another {name} than rank 0{hint}; every rank needs the same recipe, options, files \

@@ -107,7 +107,7 @@ impl Learner {
                 ParamStore::paged(dtypes, &params, setup, share)?
             }
             None if mesh.world_size() == 1 => ParamStore::new(device, dtype, &params)?,
-            None => ParamStore::striped(Device::Cpu, dtype, &params, share, sharding.away())?,
+            None => ParamStore::striped(device, dtype, &params, share, sharding.away())?,
         };
         store.enable_grads()?;
         let optimizer = AdamW::new(adamw, &mut store)?;

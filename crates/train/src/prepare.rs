@@ -118,8 +118,9 @@ impl Prepared {
         Some(Setup { drive, ..setup })
     }
 
-    /// Refuse a run that cannot fit before anything is reserved.
-    pub fn check_memory(&self, recipe: &Recipe) -> Result<(), TrainError> {
+    /// Refuse a run that cannot fit before anything is reserved. `on_card`: ranks that compute on our GPU, where
+    /// ranks do.
+    pub fn check_memory(&self, recipe: &Recipe, on_card: usize) -> Result<(), TrainError> {
         let estimate = self.estimate(recipe);
         if let Some(setup) = self.tiers(recipe) {
             return tiers::check(recipe, &self.of_rank, &estimate, &setup);
@@ -132,12 +133,17 @@ impl Prepared {
         let needs = match recipe.train.device {
             Device::Cpu => estimate.total_bytes(),
             // Snapshots lie on the host.
-            Device::Cuda => estimate.total_bytes() - estimate.snapshot_bytes,
+            Device::Cuda => {
+                let ranks = recipe.mesh.shape.world_size() as u64;
+                (estimate.total_bytes() - estimate.snapshot_bytes) * on_card as u64 / ranks
+            }
         };
         if needs <= available {
             return Ok(());
         }
-        let remedy = if needs - estimate.snapshot_bytes <= available {
+        let remedy = if recipe.train.device == Device::Cuda && recipe.mesh.shape.world_size() > 1 {
+            "lower train.batch or train.context, share the state among more GPUs (mesh.fsdp, mesh.zero = 3), or choose a smaller model".to_string()
+        } else if needs.saturating_sub(estimate.snapshot_bytes) <= available {
             "set checkpoint.background = false".to_string()
         } else if estimate.state_bytes + estimate.activation_bytes / 4 <= available {
             "lower train.batch or train.context, or set train.recompute = \"always\"".to_string()

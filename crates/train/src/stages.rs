@@ -244,7 +244,8 @@ impl<'a> Worker<'a> {
 
     fn ask(&mut self, message: Message, from: usize) -> Result<(), Fault> {
         let [rows, cols] = self.model.stream_shape(&self.microbatches[message.microbatch].tokens);
-        let pending = self.group.start_receive((self.tape.params.dtype(), rows * cols), from)?;
+        let (device, dtype) = (self.tape.params.device(), self.tape.params.dtype());
+        let pending = self.group.start_receive((device, dtype, rows * cols), from)?;
         self.asked.insert(message, pending);
         Ok(())
     }

@@ -69,7 +69,7 @@ fn what_layers_keep_leaves_and_comes_back() {
         device::reset_peak();
         let moved = device::Threads::new(2).unwrap().run(|| {
             let mut trainer = place.trainer("tiers", &sets, Start::Overwrite).unwrap();
-            trainer.prepared.check_memory(trainer.recipe()).unwrap();
+            trainer.prepared.check_memory(trainer.recipe(), 1).unwrap();
             while trainer.advance().unwrap().is_some() {}
             trainer.learner_mut().store.arrays().moved_bytes(Class::Activation)
         });

@@ -116,7 +116,7 @@ fn what_a_gpu_cannot_do_is_said_before_anything_begins() {
     let refused = |sets: &[&str]| {
         place.settings("probe", &[&MODEL[..], sets].concat()).recipe().unwrap_err().to_string()
     };
-    assert!(refused(&["train.device=cuda", "mesh.dp=2"]).contains("2 ranks"));
+    assert!(refused(&["train.device=cuda", "mesh.dp=2", "memory.dram=1GiB"]).contains("2 ranks"));
     assert!(refused(&["train.device=cpu", "memory.hbm=1GiB", "memory.dram=1GiB"]).contains("no GPU"));
     let said = refused(&["train.device=cuda", "memory.simulate_device=1MiB", "memory.dram=1GiB"]);
     assert!(said.contains("memory.hbm"), "{said}");

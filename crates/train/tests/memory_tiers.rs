@@ -315,7 +315,7 @@ fn a_budget_nothing_fits_in_is_refused_with_the_least_that_does() {
     let refused = |sets: &[&str]| {
         let recipe = place.settings("run", &[&MODEL[..], sets].concat()).recipe().unwrap();
         let prepared = Prepared::new(&recipe, false, &mut |_| {}).unwrap();
-        prepared.check_memory(&recipe).unwrap_err().to_string()
+        prepared.check_memory(&recipe, 1).unwrap_err().to_string()
     };
     let said = refused(&["memory.dram=300KiB"]);
     assert!(

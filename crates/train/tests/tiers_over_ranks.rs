@@ -166,6 +166,6 @@ fn what_tiers_of_ranks_cannot_do_is_refused_with_a_remedy() {
     assert!(sample.contains("sample.every = 3") && sample.contains("trilith chat"), "{sample}");
     let sets = [&MODEL[..], &["mesh.pp=2", "mesh.x=2", "train.accumulate=2", "memory.dram=200000B"]].concat();
     let recipe = place.settings("run", &sets).recipe().unwrap();
-    let little = Prepared::new(&recipe, false, &mut |_| {}).unwrap().check_memory(&recipe).unwrap_err();
+    let little = Prepared::new(&recipe, false, &mut |_| {}).unwrap().check_memory(&recipe, 1).unwrap_err();
     assert!(little.to_string().contains("raise memory.dram to"), "{little}");
 }

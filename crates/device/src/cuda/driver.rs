@@ -41,6 +41,8 @@ pub struct Card {
     pub multiprocessors: u32,
     /// Version of CUDA its driver speaks.
     pub driver: (u32, u32),
+    /// GPUs the driver shows, this one among them.
+    pub shown: usize,
 }
 
 /// A launch of a kernel.

@@ -46,6 +46,7 @@ impl Emulated {
             capability: (8, 0),
             multiprocessors: 4,
             driver: (13, 0),
+            shown: 1,
         };
         Emulated { card, memory: Mutex::new(Memory::new(memory_bytes)), program: Mutex::new(None) }
     }

@@ -5,6 +5,7 @@ use super::driver::{Address, Driver, Frame, Mark, Stream};
 use super::{Gpu, lock};
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
+use std::sync::PoisonError;
 
 /// What was taken away.
 struct Waiting {
@@ -21,6 +22,8 @@ pub(super) struct Frames {
     /// By size; the one taken away first is first.
     waiting: HashMap<usize, VecDeque<Waiting>>,
     mapped: HashMap<Address, Frame>,
+    /// Where frames are still mapped that somebody is about to take elsewhere.
+    leaving: Vec<Address>,
 }
 
 impl Gpu {
@@ -37,11 +40,13 @@ impl Gpu {
             return true;
         }
         let first = waiting.pop_front();
+        frames.leaving.extend(first.iter().map(|waiting| waiting.at));
         drop(frames);
         let frame = match first {
             Some(Waiting { frame, at, mark }) => {
                 driver.wait_for(mark);
                 driver.unmap(at, bytes);
+                self.has_left(&[at]);
                 frame
             }
             None => match driver.create(bytes).or_else(|| self.create_in_place_of_others(bytes)) {
@@ -62,11 +67,21 @@ impl Gpu {
         frames.waiting.entry(bytes).or_default().push_back(Waiting { frame, at, mark });
     }
 
+    /// What was mapped there is so no more.
+    fn has_left(&self, addresses: &[Address]) {
+        lock(&self.frames).leaving.retain(|at| !addresses.contains(at));
+        self.left.notify_all();
+    }
+
     /// Nothing stands behind these addresses any more.
     pub(crate) fn clear(&self, addresses: Range<Address>) {
         let driver = self.driver();
         driver.wait(Stream::Compute);
         let mut frames = lock(&self.frames);
+        // Another rank may be about to take a frame from here.
+        while frames.leaving.iter().any(|at| addresses.contains(at)) {
+            frames = self.left.wait(frames).unwrap_or_else(PoisonError::into_inner);
+        }
         for (bytes, waiting) in &mut frames.waiting {
             let (ours, others) = waiting.drain(..).partition(|waiting| addresses.contains(&waiting.at));
             *waiting = others;
@@ -77,8 +92,13 @@ impl Gpu {
     /// Frames of other sizes that wait may be in the way.
     fn create_in_place_of_others(&self, bytes: usize) -> Option<Frame> {
         let driver = self.driver();
-        let waiting = std::mem::take(&mut lock(&self.frames).waiting);
+        let mut frames = lock(&self.frames);
+        let waiting = std::mem::take(&mut frames.waiting);
+        let places: Vec<Address> = waiting.values().flatten().map(|waiting| waiting.at).collect();
+        frames.leaving.extend(&places);
+        drop(frames);
         waiting.into_iter().for_each(|(bytes, waiting)| destroy(driver, bytes, waiting));
+        self.has_left(&places);
         driver.create(bytes)
     }
 }

@@ -16,8 +16,9 @@ pub use emulated::{Emulated, for_a_test};
 
 pub use nvrtc::{compile, has_compiler};
 
+use std::cell::RefCell;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Why there is no GPU to work with.
@@ -40,10 +41,27 @@ pub fn keep_kernels_in(folder: PathBuf) {
 
 static GPU: OnceLock<Result<Gpu, NoGpu>> = OnceLock::new();
 
-/// The GPU of this process: the first one the driver shows (`CUDA_VISIBLE_DEVICES` chooses), or one that was
-/// set with `play`.
+/// Which process of its machine this one is, among those that compute on GPUs.
+static SEAT: OnceLock<usize> = OnceLock::new();
+
+/// This process is the `seat`-th of several on its machine: it takes the `seat`-th GPU the driver shows
+/// (`CUDA_VISIBLE_DEVICES` chooses which those are); where there are fewer, processes take turns. To be said
+/// before the GPU is first asked for; panics where it was.
+pub fn choose(seat: usize) {
+    assert!(GPU.get().is_none(), "a GPU is chosen before it is used");
+    assert!(SEAT.set(seat).is_ok(), "a GPU is chosen once");
+}
+
+/// The GPU of this process: the first one the driver shows, the one that `choose` says, or one that was set with
+/// `play`.
 pub fn gpu() -> Result<&'static Gpu, NoGpu> {
-    GPU.get_or_init(|| Ok(Gpu::on(Box::new(real::Real::first()?)))).as_ref().map_err(Clone::clone)
+    let seat = || SEAT.get().copied().unwrap_or(0);
+    GPU.get_or_init(|| Ok(Gpu::on(Box::new(real::Real::of(seat())?)))).as_ref().map_err(Clone::clone)
+}
+
+/// The GPU that the `seat`-th of several processes takes, where the driver shows so many.
+fn turn(seat: usize, cards: usize) -> usize {
+    seat % cards.max(1)
 }
 
 /// The GPU that a buffer lives on: there is one, or there would be no such buffer.
@@ -103,11 +121,37 @@ pub fn play(driver: Box<dyn Driver>) -> bool {
 pub struct Gpu {
     driver: Box<dyn Driver>,
     card: Card,
-    /// Memory that one op uses between its launches: bytes and address.
-    workspace: Mutex<(usize, Address)>,
+    /// Workspaces that no thread has.
+    spare: Mutex<Vec<Workspace>>,
     /// Small arrays on their way up.
     uploads: Mutex<Uploads>,
     frames: Mutex<frames::Frames>,
+    /// Told of whoever leaves `frames`.
+    left: Condvar,
+}
+
+/// Memory that one op uses between its launches. Every thread has its own: launches of several may come in
+/// between each other.
+#[derive(Clone, Copy)]
+struct Workspace {
+    bytes: usize,
+    at: Address,
+}
+
+/// The workspace of a thread. When the thread ends another one gets it.
+#[derive(Default)]
+struct Own(Option<Workspace>);
+
+impl Drop for Own {
+    fn drop(&mut self) {
+        if let Some(own) = self.0 {
+            lock(&present().spare).push(own);
+        }
+    }
+}
+
+thread_local! {
+    static OWN: RefCell<Own> = RefCell::default();
 }
 
 /// A ring in the memory of the GPU through which small arrays pass.
@@ -122,8 +166,9 @@ const RING_BYTES: usize = 32 << 20;
 /// Where arrays begin in the ring and in the workspace.
 const ALIGN_BYTES: usize = 256;
 
-/// The workspace at first.
+/// The first workspace, and what others have at least.
 const WORKSPACE_BYTES: usize = 32 << 20;
+const LEAST_WORKSPACE_BYTES: usize = 1 << 20;
 
 impl Gpu {
     fn on(driver: Box<dyn Driver>) -> Gpu {
@@ -132,9 +177,10 @@ impl Gpu {
         let (ring, workspace) = (first(RING_BYTES), first(WORKSPACE_BYTES));
         Gpu {
             card,
-            workspace: Mutex::new((WORKSPACE_BYTES, workspace)),
+            spare: Mutex::new(vec![Workspace { bytes: WORKSPACE_BYTES, at: workspace }]),
             uploads: Mutex::new(Uploads { ring, used: 0 }),
             frames: Mutex::default(),
+            left: Condvar::new(),
             driver,
         }
     }
@@ -154,17 +200,21 @@ impl Gpu {
         self.driver.load(program, KEPT.get().map(PathBuf::as_path))
     }
 
-    /// At least `bytes` that the op which asks has to itself until the next one asks.
+    /// At least `bytes` that the op which asks has to itself until the next one of its thread asks.
     pub fn workspace(&self, bytes: usize) -> Address {
-        let mut workspace = lock(&self.workspace);
-        if workspace.0 < bytes {
-            // Ops before may still use it.
-            self.driver.wait(Stream::Compute);
-            self.driver.release(workspace.1);
-            let bytes = bytes.next_power_of_two();
-            *workspace = (bytes, self.driver.allocate(bytes).unwrap_or_else(|| no_room(bytes)));
-        }
-        workspace.1
+        OWN.with_borrow_mut(|own| {
+            let had = own.0.take().or_else(|| lock(&self.spare).pop());
+            let own = own.0.insert(had.filter(|had| had.bytes >= bytes).unwrap_or_else(|| {
+                if let Some(had) = had {
+                    // Ops before may still use it.
+                    self.driver.wait(Stream::Compute);
+                    self.driver.release(had.at);
+                }
+                let bytes = bytes.next_power_of_two().max(LEAST_WORKSPACE_BYTES);
+                Workspace { bytes, at: self.driver.allocate(bytes).unwrap_or_else(|| no_room(bytes)) }
+            }));
+            own.at
+        })
     }
 
     /// A copy of `bytes` in the GPU's memory, for ops that are launched next; it is overwritten after many
@@ -191,4 +241,16 @@ fn no_room(bytes: usize) -> ! {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn processes_take_a_card_each_and_turns_where_there_are_fewer() {
+        let of = |cards| [0, 1, 2, 3, 4].map(|seat| super::turn(seat, cards));
+        assert_eq!(of(8), [0, 1, 2, 3, 4]);
+        assert_eq!(of(2), [0, 1, 0, 1, 0]);
+        assert_eq!(of(1), [0; 5]);
+        assert_eq!(of(0), [0; 5]);
+    }
 }

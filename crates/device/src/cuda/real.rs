@@ -15,7 +15,7 @@ use std::sync::Mutex;
 /// Memory cuBLASLt may use for sums of parts.
 const PRODUCT_BYTES: usize = 64 << 20;
 
-/// The first GPU the driver shows.
+/// One of the GPUs the driver shows.
 pub(super) struct Real {
     context: cu::CUcontext,
     /// Compute, up, down.
@@ -73,8 +73,17 @@ fn missing(what: impl Into<String>, remedy: &str) -> NoGpu {
 
 const LIBRARIES: &str = "install CUDA 12 or 13 (or `pip install nvidia-cuda-nvrtc nvidia-cublas`) and put the folders of its libraries into LD_LIBRARY_PATH";
 
+/// GPUs the driver shows.
+fn shown() -> usize {
+    let mut count = 0;
+    // SAFETY: writes a number.
+    let asked = unsafe { cu::cuDeviceGetCount(&mut count) };
+    if asked == CUresult::CUDA_SUCCESS { count as usize } else { 0 }
+}
+
 impl Real {
-    pub fn first() -> Result<Real, NoGpu> {
+    /// The GPU of the `seat`-th of several processes.
+    pub fn of(seat: usize) -> Result<Real, NoGpu> {
         // SAFETY: looks for a library and does nothing else.
         if !unsafe { cu::is_culib_present() } {
             return Err(missing(
@@ -94,17 +103,19 @@ impl Real {
                 "look at `nvidia-smi`; is a GPU given to this machine or container?",
             ));
         }
+        let cards = shown();
+        let which = super::turn(seat, cards);
         let (mut device, mut context) = (0, null_mut());
         // SAFETY: writes two handles; the primary context lives as long as the process.
         let found = unsafe {
-            match cu::cuDeviceGet(&mut device, 0) {
+            match cu::cuDeviceGet(&mut device, which as c_int) {
                 CUresult::CUDA_SUCCESS => cu::cuDevicePrimaryCtxRetain(&mut context, device),
                 failed => failed,
             }
         };
         if found != CUresult::CUDA_SUCCESS {
             return Err(missing(
-                format!("the first GPU cannot be opened: {}", name_of(found)),
+                format!("GPU {which} of {cards} cannot be opened: {}", name_of(found)),
                 "look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES",
             ));
         }
@@ -208,6 +219,7 @@ fn card_of(device: cu::CUdevice) -> Card {
         capability: (major, minor),
         multiprocessors: attribute(device, Which::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
         driver: ((version / 1000) as u32, (version % 1000 / 10) as u32),
+        shown: shown(),
     }
 }
 

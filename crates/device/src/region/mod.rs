@@ -26,7 +26,8 @@ pub struct Region {
 }
 
 impl Region {
-    /// Addresses for `bytes` in granules of `granule_bytes` (a multiple of 4096), all away.
+    /// Addresses for `bytes` in granules of `granule_bytes` (a multiple of 4096), all away. On a GPU whose memory
+    /// comes in larger pieces they are away by name only: memory stands behind all of them.
     pub fn reserve(device: Device, bytes: usize, granule_bytes: usize) -> Result<Region, OutOfMemory> {
         assert!(
             granule_bytes > 0 && granule_bytes.is_multiple_of(ALIGN_BYTES),
@@ -36,7 +37,10 @@ impl Region {
         let huge = granule_bytes.is_multiple_of(HUGE_PAGE_BYTES);
         match device {
             Device::Cpu => Self::map(device, bytes, granule_bytes, (libc::MAP_NORESERVE, huge)),
-            Device::Cuda => Self::on_card(bytes, granule_bytes, granule_bytes),
+            Device::Cuda if granule_bytes.is_multiple_of(cuda::present().driver().granularity()) => {
+                Self::on_card(bytes, granule_bytes, granule_bytes)
+            }
+            Device::Cuda => Self::standing_on_card(bytes, granule_bytes),
         }
     }
 
@@ -57,6 +61,23 @@ impl Region {
         let at = driver.reserve(length).and_then(|at| NonNull::new(at as *mut u8)).ok_or(refused)?;
         let mut block = Reserved::new(device, (at, length), at, (bytes, granule_bytes));
         block.frame_bytes = frame_bytes;
+        Ok(Region { block: Arc::new(block), bytes, granule_bytes })
+    }
+
+    /// The same with one frame behind all granules.
+    fn standing_on_card(bytes: usize, granule_bytes: usize) -> Result<Region, OutOfMemory> {
+        let (device, gpu) = (Device::Cuda, cuda::present());
+        let refused = OutOfMemory { bytes, device };
+        let whole = bytes.max(1).checked_next_multiple_of(granule_bytes).ok_or(refused.clone())?;
+        let length = whole.checked_next_multiple_of(gpu.driver().granularity()).ok_or(refused.clone())?;
+        let at = gpu.driver().reserve(length).ok_or(refused.clone())?;
+        if !gpu.bring(at, length) {
+            gpu.driver().unreserve(at, length);
+            return Err(refused);
+        }
+        let ptr = NonNull::new(at as *mut u8).ok_or(refused)?;
+        let mut block = Reserved::new(device, (ptr, length), ptr, (bytes, granule_bytes));
+        block.stands = true;
         Ok(Region { block: Arc::new(block), bytes, granule_bytes })
     }
 
@@ -86,7 +107,10 @@ impl Region {
             granule_bytes > 0 && granule_bytes.is_multiple_of(ALIGN_BYTES),
             "granules of {granule_bytes} bytes"
         );
-        let mut region = Self::map(device, bytes, granule_bytes, (0, true))?;
+        let mut region = match device {
+            Device::Cpu => Self::map(device, bytes, granule_bytes, (0, true))?,
+            Device::Cuda => Self::standing_on_card(bytes, granule_bytes)?,
+        };
         (0..region.granules()).for_each(|i| region.bring(i));
         Ok(region)
     }

@@ -26,6 +26,8 @@ pub(super) struct Reserved {
     pub huge: bool,
     /// On a GPU: bytes of its memory that come and go as one.
     pub frame_bytes: usize,
+    /// On a GPU: whether one frame stands behind all granules for good, here or away.
+    pub stands: bool,
     /// Where granules stay pinned for copies to the GPU once they have come: which have.
     pub pinned: Option<Box<[AtomicBool]>>,
     /// Which granules are buffers, where some are; none: no granule is.
@@ -41,8 +43,19 @@ impl Reserved {
         (bytes, granule_bytes): (usize, usize),
     ) -> Reserved {
         let states = (0..bytes.div_ceil(granule_bytes)).map(|_| AtomicU8::new(AWAY)).collect();
-        let (huge, frame_bytes, pinned, buffers) = (false, 0, None, None);
-        Reserved { device, mapping, ptr, states, bytes, granule_bytes, huge, frame_bytes, pinned, buffers }
+        Reserved {
+            device,
+            mapping,
+            ptr,
+            states,
+            bytes,
+            granule_bytes,
+            huge: false,
+            frame_bytes: 0,
+            stands: false,
+            pinned: None,
+            buffers: None,
+        }
     }
 
     /// Memory behind a granule while it is here: whole pages.
@@ -64,7 +77,7 @@ impl Reserved {
 
     /// Memory behind a granule, whatever its bytes; false, and nothing done, where there is none.
     pub fn bring(&self, granule: usize) -> bool {
-        if self.device == Device::Cuda {
+        if self.device == Device::Cuda && !self.stands {
             let (gpu, mut brought) = (cuda::present(), Vec::new());
             for frame in self.frames(granule) {
                 if !gpu.bring(frame, self.frame_bytes) {
@@ -114,6 +127,7 @@ impl Reserved {
             Device::Cpu => unsafe {
                 libc::madvise(first.cast(), bytes, libc::MADV_DONTNEED);
             },
+            Device::Cuda if self.stands => {}
             Device::Cuda => {
                 let gpu = cuda::present();
                 self.frames(granule).for_each(|frame| gpu.take_away(frame, self.frame_bytes));
@@ -147,6 +161,9 @@ impl Drop for Reserved {
             Device::Cuda => {
                 here.for_each(|i| self.send_away(i));
                 let (gpu, at) = (cuda::present(), self.mapping.0.as_ptr() as Address);
+                if self.stands {
+                    gpu.take_away(at, self.mapping.1);
+                }
                 gpu.clear(at..at + self.mapping.1 as u64);
                 gpu.driver().unreserve(at, self.mapping.1);
             }

@@ -112,5 +112,6 @@ pub fn gather_context(mesh: &Mesh, x: &Tensor, b: usize, tokens: usize) -> Resul
     }
     let mut all = Tensor::new(x.device(), DType::F32, &[cut.ranks() * x.len()])?;
     mesh.group(Axis::Cp).all_gather(x.view(), all.view_mut())?;
-    Ok(Tensor::from_f32(&cut.whole(all.view().f32(), b, tokens), DType::F32, &[b * tokens, 1])?)
+    let whole = cut.whole(&all.to_f32(), b, tokens);
+    Ok(Tensor::from_f32(&whole, DType::F32, &[b * tokens, 1])?.on(x.device())?)
 }

@@ -78,7 +78,7 @@ impl Here {
     fn block(&self) -> Result<Array, Fault> {
         let Shape { n, k, h, .. } = self.sizes();
         let (m, ld, width) = (self.qkv.rows(), self.qkv.cols(), 2 * k * h);
-        let mut block = Array::new(self.qkv.dtype(), m * width)?;
+        let mut block = Array::new(self.qkv.device(), self.qkv.dtype(), m * width)?;
         if m > 0 {
             let from = self.qkv.view().narrow(n * h, self.qkv.len() - n * h);
             block::copy(m, width, Mat::new(from, ld), MatMut { data: block.view_mut(), ld: width });
@@ -127,8 +127,8 @@ impl Here {
         let given = Given { lse: lse.view(), sums: sums.view(), dout: dout.view() };
         let mut dq = Tensor::zeros(dout.device(), DType::F32, out.shape())?;
         let zeros = || -> Result<Array, Fault> {
-            let mut zeros = Array::new(DType::F32, self.qkv.rows() * 2 * k * h)?;
-            zeros.view_mut().bytes().fill(0);
+            let mut zeros = Array::new(dout.device(), DType::F32, self.qkv.rows() * 2 * k * h)?;
+            device::fill_zero(zeros.view_mut());
             Ok(zeros)
         };
         let mut own = zeros()?;

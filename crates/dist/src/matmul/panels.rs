@@ -78,15 +78,16 @@ impl Side<'_> {
         let (owner, col) = self.find(panel);
         let mine = |own: View<'a>| Mat::new(own.narrow(col, own.len() - col), self.piece);
         let Some(axis) = self.axis else { return Ok(Coming::Here(mine(own))) };
-        let (width, dtype) = (panel.len(), own.dtype());
+        let (width, device, dtype) = (panel.len(), own.device(), own.dtype());
         let mut data = None;
         if self.is_ours(owner) {
-            let mut panel = Array::new(dtype, self.rows * width)?;
+            let mut panel = Array::new(device, dtype, self.rows * width)?;
             let to = MatMut { data: panel.view_mut(), ld: width };
             block::copy(self.rows, width, mine(own), to);
             data = Some(panel);
         }
-        let pending = self.mesh.group(axis).start_broadcast(data, (dtype, self.rows * width), owner)?;
+        let what = (device, dtype, self.rows * width);
+        let pending = self.mesh.group(axis).start_broadcast(data, what, owner)?;
         Ok(Coming::Under(pending, self.rows, width))
     }
 

@@ -10,7 +10,7 @@ use crate::beside::Array;
 use crate::call::{Call, Members, Op};
 use crate::error::CommError;
 use crate::traffic::piece;
-use device::{Borrowed, DType, Exclusive, View, ViewMut};
+use device::{Borrowed, DType, Device, Exclusive, View, ViewMut};
 use kernels::rank_sum::{Part, rank_sum};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -63,11 +63,11 @@ impl Seat {
     }
 
     /// The first member has the array, everybody writes its piece, and at a third meeting handles of it
-    /// were given out.
+    /// were given out. Ranks of one process share a GPU and its order of launches, so that it may lie there.
     pub(crate) fn all_gather_shared(&self, mine: View<'_>) -> Result<Array, CommError> {
         let (dtype, len) = (mine.dtype(), mine.len() * self.members.ranks.len());
         let call = self.call(Op::AllGather, (dtype, mine.len()), None);
-        let mut whole = if self.index == 0 { Some(Array::new(dtype, len)?) } else { None };
+        let mut whole = if self.index == 0 { Some(Array::new(mine.device(), dtype, len)?) } else { None };
         self.during(call, |call| {
             let pieces = whole.as_mut().map_or_else(Vec::new, |whole| self.cut(whole.view_mut()));
             self.room.loans[self.index].lend(&[], pieces, || {
@@ -75,7 +75,7 @@ impl Seat {
                 {
                     let guard = self.room.loans[0].borrow();
                     let mut piece = guard.exclusive(self.index).ok_or_else(|| self.withdrawn())?;
-                    piece.view().bytes().copy_from_slice(mine.bytes());
+                    device::copy(piece.view(), mine);
                 }
                 self.meet(call, false)
             })?;
@@ -233,9 +233,7 @@ impl Seat {
 
     /// Copies into a letter, so that neither side waits for the other.
     pub(crate) fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
-        let mut array = Array::new(data.dtype(), data.len())?;
-        array.view_mut().bytes().copy_from_slice(data.bytes());
-        self.post(Op::Send, array, to)
+        self.post(Op::Send, Array::copied(Device::Cpu, data)?, to)
     }
 
     pub(crate) fn receive(&self, data: ViewMut<'_>, from: usize) -> Result<(), CommError> {

@@ -6,7 +6,7 @@ use super::office::Office;
 use super::post::Post;
 use crate::CommError;
 use crate::beside::Array;
-use device::DType;
+use device::{DType, Device};
 use mpi::Threading;
 use mpi::request::scope;
 use mpi::topology::SimpleCommunicator;
@@ -190,7 +190,7 @@ fn read(message: &[u8]) -> Option<(Header, Array)> {
     if bytes.len() % dtype.size_bytes() != 0 {
         return None;
     }
-    let mut array = Array::new(dtype, bytes.len() / dtype.size_bytes()).ok()?;
+    let mut array = Array::new(Device::Cpu, dtype, bytes.len() / dtype.size_bytes()).ok()?;
     array.view_mut().bytes().copy_from_slice(bytes);
     Some((header, array))
 }

@@ -6,7 +6,7 @@ use super::office::{Office, gone};
 use super::post::Post;
 use crate::CommError;
 use crate::beside::Array;
-use device::DType;
+use device::{DType, Device};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -142,7 +142,8 @@ fn read(stream: &mut UnixStream) -> io::Result<(Header, Array)> {
     // Whatever the elements are, they have even sizes; the type is put on where they are used.
     let dtype = header.dtype.filter(|dtype| header.kind == Kind::Data && bytes % dtype.size_bytes() == 0);
     let dtype = dtype.unwrap_or(DType::U16);
-    let mut array = Array::new(dtype, bytes / dtype.size_bytes()).map_err(|e| wrong(&e.to_string()))?;
+    let mut array =
+        Array::new(Device::Cpu, dtype, bytes / dtype.size_bytes()).map_err(|e| wrong(&e.to_string()))?;
     stream.read_exact(array.view_mut().bytes())?;
     Ok((header, array))
 }

@@ -1,7 +1,7 @@
 //! What every collective must do, whoever carries the messages: the same checks run on threads, on
 //! processes and under `mpirun`.
 
-use device::{DType, View, ViewMut};
+use device::{DType, Device, View, ViewMut};
 use dist::pipeline::{Action, Message, Pipeline, Schedule};
 use dist::{Array, CommError, Group, Mesh};
 use half::bf16;
@@ -39,7 +39,7 @@ const LENS: [usize; 6] = [0, 1, 3, 64, 1001, 5000];
 
 /// Owned by a call beside computation.
 pub fn array(data: &[f32]) -> Array {
-    let mut array = Array::new(DType::F32, data.len()).unwrap();
+    let mut array = Array::new(Device::Cpu, DType::F32, data.len()).unwrap();
     array.view_mut().f32().copy_from_slice(data);
     array
 }
@@ -230,7 +230,7 @@ fn panels_broadcast_beside_computation_arrive_by_number(mesh: &Mesh, group: &Gro
     let panel = |root: usize, k: usize| data(root * 10 + k, 50);
     let start = |root: usize, k: usize| {
         let mine = (mesh.rank() == root).then(|| array(&panel(root, k)));
-        group.start_broadcast(mine, (DType::F32, 50), root)
+        group.start_broadcast(mine, (Device::Cpu, DType::F32, 50), root)
     };
     for root in 0..ranks {
         let (first, second) = (start(root, 0)?, start(root, 1)?);
@@ -265,7 +265,7 @@ fn messages_asked_for_early_are_taken_in_any_order(mesh: &Mesh, group: &Group) -
         return Ok(());
     }
     let (next, before) = ((mesh.rank() + 1) % ranks, (mesh.rank() + ranks - 1) % ranks);
-    let asked = LENS.map(|len| group.start_receive((DType::F32, len), before));
+    let asked = LENS.map(|len| group.start_receive((Device::Cpu, DType::F32, len), before));
     // A call beside computation is not held up by messages that have not been sent.
     let gathered = group.start_all_gather(array(&data(mesh.rank(), 9)))?;
     gathered.finish()?;
@@ -293,7 +293,7 @@ fn stages_walk_the_lists_of_every_schedule(_: &Mesh, group: &Group) -> Result<()
                 Action::Run(_) => {}
                 Action::Send { message, to } => sent.push(group.start_send(array(&words(message)), to)?),
                 Action::Recv { message, from } => {
-                    let came = group.start_receive((DType::F32, 3), from)?.finish()?;
+                    let came = group.start_receive((Device::Cpu, DType::F32, 3), from)?.finish()?;
                     assert_eq!(came.view().f32(), words(message), "{schedule}");
                 }
             }

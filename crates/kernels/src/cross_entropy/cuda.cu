@@ -81,12 +81,14 @@ struct Gradient {
 };
 
 // A row becomes its gradient. In bf16 its element j lies over a half of logit j / 2: so a block has read a
-// stretch before it writes its gradient, which lies over it (the first) or over stretches read before.
-template <int N, class T> __device__ inline void overwrite(float* x, u32 v, bool fits, Gradient gradient) {
+// stretch before it writes its gradient, which lies over it (the first) or over stretches read before. Columns
+// from `valid` on become zero.
+template <int N, class T>
+__device__ inline void overwrite(float* x, u32 v, u32 valid, bool fits, Gradient gradient) {
     for (u32 first = 0; first < v; first += blockDim.x * EACH) {
         Run<float, N> runs[EACH / N];
         Run<T, N> out[EACH / N];
-        read<N>(x, first, v, fits, runs);
+        read<N>(x, first, valid, fits, runs);
         for (int i = 0; i < EACH; i++) {
             float value = gradient.factor * expf(runs[i / N].at[i % N] - gradient.top);
             bool hit = place<N>(first, i / N) + i % N == gradient.target;
@@ -115,9 +117,9 @@ __device__ void forward_backward(float* logits, const u32* targets, float* losse
     hit = scale * (expf(hit - all.top) / all.sum - 1.0f);
     Gradient gradient = {all.top, scale / all.sum, hit, target};
     if (narrow) {
-        overwrite<N, bf16>(x, v, fits, gradient);
+        overwrite<N, bf16>(x, v, v, fits, gradient);
     } else {
-        overwrite<N, float>(x, v, fits, gradient);
+        overwrite<N, float>(x, v, v, fits, gradient);
     }
 }
 

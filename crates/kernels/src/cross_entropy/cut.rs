@@ -1,6 +1,8 @@
 //! The same over a vocabulary cut among ranks: each step works on the columns at hand, and the
 //! ranks take the maximum, then the sums, of what the steps give.
 
+mod cuda;
+
 use super::cpu::{largest, narrow_in_place, sum_exp};
 use super::{ELSEWHERE, IGNORE};
 use crate::rows::rows_per_task;
@@ -39,7 +41,7 @@ pub fn tops(logits: View<'_>, slice: Slice<'_>, out: ViewMut<'_>) {
                 run_tops(&logits[i * rows * v..][..out.len() * v], slice.valid, out);
             });
         }
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::tops(logits, slice.valid, out),
     }
 }
 
@@ -55,12 +57,16 @@ pub fn sums(logits: View<'_>, slice: Slice<'_>, tops: View<'_>, out: ViewMut<'_>
                 run_sums(logits, (&slice.targets[i * rows..], slice.valid), &tops[i * rows..], out);
             });
         }
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::sums(logits, slice, tops, out),
     }
 }
 
 /// losses [M] f32 from the sums of whole rows.
 pub fn losses(sums: View<'_>, targets: &[u32], out: ViewMut<'_>) {
+    assert!(sums.len() == 2 * targets.len() && out.len() == targets.len(), "losses");
+    if sums.device() == Device::Cuda {
+        return cuda::losses(sums, targets, out);
+    }
     let sums = sums.f32().chunks_exact(2);
     for ((loss, sums), target) in out.f32().iter_mut().zip(sums).zip(targets) {
         *loss = if *target == IGNORE { 0.0 } else { sums[0].ln() - sums[1] };
@@ -87,13 +93,8 @@ pub fn gradient(
                 run_gradient(logits, (&slice.targets[i * rows..], v, slice.valid), stats, scale, narrow);
             });
         }
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::gradient(logits, slice, (tops, sums), (scale, gradient)),
     }
-}
-
-/// Ranks among whom rows are cut compute on the host.
-fn on_host() -> ! {
-    unreachable!("a vocabulary cut among ranks lies on no GPU")
 }
 
 multiversion! {

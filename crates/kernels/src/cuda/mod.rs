@@ -25,13 +25,18 @@ const PARTS: &[&[&str]] = &[
     &[include_str!("../attention/cuda/plain.cu"), include_str!("../attention/cuda/sums.cu")],
     &[include_str!("../adamw/cuda.cu"), include_str!("../adamw8/cuda.cu")],
     &[include_str!("../block/cuda.cu"), include_str!("../elementwise/cuda.cu")],
+    &[include_str!("../cut_norm/cuda.cu"), include_str!("../rank_sum/cuda.cu")],
     &[
         include_str!("../embedding/cuda.cu"),
         include_str!("../experts/cuda.cu"),
         include_str!("../rope/cuda.cu"),
     ],
     &[include_str!("../gelu/cuda.cu"), include_str!("../gemm/cuda.cu"), include_str!("../swiglu/cuda.cu")],
-    &[include_str!("../cross_entropy/cuda.cu"), include_str!("../global_norm/cuda.cu")],
+    &[
+        include_str!("../cross_entropy/cuda.cu"),
+        include_str!("../cross_entropy/cut/cuda.cu"),
+        include_str!("../global_norm/cuda.cu"),
+    ],
     &[include_str!("../rms_norm/cuda.cu"), include_str!("../head_norm/cuda.cu")],
     &[include_str!("../layer_norm/cuda.cu")],
 ];

@@ -26,9 +26,14 @@ pub(crate) fn kernel(op: &str, d: usize, rows: &[View<'_>], weights: &[View<'_>]
         assert!(views.iter().all(|view| view.dtype() == views[0].dtype()), "{op}: arrays of one type");
         suffix(views[0].dtype())
     };
-    let lies = |view: &View<'_>| view.address().is_multiple_of((COLUMNS * view.dtype().size_bytes()) as u64);
-    let whole = d.is_multiple_of(COLUMNS) && rows.iter().chain(weights).all(lies);
+    let whole = lie_whole(d, rows) && lie_whole(d, weights);
     format!("{op}_{}_{}{}", type_of(rows), type_of(weights), if whole { "" } else { "_ragged" })
+}
+
+/// Whether rows of d columns lie for 16 bytes at once.
+pub(crate) fn lie_whole(d: usize, rows: &[View<'_>]) -> bool {
+    let lies = |view: &View<'_>| view.address().is_multiple_of((COLUMNS * view.dtype().size_bytes()) as u64);
+    d.is_multiple_of(COLUMNS) && rows.iter().all(lies)
 }
 
 /// Sums of columns over rows, in two steps: blocks sum over rows of their own, then these sums are added.

@@ -4,6 +4,7 @@
 //! y = (x - mean) * inv * w + b; RMSNorm has no mean and no b. Columns from `valid` on are padding.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod tests;
 
@@ -45,11 +46,22 @@ impl Rows<'_> {
 
 /// out [M] f32 = sums over the first `valid` of D columns of each row of x [M, D].
 pub fn sums(x: View<'_>, sum: Sum<'_>, valid: usize, out: ViewMut<'_>) {
-    let d = x.len() / out.len().max(1);
+    if out.is_empty() {
+        return;
+    }
+    let d = x.len() / out.len();
     assert!(x.len() == d * out.len() && valid <= d, "x is [{}, {d}]", out.len());
     match x.device() {
         Device::Cpu => cpu::sums(x, sum, valid, out),
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::sums(x, sum, valid, out),
+    }
+}
+
+/// x f32 = 1 / sqrt(x + eps): means of squares become inverse roots.
+pub fn invert(x: ViewMut<'_>, eps: f32) {
+    match x.device() {
+        Device::Cpu => x.f32().iter_mut().for_each(|x| *x = 1.0 / (*x + eps).sqrt()),
+        Device::Cuda => cuda::invert(x, eps),
     }
 }
 
@@ -59,7 +71,7 @@ pub fn apply(rows: Rows<'_>, b: Option<View<'_>>, y: ViewMut<'_>) {
     assert_eq!(rows.x.len(), y.len(), "y");
     match rows.x.device() {
         Device::Cpu => cpu::apply(rows, b, y),
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::apply(rows, b, y),
     }
 }
 
@@ -70,7 +82,7 @@ pub fn backward_sums(rows: Rows<'_>, dy: View<'_>, out: ViewMut<'_>) {
     assert!(rows.x.len() == dy.len() && out.len() == 2 * rows.inv.len(), "sums");
     match rows.x.device() {
         Device::Cpu => cpu::backward_sums(rows, dy, out),
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::backward_sums(rows, dy, out),
     }
 }
 
@@ -90,11 +102,6 @@ pub fn backward(
     assert!(dw.len() == rows.w.len() && db.as_ref().is_none_or(|db| db.len() == dw.len()), "gradients");
     match rows.x.device() {
         Device::Cpu => cpu::backward(rows, sums, (dy, carried), dx, dw, db),
-        Device::Cuda => on_host(),
+        Device::Cuda => cuda::backward(rows, sums, (dy, carried), dx, dw, db),
     }
-}
-
-/// Ranks among whom rows are cut compute on the host.
-fn on_host() -> ! {
-    unreachable!("rows cut among ranks lie on no GPU")
 }

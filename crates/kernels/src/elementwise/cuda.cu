@@ -11,6 +11,15 @@ template <class Y, class X> __device__ void add_assign(Y* y, const X* x, u64 n) 
     });
 }
 
+__device__ inline void max_assign(float* y, const float* x, u64 n) {
+    constexpr int N = run_of<float>();
+    for_each_run<N>(n, lies<N>(y) && lies<N>(x), [&](auto run, u64 at) {
+        auto top = load_run(run, y + at), other = load_run(run, x + at);
+        for (int i = 0; i < run.N; i++) top.at[i] = fmaxf(top.at[i], other.at[i]);
+        store_run(y + at, top);
+    });
+}
+
 template <class T> __device__ void add(const T* a, const T* b, T* y, u64 n) {
     constexpr int N = run_of<T>();
     for_each_run<N>(n, lies<N>(a) && lies<N>(b) && lies<N>(y), [&](auto run, u64 at) {
@@ -87,4 +96,6 @@ ELEMENTWISE_PAIR(bf16_bf16, bf16, bf16)
 ELEMENTWISE_ONE(f32, float)
 ELEMENTWISE_ONE(bf16, bf16)
 
+KERNEL(elementwise_max_assign_f32_f32, 256, (float* y, const float* x, u64 n),
+       { elementwise::max_assign(y, x, n); })
 KERNEL(elementwise_round_to_bf16, 256, (float* y, u64 n), { elementwise::round_to_bf16(y, n); })

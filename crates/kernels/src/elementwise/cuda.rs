@@ -17,6 +17,10 @@ pub(super) fn add_assign(y: ViewMut<'_>, x: View<'_>) {
     pair("add_assign", y, x);
 }
 
+pub(super) fn max_assign(y: ViewMut<'_>, x: View<'_>) {
+    pair("max_assign", y, x);
+}
+
 pub(super) fn copy(y: ViewMut<'_>, x: View<'_>) {
     pair("copy", y, x);
 }

@@ -20,6 +20,15 @@ pub fn add_assign(y: ViewMut<'_>, x: View<'_>) {
     }
 }
 
+/// y = the larger of y and x, element by element; both f32. A NaN gives way to a number.
+pub fn max_assign(y: ViewMut<'_>, x: View<'_>) {
+    assert_eq!(y.len(), x.len(), "lengths");
+    match x.device() {
+        Device::Cpu => zip(y.f32(), x.f32(), max_run),
+        Device::Cuda => cuda::max_assign(y, x),
+    }
+}
+
 /// y = a + b; all three of one type.
 pub fn add(a: View<'_>, b: View<'_>, y: ViewMut<'_>) {
     assert!(a.len() == b.len() && a.len() == y.len(), "lengths");
@@ -92,6 +101,14 @@ multiversion! {
     fn add_run<Y: Float, X: Float>(y: &mut [Y], x: &[X]) {
         for (y, x) in y.iter_mut().zip(x) {
             *y = Y::from_f32(y.to_f32() + x.to_f32());
+        }
+    }
+}
+
+multiversion! {
+    fn max_run(y: &mut [f32], x: &[f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y = y.max(*x);
         }
     }
 }

@@ -4,6 +4,7 @@
 //! the pieces came from. bf16 is widened, summed in f32 and rounded once.
 
 mod cpu;
+mod cuda;
 #[cfg(test)]
 mod reference;
 
@@ -44,7 +45,7 @@ pub fn rank_sum(parts: &mut [Part<'_>]) {
     match (device, dtype) {
         (Device::Cpu, DType::F32) => cpu::rank_sum::<f32>(parts, len),
         (Device::Cpu, DType::Bf16) => cpu::rank_sum::<half::bf16>(parts, len),
-        (Device::Cuda, _) => unreachable!("ranks that add up share no GPU"),
+        (Device::Cuda, DType::F32 | DType::Bf16) => cuda::rank_sum(parts, len, dtype),
         (_, other) => panic!("no sum over ranks of {other}"),
     }
 }

@@ -5,7 +5,8 @@ use crate::support::{Values, close, gpu, random, same};
 use device::DType::{self, Bf16, F32};
 use device::{Device, View};
 use half::bf16;
-use kernels::cross_entropy::{IGNORE, forward, forward_backward};
+use kernels::cross_entropy::cut::{self, Slice};
+use kernels::cross_entropy::{ELSEWHERE, IGNORE, forward, forward_backward};
 
 /// Losses, losses of the way back, and the gradient [M, V].
 fn run(logits: &Values, targets: &[u32], dtype: DType, device: Device, first: usize) -> [Values; 3] {
@@ -89,4 +90,58 @@ fn sure_and_masked_and_broken_logits() {
 fn no_rows_are_no_work() {
     let _turn = gpu();
     run(&Values::zeros(F32, 0), &[], Bf16, Device::Cuda, 0);
+}
+
+/// Tops, sums, losses and gradient [M, V] of a slice of `valid` columns, as if the others had been asked: the tops
+/// and sums of whole rows are those here, raised.
+fn run_cut(logits: &Values, slice: Slice<'_>, dtype: DType, device: Device, first: usize) -> [Values; 4] {
+    let m = slice.targets.len();
+    let of = |len| Either::new(&Values::new(F32, &vec![9.0; len]), device, first);
+    let (mut tops, mut sums, mut losses) = (of(m), of(2 * m), of(m));
+    let mut logits = Either::new(logits, device, first);
+    cut::tops(logits.view(), slice, tops.view_mut());
+    // No rank's are below, and where this one has none another has.
+    let whole: Vec<f32> = tops.back().floats().iter().map(|top| top.max(-3.0) + 0.25).collect();
+    let whole = Either::new(&Values::new(F32, &whole), device, first);
+    cut::sums(logits.view(), slice, whole.view(), sums.view_mut());
+    let shares: Vec<f32> =
+        sums.back().floats().iter().enumerate().map(|(i, x)| if i % 2 == 0 { x + 1.5 } else { *x }).collect();
+    let shares = Either::new(&Values::new(F32, &shares), device, first);
+    cut::losses(shares.view(), slice.targets, losses.view_mut());
+    cut::gradient(logits.view_mut(), slice, (whole.view(), shares.view()), 0.25, dtype);
+    [tops.back(), sums.back(), losses.back(), gradient(logits.back().cpu(), m, dtype)]
+}
+
+#[test]
+fn of_slices_of_a_vocabulary() {
+    let _turn = gpu();
+    let slices: [(usize, usize); 8] =
+        [(1, 1), (4, 0), (33, 30), (132, 131), (1000, 1000), (1000, 996), (8192, 8000), (20_004, 20_001)];
+    for (v, valid) in slices {
+        let m = 8;
+        let last = valid.saturating_sub(1) as u32;
+        let own = [0, last, last / 2, last / 3];
+        let others = [IGNORE, ELSEWHERE];
+        let target = |row: usize| match valid {
+            0 => others[row % 2],
+            _ => [&own[..], &others].concat()[row % 6],
+        };
+        let targets: Vec<u32> = (0..m).map(target).collect();
+        let slice = Slice { targets: &targets, valid };
+        let values: Vec<f32> = random(m * v, v as u64).iter().map(|x| 9.0 * x).collect();
+        let logits = Values::new(F32, &values);
+        for dtype in [F32, Bf16] {
+            let got = run_cut(&logits, slice, dtype, Device::Cuda, 0);
+            let want = run_cut(&logits, slice, dtype, Device::Cpu, 0);
+            let again = run_cut(&logits, slice, dtype, Device::Cuda, 1);
+            same(&format!("tops of {valid} of {v}"), &got[0], &want[0]);
+            for (i, most) in [(1, 2e-6), (2, 2e-6), (3, if dtype == F32 { 4e-6 } else { 3e-4 })] {
+                let what = format!("result {i} of {valid} of {v} logits in {dtype}");
+                close(&what, &got[i], &want[i], most);
+                same(&format!("{what} elsewhere"), &got[i], &again[i]);
+            }
+        }
+    }
+    let nothing = Slice { targets: &[], valid: 0 };
+    run_cut(&Values::zeros(F32, 0), nothing, Bf16, Device::Cuda, 0);
 }

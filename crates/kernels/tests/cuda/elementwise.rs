@@ -2,7 +2,7 @@
 
 use crate::support::{Values, close, gpu, random, same};
 use device::{DType, View, ViewMut};
-use kernels::elementwise::{add, add_assign, column_sums, copy, round_to_bf16, scale};
+use kernels::elementwise::{add, add_assign, column_sums, copy, max_assign, round_to_bf16, scale};
 
 const TYPES: [DType; 2] = [DType::F32, DType::Bf16];
 
@@ -28,6 +28,20 @@ fn pairs_in_every_mix_of_types() {
                 same(&format!("{name} {yt} {xt} {part:?}"), &got.back(), &want);
             }
         }
+    }
+}
+
+#[test]
+fn the_larger_of_two() {
+    let _gpu = gpu();
+    for part in PARTS {
+        let mut x = random(around(part), 2);
+        x[part.0..].iter_mut().step_by(3).for_each(|x| *x = f32::NEG_INFINITY);
+        let (y, x) = (Values::random(DType::F32, around(part), 1), Values::new(DType::F32, &x));
+        let (mut want, mut got, from) = (y.clone(), y.on_gpu(), x.on_gpu());
+        max_assign(want.cpu_mut().narrow(part.0, part.1), x.cpu().narrow(part.0, part.1));
+        max_assign(got.view_mut().narrow(part.0, part.1), from.view().narrow(part.0, part.1));
+        same(&format!("max_assign {part:?}"), &got.back(), &want);
     }
 }
 

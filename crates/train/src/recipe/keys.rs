@@ -210,7 +210,7 @@ pub const KEYS: &[Key] = &[
         Choice(&["auto", "cpu", "cuda"]),
         "\"auto\"",
         "",
-        "Where ops compute. auto: on the GPU where there is one that this run can use, else on the CPU. Bits of a run are those of its device.",
+        "Where ops compute. auto: on the GPU where there is one that this run can use, else on the CPU. Ranks that are processes take a GPU each. Bits of a run are those of its device.",
     ),
     key(
         "train.recompute",

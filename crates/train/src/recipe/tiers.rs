@@ -24,15 +24,21 @@ pub(super) fn of_ranks(get: &Get<'_>, shape: &MeshShape) -> Result<(), RecipeErr
     Ok(())
 }
 
-/// The device of `train.device` on this machine. Ranks of a mesh compute on CPUs, and so does what plays a GPU.
+/// The device of `train.device` on this machine. What plays a GPU computes on the CPU, and so do several ranks
+/// whose state is in tiers.
 pub(super) fn device(get: &Get<'_>) -> Result<Device, RecipeError> {
     let axes = ["mesh.pp", "mesh.dp", "mesh.fsdp", "mesh.cp", "mesh.ep", "mesh.x", "mesh.y", "mesh.z"];
     let ranks: u64 = axes.into_iter().filter_map(|axis| get.int(axis)).product();
     let plays = get.text("memory.simulate_device").is_some();
+    let in_tiers = ranks > 1 && get.text("memory.dram").is_some();
     match get.text("train.device").as_deref() {
-        Some("cuda") if ranks > 1 => impossible(
-            format!("train.device = \"cuda\" for a mesh of {ranks} ranks"),
-            "ranks share no GPU yet; set train.device = \"cpu\", or drop [mesh]",
+        Some("cuda") if in_tiers => impossible(
+            format!("train.device = \"cuda\" with memory.dram for a mesh of {ranks} ranks"),
+            "behind a GPU one rank alone has tiers; drop [memory] and share the state (mesh.fsdp, mesh.zero = 3), set train.device = \"cpu\", or drop [mesh]",
+        ),
+        Some("cuda") if get.text("mesh.axes").is_some_and(|axes| axes == "auto") => impossible(
+            "train.device = \"cuda\" with mesh = \"auto\"".into(),
+            "the speeds it measures are those of cores; give the mesh, or set train.device = \"cpu\"",
         ),
         Some("cuda") if plays => impossible(
             "memory.simulate_device is given for a real GPU".into(),
@@ -42,7 +48,7 @@ pub(super) fn device(get: &Get<'_>) -> Result<Device, RecipeError> {
             Ok(_) => Ok(Device::Cuda),
             Err(none) => impossible(format!("train.device = \"cuda\", but {}", none.what), &none.remedy),
         },
-        Some("auto") if ranks == 1 && !plays && device::cuda::gpu().is_ok() => Ok(Device::Cuda),
+        Some("auto") if !in_tiers && !plays && device::cuda::gpu().is_ok() => Ok(Device::Cuda),
         _ => Ok(Device::Cpu),
     }
 }

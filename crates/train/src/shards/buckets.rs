@@ -197,7 +197,7 @@ impl Buckets {
             let elements = self.common.own(store, stripe);
             let need = Need { class: Class::Grad, elements: elements.clone(), access: Access::Read };
             store.bring(about, &[need])?;
-            let mut sum = Array::new(DType::F32, elements.len())?;
+            let mut sum = Array::new(store.device(), DType::F32, elements.len())?;
             device::copy(sum.view_mut(), store.arrays().view(Class::Grad, elements));
             self.kept[stripe] = Some(sum);
         }
@@ -355,8 +355,9 @@ impl Buckets {
             if last {
                 sums.over(&groups[usize::from(scatters)..], granule.reborrow())?;
             } else if !paged {
-                let mut sum = kept.map_or_else(|| Array::new(DType::F32, granule.len()), Ok)?;
-                sum.view_mut().bytes().copy_from_slice(granule.as_view().bytes());
+                let new = || Array::new(granule.device(), DType::F32, granule.len());
+                let mut sum = kept.map_or_else(new, Ok)?;
+                device::copy(sum.view_mut(), granule.as_view());
                 return Ok(Some(sum));
             }
             if rounds && !paged {

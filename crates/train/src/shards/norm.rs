@@ -3,6 +3,7 @@
 use super::Shards;
 use crate::step::NORM;
 use crate::{ranks, stages};
+use device::View;
 use dist::Axis;
 use memory::Need;
 use memory::trace::Access;
@@ -34,12 +35,13 @@ impl Shards {
         store.bring(NORM, &[need])?;
         let first =
             |param: &ParamRef| ranks::is_first_but(&self.common.mesh, &spreads[param.index()], Axis::Fsdp);
-        let squares = store.params_in(&own).filter(first).map(|param| {
+        let grads = store.params_in(&own).filter(first).map(|param| {
             let range = store.range(param);
             let (start, end) = (range.start.max(own.start), range.end.min(own.end));
-            let grad = store.arrays().view(class, start..end.max(start));
-            kernels::global_norm::sum_of_squares(grad)
+            store.arrays().view(class, start..end.max(start))
         });
-        Ok(squares.sum())
+        // All of them are here: a GPU is waited for once.
+        let grads: Vec<View<'_>> = grads.collect();
+        Ok(kernels::global_norm::sums_of_squares(&grads).into_iter().sum())
     }
 }
