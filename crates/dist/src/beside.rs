@@ -9,6 +9,7 @@ use crate::Group;
 use crate::call::Op;
 use crate::error::CommError;
 use crate::group::Carrier;
+use crate::nccl::{Arriving, Landed};
 use crate::threads::Seat;
 use crate::traffic::{Peers, Tally, Traffic};
 use crate::wire;
@@ -59,7 +60,17 @@ pub struct Array {
 impl Array {
     /// `len` elements of unspecified contents.
     pub fn new(dtype: DType, len: usize) -> Result<Array, CommError> {
-        Ok(Array { buffer: Buffer::new(Device::Cpu, len * dtype.size_bytes())?, dtype, len })
+        Array::on(Device::Cpu, dtype, len)
+    }
+
+    /// The same in the memory of a device.
+    pub fn on(device: Device, dtype: DType, len: usize) -> Result<Array, CommError> {
+        Ok(Array { buffer: Buffer::new(device, len * dtype.size_bytes())?, dtype, len })
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> Device {
+        self.buffer.device()
     }
 
     /// Read them.
@@ -82,7 +93,7 @@ pub struct Pending {
 
 enum State {
     Ready(Array),
-    Lane(Receiver<Result<Array, CommError>>),
+    Lane(Receiver<Result<Landed, CommError>>),
     /// An array whose handle is on its way to us.
     Handle {
         op: Op,
@@ -106,6 +117,8 @@ enum State {
         len: usize,
         from: (usize, u64),
     },
+    /// A message between GPUs.
+    Arriving(Arriving),
 }
 
 /// A message on its way to a member. Dropping it gives up knowing of its end, not the message.
@@ -133,10 +146,11 @@ impl Pending {
         let start = Instant::now();
         let done = match self.state {
             State::Ready(array) => return Ok(array),
-            State::Lane(result) => result.recv().map_err(|_| gone())?,
+            State::Lane(result) => result.recv().map_err(|_| gone())?.map(Landed::take),
             State::Handle { op, seat, dtype, len, from } => seat.take_handle(op, (dtype, len), from),
             State::Letter { seat, dtype, len, from } => seat.take_letter((dtype, len), from),
             State::Message { seat, dtype, len, from } => seat.take_asked((dtype, len), from),
+            State::Arriving(message) => message.finish(),
         };
         self.tally.expose(start.elapsed());
         done
@@ -171,9 +185,10 @@ pub fn start_beside<T: Send + 'static>(
     };
     let lane = waits.clone();
     let (sender, receiver) = sync_channel(1);
+    let ticket = waits.ticket();
     let work = move || {
         let before: Vec<Duration> = beside.iter().map(|group| group.tally().beside()).collect();
-        let result = job(&beside);
+        let result = ticket.whole(|| job(&beside));
         let took = beside.iter().zip(before).map(|(group, before)| group.tally().beside() - before).collect();
         // The receiver may be gone: whoever started the job gave its result up.
         drop(sender.send(Done { result, took }));
@@ -212,7 +227,7 @@ impl Group {
 
     /// [`Group::all_gather`] beside computation; the result is `size` times as long.
     pub fn start_all_gather(&self, mine: Array) -> Result<Pending, CommError> {
-        let mut out = Array::new(mine.dtype, mine.len * self.size())?;
+        let mut out = Array::on(mine.device(), mine.dtype, mine.len * self.size())?;
         self.start(move |group| {
             group.all_gather(mine.view(), out.view_mut())?;
             Ok(out)
@@ -221,7 +236,7 @@ impl Group {
 
     /// [`Group::reduce_scatter_sum`] beside computation; the result is our piece.
     pub fn start_reduce_scatter_sum(&self, mine: Array) -> Result<Pending, CommError> {
-        let mut out = Array::new(mine.dtype, mine.len / self.size())?;
+        let mut out = Array::on(mine.device(), mine.dtype, mine.len / self.size())?;
         self.start(move |group| {
             group.reduce_scatter_sum(mine.view(), out.view_mut())?;
             Ok(out)
@@ -233,6 +248,17 @@ impl Group {
     /// root writes it again only when every member has dropped its handle.
     pub fn start_broadcast(
         &self,
+        data: Option<Array>,
+        what: (DType, usize),
+        root: usize,
+    ) -> Result<Pending, CommError> {
+        self.start_broadcast_on(Device::Cpu, data, what, root)
+    }
+
+    /// The same of memory of a device.
+    pub fn start_broadcast_on(
+        &self,
+        device: Device,
         data: Option<Array>,
         (dtype, len): (DType, usize),
         root: usize,
@@ -255,12 +281,12 @@ impl Group {
         }
         let mut data = match data {
             Some(data) => data,
-            None => Array::new(dtype, len)?,
+            None => Array::on(device, dtype, len)?,
         };
         self.start(move |group| {
             if group.index() == root && !data.buffer.is_unique() {
-                let mut own = Array::new(dtype, len)?;
-                own.view_mut().bytes().copy_from_slice(data.view().bytes());
+                let mut own = Array::on(device, dtype, len)?;
+                device::copy(own.view_mut(), data.view());
                 data = own;
             }
             group.broadcast(data.view_mut(), root)?;
@@ -293,10 +319,10 @@ impl Group {
             // Nothing arrives where calls are only counted; what was sent has the right length.
             return Ok(self.pending(State::Ready(data)));
         }
+        let device = data.device();
         self.start(move |group| {
-            group.send(data.view(), to)?;
-            let mut out = Array::new(dtype, len)?;
-            group.receive(out.view_mut(), from)?;
+            let mut out = Array::on(device, dtype, len)?;
+            group.shift(data.view(), to, out.view_mut(), from)?;
             Ok(out)
         })
     }
@@ -306,7 +332,7 @@ impl Group {
     pub fn start_send(&self, data: Array, to: usize) -> Result<Sending, CommError> {
         self.expect_other(Op::Send, to)?;
         let tally = self.tally().clone();
-        let sent = data.view().bytes().len() as u64;
+        let sent = (data.len * data.dtype.size_bytes()) as u64;
         let traffic = Traffic { sent, received: 0, peers: Peers::One(to) };
         let under_way = match self.carrier_beside() {
             Carrier::Null => None,
@@ -320,6 +346,15 @@ impl Group {
                 self.lane().run(Box::new(move || drop(sender.send(seat.send_to(data.view(), to)))))?;
                 Some(receiver)
             }
+            Carrier::Nccl(seat) if data.device() == Device::Cuda => {
+                seat.send_array(data, to)?;
+                None
+            }
+            Carrier::Nccl(seat) => {
+                let ((sender, receiver), seat) = (sync_channel(1), seat.letters().clone());
+                self.lane().run(Box::new(move || drop(sender.send(seat.send_to(data.view(), to)))))?;
+                Some(receiver)
+            }
         };
         tally.add(traffic, self.size(), self.index());
         Ok(Sending { under_way, tally })
@@ -328,19 +363,34 @@ impl Group {
     /// [`Group::receive`] of `len` elements beside computation: takes the next message of `from` that
     /// nobody asked for yet. It needs no thread, so that a message that comes late holds nothing up.
     /// What comes may be shared with the sender: read it only.
-    pub fn start_receive(&self, (dtype, len): (DType, usize), from: usize) -> Result<Pending, CommError> {
+    pub fn start_receive(&self, what: (DType, usize), from: usize) -> Result<Pending, CommError> {
+        self.start_receive_on(Device::Cpu, what, from)
+    }
+
+    /// The same into memory of a device.
+    pub fn start_receive_on(
+        &self,
+        device: Device,
+        (dtype, len): (DType, usize),
+        from: usize,
+    ) -> Result<Pending, CommError> {
         self.expect_other(Op::Receive, from)?;
         let received = (len * dtype.size_bytes()) as u64;
         let traffic = Traffic { sent: 0, received, peers: Peers::One(from) };
         self.tally().add(traffic, self.size(), self.index());
         Ok(self.pending(match self.carrier_beside() {
-            Carrier::Null => State::Ready(Array::new(dtype, len)?),
+            Carrier::Null => State::Ready(Array::on(device, dtype, len)?),
             Carrier::Threads(seat) => {
                 let (seat, from) = (seat.clone(), (from, seat.ask(from)));
                 State::Letter { seat, dtype, len, from }
             }
             Carrier::Processes(seat) => {
                 let (seat, from) = (seat.clone(), (from, seat.ask(from)));
+                State::Message { seat, dtype, len, from }
+            }
+            Carrier::Nccl(seat) if device == Device::Cuda => State::Arriving(seat.ask((dtype, len), from)?),
+            Carrier::Nccl(seat) => {
+                let (seat, from) = (seat.letters().clone(), (from, seat.letters().ask(from)));
                 State::Message { seat, dtype, len, from }
             }
         }))
@@ -356,7 +406,9 @@ impl Group {
         }
         let (sender, receiver) = sync_channel(1);
         // The receiver may be gone: whoever started the call gave its result up.
-        self.lane().run(Box::new(move || drop(sender.send(call(&group)))))?;
+        let ticket = group.ticket();
+        self.lane()
+            .run(Box::new(move || ticket.landing(|| call(&group), |landed| drop(sender.send(landed)))))?;
         Ok(self.pending(State::Lane(receiver)))
     }
 

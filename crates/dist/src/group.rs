@@ -8,8 +8,8 @@ use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
 use crate::traffic::{Counts, Peers, Tally, Traffic};
-use crate::{Communicator, threads, wire};
-use device::{DType, View, ViewMut};
+use crate::{Communicator, nccl, threads, wire};
+use device::{DType, Device, View, ViewMut};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,6 +32,7 @@ pub(crate) enum Carrier {
     Null,
     Threads(threads::Seat),
     Processes(wire::Seat),
+    Nccl(nccl::Seat),
 }
 
 impl Carrier {
@@ -40,6 +41,7 @@ impl Carrier {
             Carrier::Null => true,
             Carrier::Threads(seat) => seat.is_beside(),
             Carrier::Processes(seat) => seat.is_beside(),
+            Carrier::Nccl(seat) => seat.is_beside(),
         }
     }
 }
@@ -55,6 +57,9 @@ impl Group {
             }
             Communicator::Processes(process) if members.ranks.len() > 1 => {
                 Carrier::Processes(process.seat(members.clone(), index, beside))
+            }
+            Communicator::Nccl(nccl) if members.ranks.len() > 1 => {
+                Carrier::Nccl(nccl.seat(members.clone(), index, beside))
             }
             _ => Carrier::Null,
         };
@@ -98,6 +103,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_reduce_sum(data),
             Carrier::Processes(seat) => seat.all_reduce_sum(data),
+            Carrier::Nccl(seat) => seat.all_reduce_sum(data),
         })
     }
 
@@ -108,10 +114,12 @@ impl Group {
             out.bytes().copy_from_slice(mine.bytes());
             return Ok(());
         }
-        self.counted(Traffic::pieces(self.size(), mine.bytes().len()), |carrier| match carrier {
+        let piece = mine.len() * mine.dtype().size_bytes();
+        self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_gather(mine, out),
             Carrier::Processes(seat) => seat.all_gather(mine, out),
+            Carrier::Nccl(seat) => seat.all_gather(mine, out),
         })
     }
 
@@ -128,6 +136,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum(mine, out),
             Carrier::Processes(seat) => seat.reduce_scatter_sum(mine, out),
+            Carrier::Nccl(seat) => seat.reduce_scatter_sum(mine, out),
         })
     }
 
@@ -141,6 +150,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_gather_within(data),
             Carrier::Processes(seat) => seat.all_gather_within(data),
+            Carrier::Nccl(seat) => seat.all_gather_within(data),
         })
     }
 
@@ -156,6 +166,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum_within(data),
             Carrier::Processes(seat) => seat.reduce_scatter_sum_within(data),
+            Carrier::Nccl(seat) => seat.reduce_scatter_sum_within(data),
         })
     }
 
@@ -170,6 +181,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.broadcast(data, root),
             Carrier::Processes(seat) => seat.broadcast(data, root),
+            Carrier::Nccl(seat) => seat.broadcast(data, root),
         })
     }
 
@@ -185,6 +197,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_sum(data, root),
             Carrier::Processes(seat) => seat.reduce_sum(data, root),
+            Carrier::Nccl(seat) => seat.reduce_sum(data, root),
         })
     }
 
@@ -205,6 +218,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_to_all((mine, send), (out, receive)),
             Carrier::Processes(seat) => seat.all_to_all((mine, send), (out, receive)),
+            Carrier::Nccl(seat) => seat.all_to_all((mine, send), (out, receive)),
         })
     }
 
@@ -212,11 +226,13 @@ impl Group {
     /// written again; the receiver may come later.
     pub fn send(&self, data: View<'_>, to: usize) -> Result<(), CommError> {
         self.expect_other(Op::Send, to)?;
-        let traffic = Traffic { sent: data.bytes().len() as u64, received: 0, peers: Peers::One(to) };
+        let sent = (data.len() * data.dtype().size_bytes()) as u64;
+        let traffic = Traffic { sent, received: 0, peers: Peers::One(to) };
         self.counted(traffic, |carrier| match carrier {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.send(data, to),
             Carrier::Processes(seat) => seat.send_to(data, to),
+            Carrier::Nccl(seat) => seat.send(data, to),
         })
     }
 
@@ -228,6 +244,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.receive(data, from),
             Carrier::Processes(seat) => seat.receive(data, from),
+            Carrier::Nccl(seat) => seat.receive(data, from),
         })
     }
 
@@ -240,12 +257,43 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.barrier(),
             Carrier::Processes(seat) => seat.barrier(),
+            Carrier::Nccl(seat) => seat.barrier(),
         })
     }
 
     /// This group as the lane sees it.
     pub(crate) fn beside(&self) -> Group {
         Group { carrier: self.carrier_beside.clone(), ..self.clone() }
+    }
+
+    /// A message to one member and one from another, beside each other where that needs no host.
+    pub(crate) fn shift(
+        &self,
+        data: View<'_>,
+        to: usize,
+        out: ViewMut<'_>,
+        from: usize,
+    ) -> Result<(), CommError> {
+        let Carrier::Nccl(seat) = &self.carrier else {
+            self.send(data, to)?;
+            return self.receive(out, from);
+        };
+        if data.device() == Device::Cpu {
+            self.send(data, to)?;
+            return self.receive(out, from);
+        }
+        let bytes = (data.len() * data.dtype().size_bytes()) as u64;
+        self.tally.add(Traffic { sent: bytes, received: 0, peers: Peers::One(to) }, self.size(), self.index);
+        let traffic = Traffic { sent: 0, received: bytes, peers: Peers::One(from) };
+        self.counted(traffic, |_| seat.shift(data, out))
+    }
+
+    /// Where what is about to be started beside computation runs.
+    pub(crate) fn ticket(&self) -> nccl::Ticket {
+        match &self.carrier_beside {
+            Carrier::Nccl(seat) => nccl::Ticket::on(seat.stream()),
+            _ => nccl::Ticket::default(),
+        }
     }
 
     /// Whether a call can wait for anybody.
@@ -261,7 +309,7 @@ impl Group {
     pub(crate) fn sharing_seat(&self) -> Option<&threads::Seat> {
         match &self.carrier_beside {
             Carrier::Threads(seat) => Some(seat),
-            Carrier::Null | Carrier::Processes(_) => None,
+            Carrier::Null | Carrier::Processes(_) | Carrier::Nccl(_) => None,
         }
     }
 

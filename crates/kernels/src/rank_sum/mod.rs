@@ -7,7 +7,7 @@ mod cpu;
 #[cfg(test)]
 mod reference;
 
-use device::{DType, Device, View, ViewMut};
+use device::{Buffer, DType, Device, View, ViewMut};
 
 /// What a rank's piece is to the sum.
 pub enum Part<'a> {
@@ -44,8 +44,38 @@ pub fn rank_sum(parts: &mut [Part<'_>]) {
     match (device, dtype) {
         (Device::Cpu, DType::F32) => cpu::rank_sum::<f32>(parts, len),
         (Device::Cpu, DType::Bf16) => cpu::rank_sum::<half::bf16>(parts, len),
-        (Device::Cuda, _) => unreachable!("ranks that add up share no GPU"),
+        (Device::Cuda, _) => staged(parts, len, dtype),
         (_, other) => panic!("no sum over ranks of {other}"),
+    }
+}
+
+/// The sum of windows of a GPU, taken on the host: until it has a kernel of its own.
+fn staged(parts: &mut [Part<'_>], len: usize, dtype: DType) {
+    let bytes = len * dtype.size_bytes();
+    let mut copies: Vec<Buffer> =
+        parts.iter().map(|_| Buffer::new(Device::Cpu, bytes).expect("memory for a copy")).collect();
+    for (part, copy) in parts.iter().zip(&mut copies) {
+        match part {
+            Part::Term(view) => device::copy(copy.view_mut(dtype, 0, len), *view),
+            Part::TermAndSum(view) => device::copy(copy.view_mut(dtype, 0, len), view.as_view()),
+            Part::Sum(_) => {}
+        }
+    }
+    let mut on_host: Vec<Part<'_>> = parts
+        .iter()
+        .zip(&mut copies)
+        .map(|(part, copy)| match part {
+            Part::Term(_) => Part::Term(copy.view(dtype, 0, len)),
+            Part::TermAndSum(_) => Part::TermAndSum(copy.view_mut(dtype, 0, len)),
+            Part::Sum(_) => Part::Sum(copy.view_mut(dtype, 0, len)),
+        })
+        .collect();
+    rank_sum(&mut on_host);
+    drop(on_host);
+    for (part, copy) in parts.iter_mut().zip(&copies) {
+        if let Part::TermAndSum(view) | Part::Sum(view) = part {
+            device::copy(view.reborrow(), copy.view(dtype, 0, len));
+        }
     }
 }
 
