@@ -182,11 +182,13 @@ impl Ledger {
         state.publish(&self.watched.office);
     }
 
-    /// Waits until the calls made so far on one lane have been compared: what follows may write to disk.
+    /// Waits until the calls made so far, or so far beside computation, have been compared.
     pub(crate) fn settle(&self, beside: bool) -> Result<(), CommError> {
+        // The foreground of another member may wait for our calls beside computation, not the other way.
         let open = |entry: &Entry| {
             let between_two = matches!(entry.call.op, Op::Send | Op::Receive);
-            !between_two && entry.call.beside == beside && !entry.unheard.is_empty()
+            let before = !beside || entry.call.beside && !between_two;
+            entry.awaited && before && !entry.unheard.is_empty()
         };
         let mut state = lock(&self.watched.state);
         while state.entries.iter().any(open) {
@@ -203,6 +205,7 @@ impl Drop for Ledger {
         let teams = {
             let mut state = lock(&self.watched.state);
             state.closed = true;
+            self.watched.office.publish([None, None], 0);
             std::mem::take(&mut state.teams)
         };
         self.watched.changed.notify_all();
@@ -218,14 +221,15 @@ impl State {
             let awaited = |entry: &&Entry| entry.awaited && entry.call.beside == beside;
             self.entries.iter().find(awaited).map(|entry| entry.call.clone())
         };
-        office.publish([oldest(false), oldest(true)]);
+        let not_compared =
+            self.entries.iter().filter(|entry| entry.awaited && !entry.unheard.is_empty()).count();
+        office.publish([oldest(false), oldest(true)], not_compared);
     }
 
     /// Takes out what is done and was compared, in the order of each stream.
     fn retire(&mut self, office: &wire::Office) {
         let mut waiting: Vec<Stream> = Vec::new();
         let mut at = 0;
-        let mut moved = false;
         while at < self.entries.len() {
             let entry = &mut self.entries[at];
             let done = !waiting.contains(&entry.stream)
@@ -243,11 +247,8 @@ impl State {
             if let Some(next) = self.entries[at..].iter_mut().find(|next| next.stream == entry.stream) {
                 next.since = Instant::now();
             }
-            moved = true;
         }
-        if moved {
-            self.publish(office);
-        }
+        self.publish(office);
     }
 
     /// The first call that should have been done, if one should.

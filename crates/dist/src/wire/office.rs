@@ -11,7 +11,7 @@ use crate::call::{Call, Members, Op, Place};
 use crate::diagnosis::{Seen, diagnose};
 use crate::error::{CommError, LastSeen};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -41,6 +41,7 @@ pub(crate) struct Office {
     stations: [Mutex<Station>; 2],
     /// The oldest of those on device memory that are not done, which we do not stay in.
     on_device: Mutex<[Option<Call>; 2]>,
+    not_compared: AtomicUsize,
     peers: Vec<Peer>,
     groups: Mutex<HashMap<u64, Arc<Members>>>,
     /// Bytes of parts of calls that we sent and got.
@@ -96,6 +97,7 @@ impl Office {
             bell: Bell::default(),
             stations: Default::default(),
             on_device: Mutex::default(),
+            not_compared: AtomicUsize::new(0),
             peers: (0..ranks).map(|_| Peer::default()).collect(),
             groups: Mutex::default(),
             payload: [const { AtomicU64::new(0) }; 2],
@@ -253,6 +255,7 @@ impl Office {
                 Err(self.fail(CommError::Dead { rank: self.rank, reason, last }))
             }
             None => {
+                self.all_compared();
                 for rank in self.others() {
                     let _ = self.post.send(rank, &Header::control(Kind::Ended, 0), &[], GRACE);
                 }

@@ -22,9 +22,18 @@ impl Office {
         self.deadline()
     }
 
-    /// The oldest calls on device memory that are under way, in the foreground and beside computation.
-    pub(crate) fn publish(&self, oldest: [Option<Call>; 2]) {
+    /// The oldest calls on device memory that are under way, in the foreground and beside computation, and how many
+    /// that are awaited were not compared with other members' yet.
+    pub(crate) fn publish(&self, oldest: [Option<Call>; 2], not_compared: usize) {
         *lock(&self.on_device) = oldest;
+        if self.not_compared.swap(not_compared, SeqCst) > not_compared {
+            self.bell.ring();
+        }
+    }
+
+    /// Waits until the calls on device memory were compared: work whose bytes may be wrong did not end well.
+    pub(super) fn all_compared(&self) {
+        self.patiently(self.deadline(), || self.not_compared.load(SeqCst) == 0 || self.failed.load(SeqCst));
     }
 
     /// A call on device memory is done.
