@@ -111,7 +111,7 @@ impl Group {
     pub fn all_gather(&self, mine: View<'_>, out: ViewMut<'_>) -> Result<(), CommError> {
         self.expect_pieces(Op::AllGather, (mine.dtype(), mine.len()), (out.dtype(), out.len()))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
         }
         let piece = mine.len() * mine.dtype().size_bytes();
@@ -128,7 +128,7 @@ impl Group {
         self.expect_float(Op::ReduceScatter, mine.dtype())?;
         self.expect_pieces(Op::ReduceScatter, (out.dtype(), out.len()), (mine.dtype(), mine.len()))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
         }
         let piece_bytes = out.len() * out.dtype().size_bytes();
@@ -210,7 +210,7 @@ impl Group {
     ) -> Result<(), CommError> {
         self.expect_runs((mine.dtype(), mine.len(), send), (out.dtype(), out.len(), receive))?;
         if self.size() == 1 {
-            out.bytes().copy_from_slice(mine.bytes());
+            device::copy(out, mine);
             return Ok(());
         }
         let traffic = Traffic::all_to_all(self.index, send, receive, mine.dtype().size_bytes());

@@ -37,7 +37,10 @@ const IN_PROGRESS: c_int = 7;
 /// `ncclUint8`: what moves has no type to the library.
 const BYTES: c_int = 1;
 
-/// Between two looks at work that is being put on its stream.
+/// Looks at work that is being put on its stream that follow each other at once: enough where nobody has to come
+/// first.
+const LOOKS: usize = 200;
+/// Between two looks thereafter.
 const LOOK_EVERY: Duration = Duration::from_micros(20);
 /// How long what was sent last may take at the end.
 const FAREWELL: Duration = Duration::from_secs(5);
@@ -199,6 +202,7 @@ const ABORTED: &str = "it was ended";
 impl NcclTeam {
     /// Waits until what was called last is on its stream.
     fn settle(&self) -> Result<(), String> {
+        let mut looks = 0;
         loop {
             {
                 let comm = lock(&self.comm);
@@ -209,7 +213,8 @@ impl NcclTeam {
                     failed => return Err(self.calls.words(failed, comm)),
                 }
             }
-            std::thread::sleep(LOOK_EVERY);
+            looks += 1;
+            if looks < LOOKS { std::thread::yield_now() } else { std::thread::sleep(LOOK_EVERY) }
         }
     }
 

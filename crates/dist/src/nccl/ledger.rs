@@ -13,6 +13,10 @@ use std::time::{Duration, Instant};
 
 /// Between two looks at what is under way.
 const LOOK_EVERY: Duration = Duration::from_millis(2);
+/// The same for who waits for what others say.
+const LISTEN_EVERY: Duration = Duration::from_micros(100);
+/// How long leaving all teams may take.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Of one process. Dropped, it ends the watch and leaves the teams.
 pub(crate) struct Ledger {
@@ -191,12 +195,20 @@ impl Ledger {
             entry.awaited && before && !entry.unheard.is_empty()
         };
         let mut state = lock(&self.watched.state);
-        while state.entries.iter().any(open) {
+        loop {
+            let mut compared = state.entries.iter_mut().filter(|entry| open(entry)).map(Entry::compare);
+            if let Some(error) = compared.find_map(Result::err) {
+                drop(state);
+                return Err(self.watched.office.end_with(error));
+            }
+            if !state.entries.iter().any(open) {
+                state.publish(&self.watched.office);
+                return Ok(());
+            }
             self.watched.office.is_over()?;
-            let waited = self.watched.changed.wait_timeout(state, LOOK_EVERY);
+            let waited = self.watched.changed.wait_timeout(state, LISTEN_EVERY);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        Ok(())
     }
 }
 
@@ -209,8 +221,10 @@ impl Drop for Ledger {
             std::mem::take(&mut state.teams)
         };
         self.watched.changed.notify_all();
-        let over = self.watched.office.is_over().is_err();
-        teams.iter().for_each(|team| if over { team.abort() } else { team.close() });
+        let (start, over) = (Instant::now(), self.watched.office.is_over().is_err());
+        for team in teams {
+            if over || start.elapsed() > FAREWELL { team.abort() } else { team.close() }
+        }
     }
 }
 
@@ -300,15 +314,25 @@ impl Entry {
     }
 }
 
+/// What ends the run.
+enum Verdict {
+    /// It is over.
+    Over,
+    Wrong(CommError),
+    /// The library says so, in this call.
+    Broken(String, String),
+    /// Not done, since then.
+    Late(Call, Instant),
+}
+
 impl Watched {
     /// What the library did not do ends the run, if nothing has yet.
     fn broken(&self, what: &str, words: &str) -> CommError {
-        match self.office.is_over() {
-            Err(first) => first,
-            Ok(()) => self
-                .office
-                .end_with(CommError::Transport(format!("{} failed in {what}: {words}", self.library))),
-        }
+        // It notices that a rank is gone, too, but not why.
+        self.office.over_soon().unwrap_or_else(|| {
+            let problem = format!("{} failed in {what}: {words}", self.library);
+            self.office.end_with(CommError::Transport(problem))
+        })
     }
 
     fn watch(&self) {
@@ -322,7 +346,7 @@ impl Watched {
             drop(state);
             self.changed.notify_all();
             if let Some(verdict) = verdict {
-                verdict(self);
+                self.pass(verdict);
                 return self.end();
             }
             std::thread::sleep(LOOK_EVERY);
@@ -330,37 +354,44 @@ impl Watched {
         }
     }
 
-    /// What ends the run, where something does.
-    fn look(&self, state: &mut State) -> Option<Box<dyn FnOnce(&Watched)>> {
+    fn look(&self, state: &mut State) -> Option<Verdict> {
         if self.office.is_over().is_err() {
-            return Some(Box::new(|_| {}));
+            return Some(Verdict::Over);
         }
-        for entry in &mut state.entries {
-            if let Err(error) = entry.compare() {
-                return Some(Box::new(move |watched| drop(watched.office.end_with(error))));
-            }
+        if let Some(error) = state.entries.iter_mut().find_map(|entry| entry.compare().err()) {
+            return Some(Verdict::Wrong(error));
         }
         state.retire(&self.office);
         if let Some(words) = state.teams.iter().find_map(|team| team.problem()) {
-            let what = state.entries.first().map_or("no call".to_string(), |entry| entry.call.to_string());
-            return Some(Box::new(move |watched| drop(watched.broken(&what, &words))));
+            let call = state.entries.first().map_or("no call".to_string(), |entry| entry.call.to_string());
+            return Some(Verdict::Broken(call, words));
         }
         let (call, since) = state.overdue(self.office.longest_wait())?;
-        Some(Box::new(move |watched| drop(watched.office.blame(&call, since))))
+        Some(Verdict::Late(call, since))
+    }
+
+    /// Ends the run on every rank, in one message.
+    fn pass(&self, verdict: Verdict) {
+        match verdict {
+            Verdict::Over => {}
+            Verdict::Wrong(error) => drop(self.office.end_with(error)),
+            Verdict::Broken(call, words) => drop(self.broken(&call, &words)),
+            Verdict::Late(call, since) => drop(self.office.blame(&call, since)),
+        }
     }
 
     /// The run is over: nothing on a stream waits for others any more.
     fn end(&self) {
-        let mut state = lock(&self.state);
-        while !state.closed {
+        let mut ended = 0;
+        loop {
+            let state = lock(&self.state);
+            if state.closed || state.teams.len() == ended {
+                return;
+            }
             let teams = state.teams.clone();
             drop(state);
             teams.iter().for_each(|team| team.abort());
-            std::thread::sleep(LOOK_EVERY);
-            state = lock(&self.state);
-            if state.teams.len() == teams.len() {
-                return;
-            }
+            ended = teams.len();
         }
     }
 }

@@ -13,6 +13,7 @@ use device::cuda::{self, ID_BYTES, Leg, Stream, Team, UniqueId};
 use device::{DType, Device, View, ViewMut};
 use kernels::rank_sum::{Part, rank_sum};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry as Slot;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// One member's place in its group.
@@ -51,7 +52,7 @@ impl Pieces {
     /// To be received into, in the order of the other members.
     fn legs(&mut self) -> Vec<Leg<'_>> {
         let (len, own) = (self.len, self.own);
-        let count = if len == 0 { 0 } else { self.array.len / len };
+        let count = self.array.len.checked_div(len).unwrap_or(0);
         let mut rest = Some(self.array.view_mut());
         let members = (0..).filter(|member| *member != own).take(count);
         members
@@ -307,10 +308,10 @@ impl Seat {
 
     fn over<R>(&self, way: Way, body: impl FnOnce(&Line) -> Result<R, CommError>) -> Result<R, CommError> {
         let mut lines = self.own.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lines.contains_key(&way) {
-            lines.insert(way, Line::open(&self.host, &self.ledger, way)?);
+        match lines.entry(way) {
+            Slot::Occupied(line) => body(line.get()),
+            Slot::Vacant(slot) => body(slot.insert(Line::open(&self.host, &self.ledger, way)?)),
         }
-        body(&lines[&way])
     }
 
     fn size(&self) -> usize {

@@ -1,7 +1,7 @@
 //! What the carrier of device memory asks of the office: it makes its calls without waiting here, says what is
 //! under way, and hears from the others which call they are in.
 
-use super::{LOOK_EVERY, Message, Office, Slot, lock};
+use super::{GRACE, LOOK_EVERY, Message, Office, Slot, lock};
 use crate::call::Call;
 use crate::error::CommError;
 use crate::wire::frame::Header;
@@ -16,6 +16,11 @@ impl Office {
     /// Ends the run on every rank and returns why.
     pub(crate) fn end_with(&self, error: CommError) -> CommError {
         self.fail(error)
+    }
+
+    /// What ended the run, or ends it before long.
+    pub(crate) fn over_soon(&self) -> Option<CommError> {
+        self.failure_within(GRACE)
     }
 
     pub(crate) fn longest_wait(&self) -> Duration {
@@ -73,7 +78,7 @@ impl Office {
             }
             self.check()?;
             if let Some(dead) = self.left(from).filter(|_| !lock(&self.mail).contains_key(slot)) {
-                return Err(self.fail(dead));
+                return Err(dead);
             }
             let ready = || lock(&self.mail).contains_key(slot) || self.failed.load(SeqCst);
             self.bell.sleep(LOOK_EVERY, ready);
