@@ -11,17 +11,22 @@ use dist::{
     Array, Axis, CommError, Communicator, Counts, Group, Mesh, MeshShape, Nccl, Options, Process, launch,
 };
 use half::bf16;
-use std::sync::{Barrier, MutexGuard, Once};
+use std::sync::{Barrier, LazyLock, MutexGuard};
 use std::time::{Duration, Instant};
 
 const PATIENT: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(300);
 
+static NCCL: LazyLock<PlayedPeers> = LazyLock::new(|| {
+    let played = PlayedPeers::default();
+    assert!(cuda::play_peers(Box::new(played.clone())), "nobody asked before");
+    played
+});
+
 /// The GPU and NCCL of a process that tests, for one test at a time.
 fn played() -> MutexGuard<'static, ()> {
-    static CHOSEN: Once = Once::new();
     let turn = cuda::for_a_test();
-    CHOSEN.call_once(|| assert!(cuda::play_peers(Box::new(PlayedPeers::default())), "nobody asked before"));
+    NCCL.break_down(None);
     turn
 }
 
@@ -286,6 +291,26 @@ fn other_ops_sizes_and_types_are_out_of_step() {
             "{failure}"
         );
     }
+}
+
+#[test]
+fn what_nccl_reports_by_itself_ends_the_run() {
+    let _turn = played();
+    let ends = on_gpus("x=2", PATIENT, |mesh| {
+        let group = mesh.group(Axis::X);
+        sum(&group)?;
+        group.barrier()?;
+        mesh.set_place(5, Some(2));
+        if mesh.rank() == 1 {
+            NCCL.break_down(Some("unhandled system error (2)"));
+            // Not in the call in which the other one hears of it.
+            return group.barrier();
+        }
+        sum(&group)
+    });
+    let failure = told(ends, &[0, 1]);
+    assert!(failure.starts_with("played NCCL failed in all_reduce #"), "{failure}");
+    assert!(failure.contains("layer 2, step 5): unhandled system error (2)"), "{failure}");
 }
 
 #[test]

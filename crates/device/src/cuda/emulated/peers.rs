@@ -8,11 +8,22 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-/// The library that is played.
+/// The library that is played; clones are handles of one.
+#[derive(Clone, Default)]
+pub struct PlayedPeers(Arc<Played>);
+
 #[derive(Default)]
-pub struct PlayedPeers {
+struct Played {
     ids: AtomicU64,
     rooms: Mutex<HashMap<UniqueId, Arc<Room>>>,
+    problem: Mutex<Option<String>>,
+}
+
+impl PlayedPeers {
+    /// From now on every team has this problem, or none.
+    pub fn break_down(&self, problem: Option<&str>) {
+        *lock(&self.0.problem) = problem.map(str::to_string);
+    }
 }
 
 /// Where ranks with one id meet.
@@ -38,6 +49,7 @@ struct Parcel {
 }
 
 struct PlayedTeam {
+    played: Arc<Played>,
     room: Arc<Room>,
     rank: usize,
     ranks: usize,
@@ -51,15 +63,16 @@ impl Peers for PlayedPeers {
 
     fn unique_id(&self) -> Result<UniqueId, String> {
         let mut id = [0; ID_BYTES];
-        id[..8].copy_from_slice(&self.ids.fetch_add(1, SeqCst).to_le_bytes());
+        id[..8].copy_from_slice(&self.0.ids.fetch_add(1, SeqCst).to_le_bytes());
         Ok(UniqueId(id))
     }
 
     fn join(&self, id: &UniqueId, rank: usize, ranks: usize) -> Result<Arc<dyn Team>, String> {
-        let room = lock(&self.rooms).entry(*id).or_default().clone();
+        let room = lock(&self.0.rooms).entry(*id).or_default().clone();
         lock(&room.state).joined += 1;
         room.changed.notify_all();
-        Ok(Arc::new(PlayedTeam { room, rank, ranks, aborted: AtomicBool::new(false) }))
+        let played = self.0.clone();
+        Ok(Arc::new(PlayedTeam { played, room, rank, ranks, aborted: AtomicBool::new(false) }))
     }
 }
 
@@ -156,7 +169,7 @@ impl Team for PlayedTeam {
     }
 
     fn problem(&self) -> Option<String> {
-        None
+        lock(&self.played.problem).clone()
     }
 
     fn abort(&self) {
