@@ -329,3 +329,38 @@ fn runs_that_do_not_fit_are_told() {
     let failure = told(ends, &[0, 1]);
     assert!(failure.contains("member 0 sends 12 bytes, member 1 expects 8"), "{failure}");
 }
+
+/// A random rank returns an error or skips a call at a random place of a random program; whatever it is, every
+/// rank is back in time and one message says why.
+#[test]
+fn random_failures_at_random_places_end_every_rank() {
+    let _turn = played();
+    for seed in 0..16usize {
+        let ranks = 2 + seed % 3;
+        let (victim, place, skips) = (seed * 7 % ranks, seed * 13 % 12, seed % 2 == 1);
+        let ends = on_gpus(&format!("x={ranks}"), SHORT, |mesh| {
+            let group = mesh.group(Axis::X);
+            for step in 0..12 {
+                mesh.set_place(step as u64, None);
+                if (mesh.rank(), step) == (victim, place) {
+                    if skips {
+                        continue;
+                    }
+                    return Err(CommError::Transport("on purpose".to_string()));
+                }
+                match (seed + step) % 4 {
+                    0 => sum(&group)?,
+                    1 => group.broadcast(put(Device::Cuda, &[1.0; 100]).view_mut(), step % ranks)?,
+                    2 => group.barrier()?,
+                    _ => drop(group.start_all_reduce_sum(put(Device::Cuda, &[1.0; 64]))?.finish()?),
+                }
+            }
+            Ok(())
+        });
+        for (rank, end) in ends.iter().enumerate().filter(|(rank, _)| *rank != victim) {
+            let heard = end.as_ref().err().map(CommError::to_string);
+            let heard = heard.unwrap_or_else(|| panic!("{seed}: rank {rank} was not told"));
+            assert!(heard.contains(&format!("rank {victim} ")), "{seed}: rank {rank} heard {heard}");
+        }
+    }
+}

@@ -362,9 +362,10 @@ impl Watched {
             return Some(Verdict::Wrong(error));
         }
         state.retire(&self.office);
+        // Where nothing is under way the next call hears of it.
+        let first = state.entries.first()?;
         if let Some(words) = state.teams.iter().find_map(|team| team.problem()) {
-            let call = state.entries.first().map_or("no call".to_string(), |entry| entry.call.to_string());
-            return Some(Verdict::Broken(call, words));
+            return Some(Verdict::Broken(first.call.to_string(), words));
         }
         let (call, since) = state.overdue(self.office.longest_wait())?;
         Some(Verdict::Late(call, since))
