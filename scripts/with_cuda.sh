@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command with the libraries of CUDA that the kernels need (NVRTC, cuBLASLt) on its path: those of a
-# toolkit, or of the Python packages nvidia-cuda-nvrtc and nvidia-cublas.
+# Runs a command with the libraries of CUDA that the kernels need (NVRTC, cuBLASLt), and NCCL, on its path: those of
+# a toolkit, or of the Python packages nvidia-cuda-nvrtc, nvidia-cublas and nvidia-nccl-cu12 or -cu13.
 #   scripts/with_cuda.sh trilith doctor
 set -euo pipefail
 folders=()
@@ -11,7 +11,7 @@ if command -v python3 > /dev/null; then
     while read -r folder; do folders+=("$folder"); done < <(python3 - << 'PY'
 import glob, sysconfig, os
 for site in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
-    for library in ("libnvrtc.so*", "libcublasLt.so*"):
+    for library in ("libnvrtc.so*", "libcublasLt.so*", "libnccl.so*"):
         for found in glob.glob(os.path.join(site, "nvidia", "*", "lib", library)):
             print(os.path.dirname(found))
 PY

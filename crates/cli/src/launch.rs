@@ -7,7 +7,7 @@ use crate::{EXIT_AGAIN, EXIT_LOST};
 use ::train::{Begin, Predicted, Recipe, Settings, Start, TrainError};
 use anyhow::{Context, Result, anyhow};
 use device::Device;
-use dist::{Axis, CommError, Communicator, Ends, Failure, Mesh, MeshShape, Process, Supervision};
+use dist::{Axis, CommError, Communicator, Ends, Failure, Mesh, MeshShape, Nccl, Process, Supervision};
 use std::cell::Cell;
 use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -351,12 +351,16 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
         Way::Mpi(local, locals) => (over_mpi_process(deadline)?, local, locals),
         Way::Threads | Way::Processes => return Err(anyhow!("this process is no single rank")),
     };
-    let communicator = Communicator::Processes(process.clone());
-    let (rank, carrier) = (communicator.rank(), if over_mpi { "MPI processes" } else { "processes" });
+    let rank = Communicator::Processes(process.clone()).rank();
+    let communicator = match linked(&process, run.recipe.train.device) {
+        Ok(communicator) => communicator,
+        Err(error) => return say(over_mpi, rank, finish(&process, Err(anyhow!(error)), false)),
+    };
     let on_card = match run.recipe.train.device {
         Device::Cpu => None,
         Device::Cuda => Some(locals.div_ceil(device::cuda::gpu().map_or(1, |gpu| gpu.card().shown.max(1)))),
     };
+    let carrier = carrier(over_mpi, &communicator);
     let seat = Seat { rank, ranks: communicator.world_size(), carrier, on_card };
     let mesh = match Mesh::new(run.recipe.mesh.shape, communicator) {
         Ok(mesh) => mesh,
@@ -390,6 +394,33 @@ pub fn one_rank(run: &Run, way: Way, stop: &AtomicBool) -> Result<ExitCode> {
         std::thread::sleep(2 * COURTESY);
     }
     say(over_mpi, rank, outcome)
+}
+
+/// Who carries between processes: NCCL what lies on GPUs, where every rank has one of its own and the library.
+/// Why not, if not, is said once.
+fn linked(process: &Process, device: Device) -> Result<Communicator, CommError> {
+    let through_host = Communicator::Processes(process.clone());
+    if device == Device::Cpu || through_host.world_size() == 1 {
+        return Ok(through_host);
+    }
+    match Nccl::agree(process)? {
+        Ok(nccl) => Ok(Communicator::Nccl(nccl)),
+        Err(why) => {
+            if through_host.rank() == 0 {
+                eprintln!("what ranks exchange passes through the host: {why}");
+            }
+            Ok(through_host)
+        }
+    }
+}
+
+fn carrier(over_mpi: bool, communicator: &Communicator) -> &'static str {
+    match (communicator, over_mpi) {
+        (Communicator::Nccl(_), true) => "MPI processes, from GPU to GPU over NCCL",
+        (Communicator::Nccl(_), false) => "processes, from GPU to GPU over NCCL",
+        (_, true) => "MPI processes",
+        (_, false) => "processes",
+    }
 }
 
 #[cfg(feature = "mpi")]

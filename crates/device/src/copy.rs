@@ -1,6 +1,6 @@
 //! Bytes from one window to another, whatever memory each looks at.
 
-use crate::cuda::{self, Stream};
+use crate::cuda;
 use crate::{Device, View, ViewMut};
 
 /// to = from: equal types and lengths, bit by bit. What comes to the host is there when this returns; what
@@ -14,17 +14,17 @@ pub fn copy(to: ViewMut<'_>, from: View<'_>) {
         // SAFETY: windows of as many bytes; the host's is there while the call runs, and after it the driver
         // needs it no more.
         (Device::Cuda, Device::Cpu) => unsafe {
-            cuda::present().driver().copy_up(Stream::Compute, there, here as *const u8, bytes);
+            cuda::present().driver().copy_up(cuda::stream(), there, here as *const u8, bytes);
         },
         (Device::Cpu, Device::Cuda) => {
             let driver = cuda::present().driver();
             // SAFETY: as above; waited for before anybody looks.
-            unsafe { driver.copy_down(Stream::Compute, there as *mut u8, here, bytes) };
-            driver.wait(Stream::Compute);
+            unsafe { driver.copy_down(cuda::stream(), there as *mut u8, here, bytes) };
+            driver.wait(cuda::stream());
         }
         // SAFETY: windows of as many bytes of buffers; memory of the GPU is given on in the order of launches.
         (Device::Cuda, Device::Cuda) => unsafe {
-            cuda::present().driver().copy_within(Stream::Compute, there, here, bytes);
+            cuda::present().driver().copy_within(cuda::stream(), there, here, bytes);
         },
     }
 }
@@ -35,6 +35,6 @@ pub fn fill_zero(to: ViewMut<'_>) {
     match to.device() {
         Device::Cpu => to.bytes().fill(0),
         // SAFETY: a window of as many bytes, ours alone.
-        Device::Cuda => unsafe { cuda::present().driver().fill(Stream::Compute, at, 0, bytes) },
+        Device::Cuda => unsafe { cuda::present().driver().fill(cuda::stream(), at, 0, bytes) },
     }
 }

@@ -116,11 +116,18 @@ const MOST_TIMES: usize = 2;
 /// A block of at least `bytes`, from the cache or the system, and its size; contents are unspecified.
 /// `None` when the system refuses.
 pub(crate) fn take(device: Device, bytes: usize) -> Option<(NonNull<u8>, usize)> {
-    cache(device).take(bytes)
+    let taken = cache(device).take(bytes);
+    if device == Device::Cuda && taken.is_some() {
+        cuda::took();
+    }
+    taken
 }
 
 /// Park a block that `take` gave, of the size it said.
 pub(crate) fn give(device: Device, ptr: NonNull<u8>, class: usize) {
+    if device == Device::Cuda {
+        cuda::gives();
+    }
     cache(device).give(ptr, class);
 }
 

@@ -40,7 +40,7 @@ fn run(gpu: &Emulated, name: &str, grid: [u32; 3], threads: [u32; 3], shared: us
         arguments.iter_mut().map(|argument| (argument as *mut u64).cast()).collect();
     let kernel = Kernel { name, grid, threads, shared_bytes: shared as u32 };
     // SAFETY: the kernels of `emulate.cu`, with what they ask for.
-    unsafe { gpu.launch(&kernel, &mut pointers) };
+    unsafe { gpu.launch(Stream::Compute, &kernel, &mut pointers) };
 }
 
 fn small(i: usize) -> f32 {

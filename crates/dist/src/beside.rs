@@ -9,6 +9,7 @@ use crate::Group;
 use crate::call::Op;
 use crate::error::CommError;
 use crate::group::Carrier;
+use crate::nccl::{Arriving, Landed};
 use crate::threads::Seat;
 use crate::traffic::{Peers, Tally, Traffic};
 use crate::wire;
@@ -99,7 +100,7 @@ pub struct Pending {
 
 enum State {
     Ready(Array),
-    Lane(Receiver<Result<Array, CommError>>),
+    Lane(Receiver<Result<Landed, CommError>>),
     /// An array whose handle is on its way to us.
     Handle {
         op: Op,
@@ -124,6 +125,8 @@ enum State {
         len: usize,
         from: (usize, u64),
     },
+    /// A message between GPUs.
+    Arriving(Arriving),
 }
 
 /// A message on its way to a member. Dropping it gives up knowing of its end, not the message.
@@ -151,12 +154,13 @@ impl Pending {
         let start = Instant::now();
         let done = match self.state {
             State::Ready(array) => return Ok(array),
-            State::Lane(result) => result.recv().map_err(|_| gone())?,
+            State::Lane(result) => result.recv().map_err(|_| gone())?.map(Landed::take),
             State::Handle { op, seat, dtype, len, from } => seat.take_handle(op, (dtype, len), from),
             State::Letter { seat, dtype, len, from } => seat.take_letter((dtype, len), from),
             State::Message { seat, device, dtype, len, from } => {
                 seat.take_asked((dtype, len), from).and_then(|array| array.on(device))
             }
+            State::Arriving(message) => message.finish(),
         };
         self.tally.expose(start.elapsed());
         done
@@ -191,9 +195,10 @@ pub fn start_beside<T: Send + 'static>(
     };
     let lane = waits.clone();
     let (sender, receiver) = sync_channel(1);
+    let ticket = waits.ticket();
     let work = move || {
         let before: Vec<Duration> = beside.iter().map(|group| group.tally().beside()).collect();
-        let result = job(&beside);
+        let result = ticket.whole(|| job(&beside));
         let took = beside.iter().zip(before).map(|(group, before)| group.tally().beside() - before).collect();
         // The receiver may be gone: whoever started the job gave its result up.
         drop(sender.send(Done { result, took }));
@@ -308,9 +313,8 @@ impl Group {
             return Ok(self.pending(State::Ready(data)));
         }
         self.start(move |group| {
-            group.send(data.view(), to)?;
             let mut out = Array::new(device, dtype, len)?;
-            group.receive(out.view_mut(), from)?;
+            group.shift(data.view(), to, out.view_mut(), from)?;
             Ok(out)
         })
     }
@@ -333,6 +337,15 @@ impl Group {
                 let ((sender, receiver), seat) = (sync_channel(1), seat.clone());
                 let send = move || seat.send_to(data.on(Device::Cpu)?.view(), to);
                 self.lane().run(Box::new(move || drop(sender.send(send()))))?;
+                Some(receiver)
+            }
+            Carrier::Nccl(seat) if data.device() == Device::Cuda => {
+                seat.send_array(data, to)?;
+                None
+            }
+            Carrier::Nccl(seat) => {
+                let ((sender, receiver), seat) = (sync_channel(1), seat.letters().clone());
+                self.lane().run(Box::new(move || drop(sender.send(seat.send_to(data.view(), to)))))?;
                 Some(receiver)
             }
         };
@@ -362,6 +375,11 @@ impl Group {
                 let (seat, from) = (seat.clone(), (from, seat.ask(from)));
                 State::Message { seat, device, dtype, len, from }
             }
+            Carrier::Nccl(seat) if device == Device::Cuda => State::Arriving(seat.ask((dtype, len), from)?),
+            Carrier::Nccl(seat) => {
+                let (seat, from) = (seat.letters().clone(), (from, seat.letters().ask(from)));
+                State::Message { seat, device, dtype, len, from }
+            }
         }))
     }
 
@@ -375,7 +393,9 @@ impl Group {
         }
         let (sender, receiver) = sync_channel(1);
         // The receiver may be gone: whoever started the call gave its result up.
-        self.lane().run(Box::new(move || drop(sender.send(call(&group)))))?;
+        let ticket = group.ticket();
+        self.lane()
+            .run(Box::new(move || ticket.landing(|| call(&group), |landed| drop(sender.send(landed)))))?;
         Ok(self.pending(State::Lane(receiver)))
     }
 

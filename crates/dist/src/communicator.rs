@@ -1,6 +1,7 @@
 //! Who carries messages between ranks: a value, one `match` an op.
 
 use crate::call::Place;
+use crate::nccl::Nccl;
 use crate::threads::Rank;
 use crate::wire::Process;
 use std::sync::Arc;
@@ -14,6 +15,8 @@ pub enum Communicator {
     Threads(Rank),
     /// Ranks are processes that send each other messages.
     Processes(Process),
+    /// Ranks are processes with a GPU each, whose memory goes from card to card.
+    Nccl(Nccl),
     /// Nobody: calls are checked and counted, no byte moves and buffers stay as they were.
     /// Thousands of ranks fit into one process, one after the other.
     Null(NullRank),
@@ -40,6 +43,7 @@ impl Communicator {
             Communicator::Solo => 0,
             Communicator::Threads(rank) => rank.rank(),
             Communicator::Processes(process) => process.rank(),
+            Communicator::Nccl(nccl) => nccl.process().rank(),
             Communicator::Null(null) => null.rank,
         }
     }
@@ -50,6 +54,7 @@ impl Communicator {
             Communicator::Solo => 1,
             Communicator::Threads(rank) => rank.world_size(),
             Communicator::Processes(process) => process.world_size(),
+            Communicator::Nccl(nccl) => nccl.process().world_size(),
             Communicator::Null(null) => null.world_size,
         }
     }
@@ -60,6 +65,7 @@ impl Communicator {
             Communicator::Solo => "solo",
             Communicator::Threads(_) => "threads",
             Communicator::Processes(process) => process.carrier(),
+            Communicator::Nccl(_) => "nccl",
             Communicator::Null(_) => "null",
         }
     }
@@ -69,6 +75,7 @@ impl Communicator {
             Communicator::Solo => Arc::default(),
             Communicator::Threads(rank) => rank.place(),
             Communicator::Processes(process) => process.place(),
+            Communicator::Nccl(nccl) => nccl.place(),
             Communicator::Null(null) => null.place.clone(),
         }
     }

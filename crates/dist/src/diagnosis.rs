@@ -38,7 +38,9 @@ pub(crate) fn diagnose(ranks: &[Seen], waiting: usize, call: &Call, waited_s: f6
             return CommError::Late { rank, waiting: waiter, waited_s, call: Box::new(awaited), last };
         };
         let same_place = (theirs.beside, &theirs.group) == (awaited.beside, &awaited.group);
-        if same_place && !is_pair(theirs, &awaited) || passed.contains(&rank) {
+        // Whose calls need not wait where they are made may be in an earlier one, for somebody else.
+        let same_number = theirs.number >= awaited.number;
+        if same_place && same_number && !is_pair(theirs, &awaited) || passed.contains(&rank) {
             return CommError::OutOfStep {
                 rank,
                 call: Box::new(theirs.clone()),
@@ -56,11 +58,17 @@ fn is_pair(a: &Call, b: &Call) -> bool {
     [a.op, b.op].iter().any(|op| matches!(op, Op::Send | Op::Receive))
 }
 
+/// Whether a member that is in `theirs` has been in `call`: the calls of a group are made in the order of their numbers.
+fn is_past(theirs: &Call, call: &Call) -> bool {
+    !is_pair(theirs, call) && theirs.number > call.number
+}
+
 /// The first rank that `waiter` waits for in `call` and that is not there.
 pub(crate) fn absent(ranks: &[Seen], waiter: usize, call: &Call) -> Option<usize> {
     let here = |rank: usize| {
         let lane = if call.beside { &ranks[rank].beside } else { &ranks[rank].last };
-        let same = matches!(lane, LastSeen::In(theirs) if theirs.group == call.group && theirs.matches(call));
+        let same = matches!(lane, LastSeen::In(theirs) if theirs.group == call.group
+            && (theirs.matches(call) || is_past(theirs, call)));
         // A process that stopped half-way through the very call was last heard from in it.
         same && ranks[rank].ended.is_none()
     };

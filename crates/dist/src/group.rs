@@ -10,7 +10,7 @@ use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
 use crate::traffic::{Counts, Peers, Tally, Traffic};
-use crate::{Communicator, threads, wire};
+use crate::{Communicator, nccl, threads, wire};
 use device::{DType, Device, View, ViewMut};
 use std::sync::Arc;
 use std::time::Instant;
@@ -34,6 +34,7 @@ pub(crate) enum Carrier {
     Null,
     Threads(threads::Seat),
     Processes(wire::Seat),
+    Nccl(nccl::Seat),
 }
 
 impl Carrier {
@@ -42,6 +43,7 @@ impl Carrier {
             Carrier::Null => true,
             Carrier::Threads(seat) => seat.is_beside(),
             Carrier::Processes(seat) => seat.is_beside(),
+            Carrier::Nccl(seat) => seat.is_beside(),
         }
     }
 }
@@ -57,6 +59,9 @@ impl Group {
             }
             Communicator::Processes(process) if members.ranks.len() > 1 => {
                 Carrier::Processes(process.seat(members.clone(), index, beside))
+            }
+            Communicator::Nccl(nccl) if members.ranks.len() > 1 => {
+                Carrier::Nccl(nccl.seat(members.clone(), index, beside))
             }
             _ => Carrier::Null,
         };
@@ -103,6 +108,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_reduce_sum(data),
             Carrier::Processes(seat) => seat.all_reduce_sum(data),
+            Carrier::Nccl(seat) => seat.all_reduce_sum(data),
         })
     }
 
@@ -116,12 +122,12 @@ impl Group {
         if self.is_staged(out.device()) {
             return self.staged(mine, out, |mine, out| self.all_gather(mine, out));
         }
-        self.counted(Traffic::pieces(self.size(), mine.len() * mine.dtype().size_bytes()), |carrier| {
-            match carrier {
-                Carrier::Null => Ok(()),
-                Carrier::Threads(seat) => seat.all_gather(mine, out),
-                Carrier::Processes(seat) => seat.all_gather(mine, out),
-            }
+        let piece = mine.len() * mine.dtype().size_bytes();
+        self.counted(Traffic::pieces(self.size(), piece), |carrier| match carrier {
+            Carrier::Null => Ok(()),
+            Carrier::Threads(seat) => seat.all_gather(mine, out),
+            Carrier::Processes(seat) => seat.all_gather(mine, out),
+            Carrier::Nccl(seat) => seat.all_gather(mine, out),
         })
     }
 
@@ -153,6 +159,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum(mine, out),
             Carrier::Processes(seat) => seat.reduce_scatter_sum(mine, out),
+            Carrier::Nccl(seat) => seat.reduce_scatter_sum(mine, out),
         })
     }
 
@@ -169,6 +176,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_gather_within(data),
             Carrier::Processes(seat) => seat.all_gather_within(data),
+            Carrier::Nccl(seat) => seat.all_gather_within(data),
         })
     }
 
@@ -187,6 +195,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_scatter_sum_within(data),
             Carrier::Processes(seat) => seat.reduce_scatter_sum_within(data),
+            Carrier::Nccl(seat) => seat.reduce_scatter_sum_within(data),
         })
     }
 
@@ -204,6 +213,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.broadcast(data, root),
             Carrier::Processes(seat) => seat.broadcast(data, root),
+            Carrier::Nccl(seat) => seat.broadcast(data, root),
         })
     }
 
@@ -222,6 +232,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.reduce_sum(data, root),
             Carrier::Processes(seat) => seat.reduce_sum(data, root),
+            Carrier::Nccl(seat) => seat.reduce_sum(data, root),
         })
     }
 
@@ -245,6 +256,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.all_to_all((mine, send), (out, receive)),
             Carrier::Processes(seat) => seat.all_to_all((mine, send), (out, receive)),
+            Carrier::Nccl(seat) => seat.all_to_all((mine, send), (out, receive)),
         })
     }
 
@@ -261,6 +273,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.send(data, to),
             Carrier::Processes(seat) => seat.send_to(data, to),
+            Carrier::Nccl(seat) => seat.send(data, to),
         })
     }
 
@@ -275,6 +288,7 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.receive(data, from),
             Carrier::Processes(seat) => seat.receive(data, from),
+            Carrier::Nccl(seat) => seat.receive(data, from),
         })
     }
 
@@ -287,12 +301,43 @@ impl Group {
             Carrier::Null => Ok(()),
             Carrier::Threads(seat) => seat.barrier(),
             Carrier::Processes(seat) => seat.barrier(),
+            Carrier::Nccl(seat) => seat.barrier(),
         })
     }
 
     /// This group as the lane sees it.
     pub(crate) fn beside(&self) -> Group {
         Group { carrier: self.carrier_beside.clone(), ..self.clone() }
+    }
+
+    /// A message to one member and one from another, beside each other where that needs no host.
+    pub(crate) fn shift(
+        &self,
+        data: View<'_>,
+        to: usize,
+        out: ViewMut<'_>,
+        from: usize,
+    ) -> Result<(), CommError> {
+        let Carrier::Nccl(seat) = &self.carrier else {
+            self.send(data, to)?;
+            return self.receive(out, from);
+        };
+        if data.device() == Device::Cpu {
+            self.send(data, to)?;
+            return self.receive(out, from);
+        }
+        let bytes = (data.len() * data.dtype().size_bytes()) as u64;
+        self.tally.add(Traffic { sent: bytes, received: 0, peers: Peers::One(to) }, self.size(), self.index);
+        let traffic = Traffic { sent: 0, received: bytes, peers: Peers::One(from) };
+        self.counted(traffic, |_| seat.shift(data, out))
+    }
+
+    /// Where what is about to be started beside computation runs.
+    pub(crate) fn ticket(&self) -> nccl::Ticket {
+        match &self.carrier_beside {
+            Carrier::Nccl(seat) => nccl::Ticket::on(seat.stream()),
+            _ => nccl::Ticket::default(),
+        }
     }
 
     /// Whether a call can wait for anybody.
@@ -308,7 +353,7 @@ impl Group {
     pub(crate) fn sharing_seat(&self) -> Option<&threads::Seat> {
         match &self.carrier_beside {
             Carrier::Threads(seat) => Some(seat),
-            Carrier::Null | Carrier::Processes(_) => None,
+            Carrier::Null | Carrier::Processes(_) | Carrier::Nccl(_) => None,
         }
     }
 
@@ -324,7 +369,7 @@ impl Group {
     /// Where nothing moves nothing is copied either.
     fn is_staged(&self, device: Device) -> bool {
         match self.carrier {
-            Carrier::Null => false,
+            Carrier::Null | Carrier::Nccl(_) => false,
             Carrier::Threads(_) | Carrier::Processes(_) => device == Device::Cuda,
         }
     }

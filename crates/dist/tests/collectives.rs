@@ -19,7 +19,8 @@ fn on_threads() {
     for ranks in 1..=8 {
         for (name, body) in BODIES {
             on_ranks(ranks, |mesh, group| {
-                body(mesh, group).inspect_err(|error| eprintln!("{name} on {ranks} ranks: {error}"))
+                body(mesh, group, Device::Cpu)
+                    .inspect_err(|error| eprintln!("{name} on {ranks} ranks: {error}"))
             });
         }
     }
@@ -31,7 +32,8 @@ fn on_processes() {
         let shape = MeshShape::new(&[(Axis::X, ranks)]).unwrap();
         on_sockets(shape, |mesh| {
             for (name, body) in BODIES {
-                body(mesh, &mesh.group(Axis::X)).inspect_err(|error| eprintln!("{name}: {error}"))?;
+                body(mesh, &mesh.group(Axis::X), Device::Cpu)
+                    .inspect_err(|error| eprintln!("{name}: {error}"))?;
             }
             Ok(())
         })

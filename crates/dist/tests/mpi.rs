@@ -3,6 +3,7 @@
 
 mod bodies;
 
+use device::Device;
 use dist::{Axis, CommError, Communicator, Mesh, MeshShape, Process};
 use std::time::Duration;
 
@@ -21,7 +22,7 @@ fn checks(process: &Process, ranks: usize) -> Result<(), CommError> {
     let row = MeshShape::new(&[(Axis::X, ranks)]).expect("a mesh");
     let mesh = Mesh::new(row, Communicator::Processes(process.clone())).expect("as many ranks");
     for (name, body) in bodies::BODIES {
-        body(&mesh, &mesh.group(Axis::X))?;
+        body(&mesh, &mesh.group(Axis::X), Device::Cpu)?;
         if mesh.rank() == 0 {
             println!("{name} on {ranks} MPI ranks ... ok");
         }

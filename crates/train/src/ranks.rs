@@ -18,7 +18,7 @@ const TOKENS: [Axis; 4] = [Axis::Fsdp, Axis::Dp, Axis::Ep, Axis::Cp];
 /// Processes that the ranks of a mesh are.
 pub(crate) fn processes(mesh: &Mesh) -> u64 {
     match mesh.communicator() {
-        Communicator::Processes(_) => mesh.world_size() as u64,
+        Communicator::Processes(_) | Communicator::Nccl(_) => mesh.world_size() as u64,
         _ => 1,
     }
 }

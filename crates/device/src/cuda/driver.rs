@@ -13,12 +13,12 @@ pub type Address = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Frame(pub u64);
 
-/// A point in the work of the compute stream.
+/// A point in the work of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mark(pub NonZeroU64);
 
 /// Work of one stream runs in order, streams run beside each other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Stream {
     /// Kernels.
     Compute,
@@ -26,6 +26,8 @@ pub enum Stream {
     Up,
     /// Copies to the host.
     Down,
+    /// Moves between GPUs, and what belongs to them: as many such streams as anybody asks for, by number.
+    Peers(u16),
 }
 
 /// What a GPU is.
@@ -110,6 +112,8 @@ pub struct Matmul {
 pub trait Driver: Send + Sync {
     /// What it is.
     fn card(&self) -> Card;
+    /// No other card in the world has it.
+    fn uuid(&self) -> [u8; 16];
     /// Memory nobody has, of the whole card.
     fn free_bytes(&self) -> usize;
 
@@ -165,10 +169,14 @@ pub trait Driver: Send + Sync {
     /// It was pinned.
     unsafe fn unpin(&self, at: *mut u8);
 
+    /// A stream as other libraries know it, whose calls this thread is about to make.
+    fn handle(&self, stream: Stream) -> *mut c_void;
     /// Wait until all work of a stream is done.
     fn wait(&self, stream: Stream);
-    /// A mark behind all work of the compute stream so far.
-    fn mark(&self) -> Mark;
+    /// A mark behind all work of a stream so far.
+    fn mark(&self, stream: Stream) -> Mark;
+    /// Whether all work before a mark is done; the mark stays.
+    fn is_done(&self, mark: Mark) -> bool;
     /// Let a stream wait for a mark, which is used up.
     fn follow(&self, stream: Stream, mark: Mark);
 
@@ -180,11 +188,11 @@ pub trait Driver: Send + Sync {
     /// Compile a program and load it; later launches find its kernels. What was compiled is kept in a folder, where
     /// one is given, for the next process. The error is the compiler's.
     fn load(&self, program: &Program<'_>, kept: Option<&Path>) -> Result<(), String>;
-    /// Run a kernel on the compute stream.
+    /// Run a kernel on a stream.
     ///
     /// # Safety
     /// The arguments are those of the kernel, and what they point to is there until it has run.
-    unsafe fn launch(&self, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]);
+    unsafe fn launch(&self, stream: Stream, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]);
     /// A product on the compute stream.
     ///
     /// # Safety

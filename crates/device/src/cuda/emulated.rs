@@ -2,6 +2,7 @@
 //! (`emulate/emulate.h`), its memory is the host's, and all work is done when a call returns.
 
 mod memory;
+mod peers;
 mod program;
 
 use super::driver::{self, Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Stream};
@@ -9,6 +10,7 @@ use super::{gpu, lock, play};
 use crate::DType;
 use half::bf16;
 use memory::Memory;
+pub use peers::PlayedPeers;
 use program::Program;
 use std::ffi::c_void;
 use std::num::NonZeroU64;
@@ -68,6 +70,10 @@ impl Emulated {
 impl Driver for Emulated {
     fn card(&self) -> Card {
         self.card.clone()
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        [0; 16]
     }
 
     fn free_bytes(&self) -> usize {
@@ -141,10 +147,18 @@ impl Driver for Emulated {
 
     unsafe fn unpin(&self, _: *mut u8) {}
 
+    fn handle(&self, _: Stream) -> *mut c_void {
+        std::ptr::null_mut()
+    }
+
     fn wait(&self, _: Stream) {}
 
-    fn mark(&self) -> Mark {
+    fn mark(&self, _: Stream) -> Mark {
         Mark(NonZeroU64::MIN)
+    }
+
+    fn is_done(&self, _: Mark) -> bool {
+        true
     }
 
     fn follow(&self, _: Stream, _: Mark) {}
@@ -159,7 +173,7 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]) {
+    unsafe fn launch(&self, _: Stream, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]) {
         let program = lock(&self.program);
         let program = program.as_ref().expect("a program is loaded before its kernels are launched");
         // SAFETY: the caller's promise.

@@ -61,7 +61,7 @@ impl Gpu {
 
     /// The memory there is no more needed once all that was launched so far has run.
     pub(crate) fn take_away(&self, at: Address, bytes: usize) {
-        let mark = self.driver().mark();
+        let mark = self.driver().mark(super::stream());
         let mut frames = lock(&self.frames);
         let frame = frames.mapped.remove(&at).expect("memory that was brought");
         frames.waiting.entry(bytes).or_default().push_back(Waiting { frame, at, mark });

@@ -1,22 +1,29 @@
 //! GPUs: found at run time, without a toolkit to build with. One stream runs kernels in the order in which they
 //! were launched; memory that is freed goes to whoever asks next in that order, so nothing waits but who
-//! reads.
+//! reads. A thread can have its work on another stream (`on_stream`): beside the kernels.
 
 mod driver;
 #[cfg(feature = "emulate")]
 mod emulated;
 mod frames;
 mod lt;
+mod nccl;
 mod nvrtc;
+mod peers;
 mod real;
 
 pub use driver::{Address, Card, Driver, Frame, Kernel, Mark, Matmul, Matrix, Program, Stream};
 #[cfg(feature = "emulate")]
-pub use emulated::{Emulated, for_a_test};
+pub use emulated::{Emulated, PlayedPeers, for_a_test};
+#[cfg(feature = "emulate")]
+pub use peers::play_peers;
+pub use peers::{
+    ID_BYTES, Leg, Move, NoPeers, Peers, Team, UniqueId, all_gather, broadcast, exchange, peers,
+};
 
 pub use nvrtc::{compile, has_compiler};
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
@@ -67,6 +74,45 @@ fn turn(seat: usize, cards: usize) -> usize {
 /// The GPU that a buffer lives on: there is one, or there would be no such buffer.
 pub(crate) fn present() -> &'static Gpu {
     gpu().expect("what lives on a GPU was made by one")
+}
+
+thread_local! {
+    static STREAM: Cell<Stream> = const { Cell::new(Stream::Compute) };
+}
+
+/// The stream on which the work of this thread runs.
+pub fn stream() -> Stream {
+    STREAM.get()
+}
+
+/// What `body` launches, copies and fills runs on `stream`. It begins behind what was done before if the stream
+/// follows a mark; buffers that are made or dropped meanwhile do what is needed by themselves.
+pub fn on_stream<R>(stream: Stream, body: impl FnOnce() -> R) -> R {
+    struct Back(Stream);
+    impl Drop for Back {
+        fn drop(&mut self) {
+            STREAM.set(self.0);
+        }
+    }
+    let _back = Back(STREAM.replace(stream));
+    body()
+}
+
+/// Memory that was freed in the order of the compute stream is about to be used on this thread's.
+pub(crate) fn took() {
+    let stream = stream();
+    if stream != Stream::Compute {
+        let driver = present().driver();
+        driver.follow(stream, driver.mark(Stream::Compute));
+    }
+}
+
+/// Memory that this thread's stream may still use is about to go to whoever asks next in the order of the compute
+/// stream, which shall not wait.
+pub(crate) fn gives() {
+    if stream() != Stream::Compute {
+        present().driver().wait(stream());
+    }
 }
 
 /// Wait until all kernels have run.
@@ -158,6 +204,8 @@ thread_local! {
 struct Uploads {
     ring: Address,
     used: usize,
+    /// Streams but the compute stream that may still read it.
+    others: Vec<Stream>,
 }
 
 /// Bytes of the ring. What was uploaded is overwritten after as many.
@@ -178,7 +226,7 @@ impl Gpu {
         Gpu {
             card,
             spare: Mutex::new(vec![Workspace { bytes: WORKSPACE_BYTES, at: workspace }]),
-            uploads: Mutex::new(Uploads { ring, used: 0 }),
+            uploads: Mutex::new(Uploads { ring, used: 0, others: Vec::new() }),
             frames: Mutex::default(),
             left: Condvar::new(),
             driver,
@@ -224,13 +272,17 @@ impl Gpu {
         assert!(bytes.len() <= RING_BYTES, "{} bytes of an argument of an op", bytes.len());
         if uploads.used + bytes.len() > RING_BYTES {
             self.driver.wait(Stream::Compute);
+            uploads.others.drain(..).for_each(|stream| self.driver.wait(stream));
             uploads.used = 0;
         }
         let at = uploads.ring + uploads.used as u64;
+        if stream() != Stream::Compute && !uploads.others.contains(&stream()) {
+            uploads.others.push(stream());
+        }
         uploads.used += bytes.len().next_multiple_of(ALIGN_BYTES);
         // SAFETY: the part of the ring is inside it, and no op launched before reads it: those that could
         // were waited for.
-        unsafe { self.driver.copy_up(Stream::Compute, at, bytes.as_ptr(), bytes.len()) };
+        unsafe { self.driver.copy_up(stream(), at, bytes.as_ptr(), bytes.len()) };
         at
     }
 }

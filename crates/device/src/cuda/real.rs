@@ -20,6 +20,8 @@ pub(super) struct Real {
     context: cu::CUcontext,
     /// Compute, up, down.
     streams: [cu::CUstream; 3],
+    /// Those between GPUs, by number.
+    peers: Mutex<HashMap<u16, Peer>>,
     card: Card,
     device: cu::CUdevice,
     loaded: Mutex<Loaded>,
@@ -28,6 +30,12 @@ pub(super) struct Real {
     /// Events that nobody uses now.
     events: Mutex<Vec<Mark>>,
 }
+
+/// A stream between GPUs.
+struct Peer(cu::CUstream);
+
+// SAFETY: handles of the driver, see below.
+unsafe impl Send for Peer {}
 
 #[derive(Default)]
 struct Loaded {
@@ -123,19 +131,13 @@ impl Real {
         check(unsafe { cu::cuCtxSetCurrent(context) }, "cuCtxSetCurrent");
         BOUND.set(true);
         let lt = lt().map_err(|what| missing(what, LIBRARIES))?;
-        let streams = [(); 3].map(|()| {
-            let mut stream = null_mut();
-            let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
-            // SAFETY: writes a handle.
-            check(unsafe { cu::cuStreamCreate(&mut stream, flags) }, "cuStreamCreate");
-            stream
-        });
+        let streams = [(); 3].map(|()| new_stream());
         let mut workspace = 0;
         // SAFETY: writes an address.
         check(unsafe { cu::cuMemAlloc_v2(&mut workspace, PRODUCT_BYTES) }, "cuMemAlloc");
         let card = card_of(device);
-        let (loaded, events) = (Mutex::default(), Mutex::default());
-        Ok(Real { context, streams, card, device, loaded, lt, workspace, events })
+        let (loaded, events, peers) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Ok(Real { context, streams, peers, card, device, loaded, lt, workspace, events })
     }
 
     /// The context on this thread.
@@ -148,7 +150,12 @@ impl Real {
 
     fn stream(&self, stream: Stream) -> cu::CUstream {
         self.bind();
-        self.streams[stream as usize]
+        match stream {
+            Stream::Compute => self.streams[0],
+            Stream::Up => self.streams[1],
+            Stream::Down => self.streams[2],
+            Stream::Peers(number) => lock(&self.peers).entry(number).or_insert_with(|| Peer(new_stream())).0,
+        }
     }
 
     fn function(&self, kernel: &Kernel<'_>) -> cu::CUfunction {
@@ -192,6 +199,14 @@ impl Real {
     }
 }
 
+fn new_stream() -> cu::CUstream {
+    let mut stream = null_mut();
+    let flags = cu::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+    // SAFETY: writes a handle.
+    check(unsafe { cu::cuStreamCreate(&mut stream, flags) }, "cuStreamCreate");
+    stream
+}
+
 fn attribute(device: cu::CUdevice, which: cu::CUdevice_attribute) -> u32 {
     let mut value: c_int = 0;
     // SAFETY: writes a number.
@@ -226,6 +241,14 @@ fn card_of(device: cu::CUdevice) -> Card {
 impl Driver for Real {
     fn card(&self) -> Card {
         self.card.clone()
+    }
+
+    fn uuid(&self) -> [u8; 16] {
+        self.bind();
+        let mut uuid = cu::CUuuid { bytes: [0; 16] };
+        // SAFETY: writes sixteen bytes.
+        check(unsafe { cu::cuDeviceGetUuid_v2(&mut uuid, self.device) }, "cuDeviceGetUuid");
+        uuid.bytes.map(|byte| byte as u8)
     }
 
     fn free_bytes(&self) -> usize {
@@ -357,14 +380,18 @@ impl Driver for Real {
         check(unsafe { cu::cuMemHostUnregister(at.cast()) }, "cuMemHostUnregister");
     }
 
+    fn handle(&self, stream: Stream) -> *mut c_void {
+        self.stream(stream).cast()
+    }
+
     fn wait(&self, stream: Stream) {
         let stream = self.stream(stream);
         // SAFETY: a stream of ours.
         check(unsafe { cu::cuStreamSynchronize(stream) }, "the work before");
     }
 
-    fn mark(&self) -> Mark {
-        let stream = self.stream(Stream::Compute);
+    fn mark(&self, stream: Stream) -> Mark {
+        let stream = self.stream(stream);
         let event = lock(&self.events).pop().unwrap_or_else(|| {
             let mut event = null_mut();
             let flags = cu::CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
@@ -375,6 +402,18 @@ impl Driver for Real {
         // SAFETY: an event and a stream of ours.
         check(unsafe { cu::cuEventRecord(event.0.get() as cu::CUevent, stream) }, "cuEventRecord");
         event
+    }
+
+    fn is_done(&self, mark: Mark) -> bool {
+        self.bind();
+        // SAFETY: an event of ours.
+        match unsafe { cu::cuEventQuery(mark.0.get() as cu::CUevent) } {
+            CUresult::CUDA_ERROR_NOT_READY => false,
+            result => {
+                check(result, "the work before");
+                true
+            }
+        }
     }
 
     fn follow(&self, stream: Stream, mark: Mark) {
@@ -413,8 +452,8 @@ impl Driver for Real {
         Ok(())
     }
 
-    unsafe fn launch(&self, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]) {
-        let stream = self.stream(Stream::Compute);
+    unsafe fn launch(&self, stream: Stream, kernel: &Kernel<'_>, arguments: &mut [*mut c_void]) {
+        let stream = self.stream(stream);
         let function = self.function(kernel);
         let ([x, y, z], [tx, ty, tz]) = (kernel.grid, kernel.threads);
         let arguments = arguments.as_mut_ptr();

@@ -97,7 +97,7 @@ impl Loan {
             Device::Cuda if brought => {
                 let (at, bytes) = (self.first() as Address, self.len_bytes());
                 // SAFETY: memory that is ours alone; kernels that used it before run before.
-                unsafe { cuda::present().driver().fill(Stream::Compute, at, 0, bytes) };
+                unsafe { cuda::present().driver().fill(cuda::stream(), at, 0, bytes) };
             }
             Device::Cpu if self.block.is_pinned(self.granule()) => self.bytes_mut().fill(0),
             _ => {}

@@ -204,7 +204,8 @@ impl Region {
         let was = self.block.states[i].swap(LENT, Ordering::AcqRel);
         assert_ne!(was, LENT, "granule {i} is lent twice");
         // Kernels that were launched so far may still use it.
-        let mark = (self.device() == Device::Cuda && was == HERE).then(|| cuda::present().driver().mark());
+        let mark = (self.device() == Device::Cuda && was == HERE)
+            .then(|| cuda::present().driver().mark(cuda::stream()));
         let granule = u32::try_from(i).expect("granules are counted in 32 bits");
         Loan { block: self.block.clone(), granule, here: was == HERE, mark }
     }

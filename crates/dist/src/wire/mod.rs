@@ -10,5 +10,6 @@ mod post;
 mod seat;
 mod sockets;
 
+pub(crate) use office::Office;
 pub use post::Process;
 pub(crate) use seat::Seat;

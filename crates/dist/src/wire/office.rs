@@ -1,7 +1,9 @@
 //! What one process knows of the others: messages that have come, who has ended, and the one error
 //! that ends the run everywhere.
 
-use super::frame::{Header, Kind, decode_seen, encode_seen, key};
+mod cards;
+
+use super::frame::{ANNOUNCED, Header, INVITED, Kind, decode_seen, encode_seen, key};
 use super::post::Post;
 use crate::bell::Bell;
 use crate::beside::Array;
@@ -9,7 +11,7 @@ use crate::call::{Call, Members, Op, Place};
 use crate::diagnosis::{Seen, diagnose};
 use crate::error::{CommError, LastSeen};
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +22,7 @@ const GRACE: Duration = Duration::from_millis(700);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// Where a message is to be found: sender, group, whether between two, number, phase, lane.
-type Slot = (usize, u64, bool, u64, u8, bool);
+pub(super) type Slot = (usize, u64, bool, u64, u8, bool);
 
 /// A message that has come.
 pub(super) struct Message {
@@ -37,6 +39,9 @@ pub(crate) struct Office {
     bell: Bell,
     /// Our own calls: in the foreground, and beside computation.
     stations: [Mutex<Station>; 2],
+    /// The oldest of those on device memory that are not done, which we do not stay in.
+    on_device: Mutex<[Option<Call>; 2]>,
+    not_compared: AtomicUsize,
     peers: Vec<Peer>,
     groups: Mutex<HashMap<u64, Arc<Members>>>,
     /// Bytes of parts of calls that we sent and got.
@@ -91,6 +96,8 @@ impl Office {
             mail: Mutex::default(),
             bell: Bell::default(),
             stations: Default::default(),
+            on_device: Mutex::default(),
+            not_compared: AtomicUsize::new(0),
             peers: (0..ranks).map(|_| Peer::default()).collect(),
             groups: Mutex::default(),
             payload: [const { AtomicU64::new(0) }; 2],
@@ -157,7 +164,9 @@ impl Office {
         let peer = &self.peers[from];
         match header.kind {
             Kind::Data => {
-                self.payload[1].fetch_add(header.payload, SeqCst);
+                if ![ANNOUNCED, INVITED].contains(&header.phase) {
+                    self.payload[1].fetch_add(header.payload, SeqCst);
+                }
                 let group = lock(&self.groups).get(&header.group).cloned();
                 if let Some(group) = group {
                     *lock(&peer.last) = Some(header.call(group));
@@ -246,6 +255,7 @@ impl Office {
                 Err(self.fail(CommError::Dead { rank: self.rank, reason, last }))
             }
             None => {
+                self.all_compared();
                 for rank in self.others() {
                     let _ = self.post.send(rank, &Header::control(Kind::Ended, 0), &[], GRACE);
                 }
@@ -399,8 +409,10 @@ impl Office {
 
     fn own(&self) -> [LastSeen; 2] {
         [0, 1].map(|lane: usize| {
+            let on_device = lock(&self.on_device)[lane].clone();
             let station = lock(&self.stations[lane]);
-            match &station.now {
+            // What is not done on the device was called before.
+            match on_device.as_ref().or(station.now.as_ref()) {
                 Some(call) => LastSeen::In(call.clone()),
                 None => {
                     let (step, layer) = (self.place.step(), self.place.layer());

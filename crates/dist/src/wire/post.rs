@@ -95,6 +95,10 @@ impl Process {
         self.office.payload_bytes()
     }
 
+    pub(crate) fn office(&self) -> &Arc<Office> {
+        &self.office
+    }
+
     pub(crate) fn carrier(&self) -> &'static str {
         self.office.carrier()
     }

@@ -1,6 +1,8 @@
 //! The collectives of one member of a group of processes. Every rank sends each other rank exactly
 //! what it needs and sums in the order of members itself, so the bits are those of threads.
 
+mod cards;
+
 use super::frame::Header;
 use super::office::Office;
 use crate::beside::Array;

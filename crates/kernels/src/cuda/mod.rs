@@ -198,6 +198,6 @@ impl Launch<'_> {
             self.arguments.iter_mut().map(|value| (value as *mut u64).cast()).collect();
         // SAFETY: kernels and their launches stand side by side in each op; windows live in buffers, whose
         // memory is given on in the order of launches.
-        unsafe { present().driver().launch(&kernel, &mut pointers) };
+        unsafe { present().driver().launch(device::cuda::stream(), &kernel, &mut pointers) };
     }
 }
