@@ -36,6 +36,10 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let drive = disk::measure(&args.disk, Effort::default(), &Options::default());
     facts.push(("drive", drive_line(&drive, &args.disk)));
     facts.push(("GPU", gpu()));
+    if cuda::gpu().is_ok() {
+        facts
+            .push(("between GPUs", cuda::peers().map_or_else(|none| none.to_string(), |found| found.name())));
+    }
     print!("{}", show::facts(&facts));
     if let Ok(figures) = &drive {
         println!("{}", drive_table(figures));

@@ -177,6 +177,28 @@ impl Ledger {
         Ok(id)
     }
 
+    /// Waits until a call was compared, for as long as those it is compared with are there.
+    pub(crate) fn until_heard(&self, id: u64) -> Result<(), CommError> {
+        loop {
+            let mut state = lock(&self.watched.state);
+            let Some(entry) = state.entries.iter_mut().find(|entry| entry.id == id) else { return Ok(()) };
+            let left = entry.left();
+            let compared = entry.compare();
+            if compared.is_ok() && entry.unheard.is_empty() {
+                return Ok(());
+            }
+            drop(state);
+            if let Err(error) = compared {
+                return Err(self.watched.office.end_with(error));
+            }
+            self.watched.office.is_over()?;
+            if let Some(left) = left {
+                return Err(left);
+            }
+            self.watched.office.listen(LOOK_EVERY);
+        }
+    }
+
     /// From now on somebody waits for a call.
     pub(crate) fn expect(&self, id: u64) {
         let mut state = lock(&self.watched.state);
@@ -265,15 +287,15 @@ impl State {
         self.publish(office);
     }
 
-    /// The first call that should have been done, if one should.
+    /// The first call that should have been done, if one should: on each stream the first that is awaited counts.
     fn overdue(&self, deadline: Duration) -> Option<(Call, Instant)> {
         let mut seen: Vec<Stream> = Vec::new();
-        for entry in &self.entries {
+        for entry in self.entries.iter().filter(|entry| entry.awaited) {
             if seen.contains(&entry.stream) {
                 continue;
             }
             seen.push(entry.stream);
-            if entry.awaited && entry.since.elapsed() > deadline {
+            if entry.since.elapsed() > deadline {
                 return Some((entry.call.clone(), entry.since));
             }
         }
@@ -282,6 +304,11 @@ impl State {
 }
 
 impl Entry {
+    /// The end of a member that has yet to say something.
+    fn left(&self) -> Option<CommError> {
+        self.unheard.iter().find_map(|(from, _)| self.seat.office().left(self.call.group.ranks[*from]))
+    }
+
     /// Compares with what members have said by now.
     fn compare(&mut self) -> Result<(), CommError> {
         let (seat, call) = (&self.seat, &self.call);

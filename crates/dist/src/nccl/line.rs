@@ -1,6 +1,7 @@
 //! Messages from one member to another, which may be sent long before they are taken: each direction has a team
 //! of two, a stream and a thread of its own, so that a message that is not taken holds up nothing but those
-//! behind it.
+//! behind it. It is put on the stream when both are there: no kernel waits on a card for a rank to come, which might
+//! itself wait for the card to be idle.
 
 use super::ledger::{Entry, Ledger};
 use super::ticket::{Landed, driver};
@@ -119,13 +120,17 @@ fn run(
     job: Job,
 ) {
     let Job { mut array, after, call, id, landed } = job;
-    driver().follow(stream, after);
-    let done = met(seat, ledger, way, team).and_then(|team| {
+    let agreed = match way {
+        Way::To(member) => seat.granted(&call, member),
+        Way::From(member) => ledger.until_heard(id).map(|()| seat.grant(&call, member)),
+    };
+    let done = agreed.and_then(|()| met(seat, ledger, way, team)).and_then(|team| {
         let body = |stream| {
             let leg = match way {
                 Way::To(_) => Leg::Send(array.view(), 1),
                 Way::From(_) => Leg::Receive(array.view_mut(), 0),
             };
+            driver().follow(stream, after);
             cuda::exchange(&*team, stream, &[leg])
         };
         ledger.fill(id, stream, &call, body)

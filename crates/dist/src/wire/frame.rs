@@ -7,9 +7,11 @@ use std::sync::Arc;
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 64;
-/// Phases of words about a call, which are no part of it: which call a rank is in, and an id to meet by.
+/// Phases of words about a call, which are no part of it: which call a rank is in, an id to meet by, and that what was
+/// announced is awaited.
 pub(super) const ANNOUNCED: u8 = 7;
 pub(super) const INVITED: u8 = 6;
+pub(super) const GRANTED: u8 = 5;
 const MAGIC: u32 = 0x7472_6c33;
 
 /// What a message is for.

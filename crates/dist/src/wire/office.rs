@@ -3,7 +3,7 @@
 
 mod cards;
 
-use super::frame::{ANNOUNCED, Header, INVITED, Kind, decode_seen, encode_seen, key};
+use super::frame::{ANNOUNCED, GRANTED, Header, INVITED, Kind, decode_seen, encode_seen, key};
 use super::post::Post;
 use crate::bell::Bell;
 use crate::beside::Array;
@@ -164,7 +164,7 @@ impl Office {
         let peer = &self.peers[from];
         match header.kind {
             Kind::Data => {
-                if ![ANNOUNCED, INVITED].contains(&header.phase) {
+                if ![ANNOUNCED, INVITED, GRANTED].contains(&header.phase) {
                     self.payload[1].fetch_add(header.payload, SeqCst);
                 }
                 let group = lock(&self.groups).get(&header.group).cloned();

@@ -5,6 +5,7 @@ use super::{GRACE, LOOK_EVERY, Message, Office, Slot, lock};
 use crate::call::Call;
 use crate::error::CommError;
 use crate::wire::frame::Header;
+use std::io::ErrorKind;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,11 @@ impl Office {
     /// What ended the run, or ends it before long.
     pub(crate) fn over_soon(&self) -> Option<CommError> {
         self.failure_within(GRACE)
+    }
+
+    /// Waits until something may have come.
+    pub(crate) fn listen(&self, at_most: Duration) {
+        self.bell.sleep(at_most, || self.failed.load(SeqCst));
     }
 
     pub(crate) fn longest_wait(&self) -> Duration {
@@ -60,8 +66,10 @@ impl Office {
 
     /// Sends words about a call, which are no part of it. What cannot be told shows by itself.
     pub(in crate::wire) fn say(&self, to: usize, header: &Header, bytes: &[u8]) {
-        if let Err(error) = self.post.send(to, header, bytes, self.deadline()) {
-            self.lost(to, &super::gone(&error));
+        match self.post.send(to, header, bytes, self.deadline()) {
+            // Of a rank that takes nothing in any more its calls will tell.
+            Err(error) if error.kind() != ErrorKind::WouldBlock => self.lost(to, &super::gone(&error)),
+            _ => {}
         }
     }
 

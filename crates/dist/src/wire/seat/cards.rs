@@ -5,7 +5,7 @@ use super::Seat;
 use crate::call::{Call, Op};
 use crate::error::CommError;
 use crate::wire::Office;
-use crate::wire::frame::{ANNOUNCED, Header, INVITED};
+use crate::wire::frame::{ANNOUNCED, GRANTED, Header, INVITED};
 use device::DType;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -66,6 +66,16 @@ impl Seat {
         let call = self.call(Op::Receive, 0, (DType::U16, 0), Some(from));
         let message = self.office.hear(self.members.ranks[from], &self.slot(&call, from, INVITED))?;
         Ok(message.array.view().bytes().to_vec())
+    }
+
+    /// Tells a member that we take what it announced.
+    pub(crate) fn grant(&self, call: &Call, to: usize) {
+        self.office.say(self.members.ranks[to], &Header::of(call, self.key, GRANTED, 0), &[]);
+    }
+
+    /// Waits until a member takes what we announced, for as long as the run goes on.
+    pub(crate) fn granted(&self, call: &Call, by: usize) -> Result<(), CommError> {
+        self.office.hear(self.members.ranks[by], &self.slot(call, by, GRANTED)).map(drop)
     }
 
     fn slot(&self, call: &Call, from: usize, phase: u8) -> (usize, u64, bool, u64, u8, bool) {
