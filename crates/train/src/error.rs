@@ -54,10 +54,10 @@ pub enum TrainError {
         /// What is wrong, with a remedy.
         what: String,
     },
-    /// The GPU has no kernels for it.
+    /// The GPU has no kernels for it, or cannot be opened.
     #[error("{what}; set train.device = \"cpu\"")]
     Device {
-        /// What it has none for.
+        /// What it cannot do.
         what: String,
     },
     /// It would not fit, said before anything is reserved.

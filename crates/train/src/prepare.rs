@@ -67,6 +67,10 @@ pub struct Prepared {
 impl Prepared {
     /// Read config, tokenizer and data. With `resume` the tokenizer of an earlier start is used.
     pub fn new(recipe: &Recipe, resume: bool, report: Report<'_>) -> Result<Prepared, TrainError> {
+        if recipe.train.device == Device::Cuda {
+            // A recipe only looks for it.
+            device::cuda::gpu().map_err(|none| TrainError::Device { what: none.to_string() })?;
+        }
         let files = match &recipe.model {
             ModelRecipe::From(path) => Some(ModelFiles::open(path)?),
             ModelRecipe::New(_) => None,

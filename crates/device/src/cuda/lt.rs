@@ -230,8 +230,8 @@ fn type_of(dtype: DType) -> sys::cudaDataType {
 }
 
 impl Lt {
-    /// The library of this machine, for the context of this thread. The error says what is missing.
-    pub(super) fn new() -> Result<Lt, String> {
+    /// Whether this machine has the library. The error says what is missing.
+    pub(super) fn find() -> Result<(), String> {
         // SAFETY: looks for a library and does nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Err("cuBLASLt, which computes products, was not found (libcublasLt.so)".into());
@@ -241,6 +241,11 @@ impl Lt {
         if version < OLDEST {
             return Err(format!("the first cuBLASLt found is version {version}, older than {OLDEST}"));
         }
+        Ok(())
+    }
+
+    /// The library, which was found, for the context of this thread.
+    pub(super) fn new() -> Result<Lt, String> {
         let handle = result::create_handle().map_err(|why| format!("cuBLASLt does not start: {why}"))?;
         Ok(Lt { handle, plans: Mutex::default() })
     }

@@ -66,6 +66,16 @@ pub fn gpu() -> Result<&'static Gpu, NoGpu> {
     GPU.get_or_init(|| Ok(Gpu::on(Box::new(real::Real::of(seat())?)))).as_ref().map_err(Clone::clone)
 }
 
+/// Whether `gpu` will find one, as far as can be said without opening it: a process that only looks after others
+/// takes nothing of a card.
+pub fn find() -> Result<(), NoGpu> {
+    static FOUND: OnceLock<Result<(), NoGpu>> = OnceLock::new();
+    match GPU.get() {
+        Some(gpu) => gpu.as_ref().map(|_| ()).map_err(Clone::clone),
+        None => FOUND.get_or_init(|| real::find().map(|_| ())).clone(),
+    }
+}
+
 /// The GPU that the `seat`-th of several processes takes, where the driver shows so many.
 fn turn(seat: usize, cards: usize) -> usize {
     seat % cards.max(1)

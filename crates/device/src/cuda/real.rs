@@ -89,29 +89,37 @@ fn shown() -> usize {
     if asked == CUresult::CUDA_SUCCESS { count as usize } else { 0 }
 }
 
+/// Looks for everything a GPU needs, and opens none: how many the driver shows.
+pub(super) fn find() -> Result<usize, NoGpu> {
+    // SAFETY: looks for a library and does nothing else.
+    if !unsafe { cu::is_culib_present() } {
+        return Err(missing(
+            "libcuda.so is not on this machine",
+            "install NVIDIA's driver, or compute on the CPU",
+        ));
+    }
+    if !nvrtc::has_compiler() {
+        return Err(missing("NVRTC, which compiles the kernels, was not found (libnvrtc.so)", LIBRARIES));
+    }
+    Lt::find().map_err(|what| missing(what, LIBRARIES))?;
+    // SAFETY: the first call to the driver.
+    let begun = unsafe { cu::cuInit(0) };
+    if begun != CUresult::CUDA_SUCCESS {
+        return Err(missing(
+            format!("the driver says {}", name_of(begun)),
+            "look at `nvidia-smi`; is a GPU given to this machine or container?",
+        ));
+    }
+    match shown() {
+        0 => Err(missing("the driver shows none", "look at `nvidia-smi` and at CUDA_VISIBLE_DEVICES")),
+        cards => Ok(cards),
+    }
+}
+
 impl Real {
     /// The GPU of the `seat`-th of several processes.
     pub fn of(seat: usize) -> Result<Real, NoGpu> {
-        // SAFETY: looks for a library and does nothing else.
-        if !unsafe { cu::is_culib_present() } {
-            return Err(missing(
-                "libcuda.so is not on this machine",
-                "install NVIDIA's driver, or compute on the CPU",
-            ));
-        }
-        if !nvrtc::has_compiler() {
-            return Err(missing("NVRTC, which compiles the kernels, was not found (libnvrtc.so)", LIBRARIES));
-        }
-        let lt = Lt::new;
-        // SAFETY: the first call to the driver.
-        let begun = unsafe { cu::cuInit(0) };
-        if begun != CUresult::CUDA_SUCCESS {
-            return Err(missing(
-                format!("the driver says {}", name_of(begun)),
-                "look at `nvidia-smi`; is a GPU given to this machine or container?",
-            ));
-        }
-        let cards = shown();
+        let cards = find()?;
         let which = super::turn(seat, cards);
         let (mut device, mut context) = (0, null_mut());
         // SAFETY: writes two handles; the primary context lives as long as the process.
@@ -130,7 +138,7 @@ impl Real {
         // SAFETY: a context of ours.
         check(unsafe { cu::cuCtxSetCurrent(context) }, "cuCtxSetCurrent");
         BOUND.set(true);
-        let lt = lt().map_err(|what| missing(what, LIBRARIES))?;
+        let lt = Lt::new().map_err(|what| missing(what, LIBRARIES))?;
         let streams = [(); 3].map(|()| new_stream());
         let mut workspace = 0;
         // SAFETY: writes an address.

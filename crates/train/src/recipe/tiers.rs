@@ -44,11 +44,11 @@ pub(super) fn device(get: &Get<'_>) -> Result<Device, RecipeError> {
             "memory.simulate_device is given for a real GPU".into(),
             "say with memory.hbm how much of its memory the run may take",
         ),
-        Some("cuda") => match device::cuda::gpu() {
-            Ok(_) => Ok(Device::Cuda),
+        Some("cuda") => match device::cuda::find() {
+            Ok(()) => Ok(Device::Cuda),
             Err(none) => impossible(format!("train.device = \"cuda\", but {}", none.what), &none.remedy),
         },
-        Some("auto") if !in_tiers && !plays && device::cuda::gpu().is_ok() => Ok(Device::Cuda),
+        Some("auto") if !in_tiers && !plays && device::cuda::find().is_ok() => Ok(Device::Cuda),
         _ => Ok(Device::Cpu),
     }
 }
