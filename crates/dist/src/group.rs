@@ -6,6 +6,8 @@
 //!
 //! Arrays may lie in memory of a GPU; what carries them may not reach there (`staged`).
 
+mod staged;
+
 use crate::beside::{Array, Lane};
 use crate::call::{Members, Op};
 use crate::error::CommError;
@@ -363,41 +365,6 @@ impl Group {
 
     pub(crate) fn tally(&self) -> &Arc<Tally> {
         &self.tally
-    }
-
-    /// Whether data on `device` passes through memory of the host, which is all that these carriers reach.
-    /// Where nothing moves nothing is copied either.
-    fn is_staged(&self, device: Device) -> bool {
-        match self.carrier {
-            Carrier::Null | Carrier::Nccl(_) => false,
-            Carrier::Threads(_) | Carrier::Processes(_) => device == Device::Cuda,
-        }
-    }
-
-    /// Makes a call on copies in memory of the host.
-    fn staged(
-        &self,
-        mine: View<'_>,
-        out: ViewMut<'_>,
-        call: impl FnOnce(View<'_>, ViewMut<'_>) -> Result<(), CommError>,
-    ) -> Result<(), CommError> {
-        let mine = Array::copied(Device::Cpu, mine)?;
-        let mut here = Array::new(Device::Cpu, out.dtype(), out.len())?;
-        call(mine.view(), here.view_mut())?;
-        device::copy(out, here.view());
-        Ok(())
-    }
-
-    /// The same for a call that reads and writes one array.
-    fn staged_within(
-        &self,
-        data: ViewMut<'_>,
-        call: impl FnOnce(ViewMut<'_>) -> Result<(), CommError>,
-    ) -> Result<(), CommError> {
-        let mut here = Array::copied(Device::Cpu, data.as_view())?;
-        call(here.view_mut())?;
-        device::copy(data, here.view());
-        Ok(())
     }
 
     /// Makes a call and counts it; the exposed time of a call beside computation is exposed in `finish`.
