@@ -372,7 +372,7 @@ mod tests {
     fn the_library_takes_what_it_is_told() {
         // SAFETY: looks for a library and does nothing else.
         if !unsafe { sys::is_culib_present() } {
-            assert!(Lt::new().is_err_and(|what| what.contains("libcublasLt.so")));
+            assert!(Lt::find().is_err_and(|what| what.contains("libcublasLt.so")));
             println!("not tested here: there is no cuBLASLt");
             return;
         }

@@ -166,22 +166,26 @@ impl<'a> Run<'a> {
         self.model.mixture.map(flows).unwrap_or_default().map(words)
     }
 
-    /// A step is as long as its longest chain of work that waits for other work, or as all work takes the
-    /// processors there are. The second counts only where ranks share them: then those at work have the
-    /// processors of those that wait, and each goes faster than when all are busy.
+    /// A step is as long as its longest chain of work that waits for other work. Where ranks share processors,
+    /// those at work have the processors of those that wait: that is played on a clock.
     fn pipeline_seconds(&self, chunks: &Chunks) -> Seconds {
         let runs = (self.pipeline.microbatches() * self.pipeline.chunks()) as f64;
         let mut sum = Phase::default();
         for phase in [chunks.mean.forward, chunks.mean.input, chunks.mean.weight] {
             sum.add(phase, runs);
         }
-        let chain = self.pipeline.makespan_of_uneven(chunks.mean.times(), chunks.longest.times());
+        let (mean, longest) = (chunks.mean.times(), chunks.longest.times());
+        let sharing = self.cluster.pace.sharing;
+        let whole = match sharing > 1.0 && self.pipeline.stages() > 1 {
+            true => self.pipeline.makespan_of_sharing(mean, longest, sharing),
+            false => self.pipeline.makespan_of_uneven(mean, longest) / sharing,
+        };
         Seconds {
             compute: sum.compute,
             tensor: sum.tensor,
             context: sum.context,
             experts: sum.experts,
-            bubble: (chain / self.cluster.pace.sharing - sum.total()).max(0.0),
+            bubble: (whole - sum.total()).max(0.0),
             ..Seconds::default()
         }
     }

@@ -215,10 +215,12 @@ fn a_stage_that_waits_leaves_its_processor_to_others() {
     let (own, two, four) = (on(1.0), on(2.0), on(4.0));
     assert!(own.compute == two.compute && own.compute == four.compute, "the work is the same");
     assert!(own.bubble > own.compute, "one of four works nearly all the time: {own:?}");
-    // Two processors: the longest chain goes at twice the pace, and is still longer than all work.
-    close(two.compute + two.bubble, (own.compute + own.bubble) / 2.0);
+    // Two processors: the longest chain goes at twice the pace at best, and is still longer than all work; at
+    // worst what is not of it runs beside none of it.
+    let (chain, whole) = ((own.compute + own.bubble) / 2.0, two.compute + two.bubble);
+    assert!(whole >= chain && whole <= two.compute + chain / 2.0, "{two:?}, a chain of {chain}");
     // One processor: it is never idle.
-    assert_eq!(four.bubble, 0.0);
+    close(1.0 + four.bubble, 1.0);
     assert!(four.optimizer < own.optimizer, "ends have an embedding more than the stages between");
 }
 

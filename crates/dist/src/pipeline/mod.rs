@@ -14,7 +14,7 @@ mod transfers;
 mod zero_bubble;
 
 pub use balance::{balance, balance_alike};
-pub use simulate::{Deadlock, Span, Times, Transport, Walk, simulate, simulate_uneven};
+pub use simulate::{Deadlock, Span, Times, Transport, Walk, makespan_shared, simulate, simulate_uneven};
 
 use std::fmt;
 
@@ -259,6 +259,21 @@ impl Pipeline {
         // What one other stage makes a stage wait.
         let wait = |times: Times| (self.makespan(times) - runs * times.total()) / (p - 1.0);
         runs * longest.total() + (p * wait(mean) - wait(longest)).max(0.0)
+    }
+
+    /// The same where stages share processors, `sharing` on each: those at work have the processors of those
+    /// that wait. Times are those while all are at work; the last stage has most to do.
+    pub fn makespan_of_sharing(&self, mean: Times, longest: Times, sharing: f64) -> f64 {
+        let others = (self.stages as f64 - 1.0).max(1.0);
+        let rest = |mean: f64, longest: f64| ((self.stages as f64 * mean - longest) / others).max(0.0);
+        let other = Times {
+            forward: rest(mean.forward, longest.forward),
+            backward_input: rest(mean.backward_input, longest.backward_input),
+            backward_weight: rest(mean.backward_weight, longest.backward_weight),
+        };
+        let mut times = vec![other; self.stages];
+        times[self.stages - 1] = longest;
+        makespan_shared(&self.actions(), &times, sharing).expect("schedules have no deadlock")
     }
 
     /// Share of the step a stage stands idle.

@@ -2,7 +2,7 @@
 //! with. It trusts nothing but the lists: a message that never comes is a deadlock, not an error.
 
 use super::{Action, Message, Unit, Work};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// How long the work of one chunk takes, in any unit.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -154,6 +154,43 @@ impl Machine<'_> {
         self.next[stage] += 1;
         true
     }
+}
+
+/// When the last unit ends where stages share processors: a stage at work goes at pace 1 while all are at work and
+/// faster while others wait, up to `most`. Sends do not wait.
+pub fn makespan_shared(lists: &[Vec<Action>], times: &[Times], most: f64) -> Result<f64, Deadlock> {
+    let stages = lists.len();
+    let (mut next, mut left) = (vec![0; stages], vec![0.0; stages]);
+    let (mut mail, mut now) = (HashSet::new(), 0.0);
+    loop {
+        let mut moved = true;
+        while std::mem::take(&mut moved) {
+            for stage in 0..stages {
+                while left[stage] == 0.0
+                    && let Some(action) = lists[stage].get(next[stage])
+                {
+                    match *action {
+                        Action::Run(unit) => left[stage] = times[stage].of(unit.work),
+                        Action::Send { message, to } => drop(mail.insert((stage, to, message))),
+                        Action::Recv { message, from } if !mail.remove(&(from, stage, message)) => break,
+                        Action::Recv { .. } => {}
+                    }
+                    (next[stage], moved) = (next[stage] + 1, true);
+                }
+            }
+        }
+        let busy = left.iter().filter(|left| **left > 0.0).count();
+        if busy == 0 {
+            break;
+        }
+        // The shortest of what is under way ends first.
+        let first = left.iter().copied().filter(|left| *left > 0.0).fold(f64::INFINITY, f64::min);
+        left.iter_mut().for_each(|left| *left = if *left > first { *left - first } else { 0.0 });
+        now += first / most.min(stages as f64 / busy as f64);
+    }
+    let waits = |stage: usize| lists[stage].get(next[stage]).map(|action| (stage, *action));
+    let waiting: Vec<_> = (0..stages).filter_map(waits).collect();
+    if waiting.is_empty() { Ok(now) } else { Err(Deadlock { waiting }) }
 }
 
 /// Most forwards whose last backward has not ended.

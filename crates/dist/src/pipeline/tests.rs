@@ -133,6 +133,34 @@ proptest! {
     }
 }
 
+#[test]
+fn stages_that_share_processors_take_no_longer_than_work_and_chain_allow() {
+    let schedules =
+        [Schedule::GPipe, Schedule::OneFOneB, Schedule::Interleaved { chunks: 2 }, Schedule::ZeroBubble];
+    for (schedule, p) in schedules.into_iter().flat_map(|schedule| [2, 4].map(|p| (schedule, p))) {
+        let lists = Pipeline::new(p, 2 * p, schedule).unwrap().actions();
+        let times: Vec<Times> = (0..p)
+            .map(|stage| {
+                let more = if stage + 1 == p { 2.5 } else { 1.0 };
+                Times { forward: more, backward_input: 1.1 * more, backward_weight: 0.9 * more }
+            })
+            .collect();
+        let own = simulate_uneven(&lists, &times, Transport::Buffered).unwrap();
+        let work: f64 = own.spans.iter().flatten().map(|span| span.end - span.start).sum();
+        let of = |processors: usize| makespan_shared(&lists, &times, p as f64 / processors as f64).unwrap();
+        // A processor each; one for all, which is never idle.
+        assert!((of(p) - own.makespan).abs() < 1e-9, "{schedule} {p}");
+        assert!((of(1) - work / p as f64).abs() < 1e-9, "{schedule} {p}");
+        // In between (Graham 1966): all processors are at work, or the longest chain goes on at full pace.
+        let (two, chain) = (of(2), own.makespan * 2.0 / p as f64);
+        assert!(two >= (work / p as f64).max(chain) - 1e-9, "{schedule} {p}: {two}");
+        assert!(two <= work / p as f64 + chain / 2.0 + 1e-9, "{schedule} {p}: {two}");
+    }
+    let message = Message { payload: Payload::Activation, microbatch: 0, chunk: 0 };
+    let stuck = makespan_shared(&[vec![Action::Recv { message, from: 0 }]], &[Times::USUAL], 1.0);
+    assert_eq!(stuck.unwrap_err().waiting.len(), 1);
+}
+
 /// What a reader checks by eye, and the share of bubble.
 fn timeline(p: usize, m: usize, schedule: Schedule) -> String {
     let pipeline = Pipeline::new(p, m, schedule).unwrap();
