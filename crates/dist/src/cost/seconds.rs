@@ -6,7 +6,7 @@ use super::plan::Plan;
 use super::volume::{Flow, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
 use super::{Batch, ExpertFlows, MixtureShape, ModelShape, Pair, expert_flows, expert_products, experts};
 use crate::pipeline::Times;
-use crate::{Axis, ContextAttention, Moved, Scheme};
+use crate::{Axis, ContextAttention, MeshShape, Moved, Scheme};
 
 /// Times each kept value passes through memory outside products, forward: written, read by the next
 /// op, and once more for residuals and norms.
@@ -225,8 +225,13 @@ fn product_seconds(
     let compute = gemm_seconds(cluster, block(scheme, grid, product, half), panels);
     let phase = |flows: [Flow; 3]| {
         let each = TENSOR.iter().zip(flows);
-        let messages: f64 =
-            each.map(|(axis, flow)| cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)).sum();
+        let messages = each.map(|(axis, flow)| {
+            // Columns are laid out piece by piece before they travel, or side by side when they have come.
+            let laid = if scheme == Scheme::WeightStationary { whole(&plan.mesh, *axis, flow) } else { 0.0 };
+            cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)
+                + ACTIVATION_BYTES * laid / cluster.pace.element_bytes_per_s
+        });
+        let messages: f64 = messages.sum();
         // Streaming panels, only the first and what is longer than the products show.
         let shown = match overlaps(scheme) && cluster.pace.beside {
             true => messages / panels + (messages - compute).max(0.0) * (1.0 - 1.0 / panels),
@@ -244,6 +249,12 @@ fn product_seconds(
         sum.add(flow);
     }
     (phases, (volume.forward, backward))
+}
+
+/// Elements of the array of which a rank of `axis` receives all but its own piece.
+fn whole(mesh: &MeshShape, axis: Axis, flow: Flow) -> f64 {
+    let n = mesh.size(axis) as f64;
+    if n > 1.0 { flow.elements * n / (n - 1.0) } else { 0.0 }
 }
 
 /// Seconds of a block: its FLOPs or its bytes, whichever take longer. Panels accumulate in f32.
