@@ -138,10 +138,11 @@ fn context_ranks_in_bf16_stay_within_what_bf16_is_allowed_on_one_rank() {
 }
 
 /// Whole rows of a share of the heads are attended as on one rank, and everything else is local in
-/// tokens; losses are added up in the order of the tokens.
+/// tokens; losses are added up in the order of the tokens. Experts are not among these: products of up to eight rows
+/// (`kernels::gemm`) sum in another order, and an expert may have as few on a rank and more on one.
 #[test]
 fn heads_against_tokens_leave_the_loss_bit_for_bit() {
-    for family in ["llama3", "gpt2", "mistral", "mixtral", "qwen2_moe"] {
+    for family in ["llama3", "gpt2", "mistral"] {
         for dtype in [DType::F32, DType::Bf16] {
             let golden = Golden::open(family, dtype);
             let whole = |_: &Mesh| Flow::solo();
