@@ -320,18 +320,22 @@ impl Group {
         out: ViewMut<'_>,
         from: usize,
     ) -> Result<(), CommError> {
-        let Carrier::Nccl(seat) = &self.carrier else {
+        let Some(seat) = self.nccl_seat(data.device()) else {
             self.send(data, to)?;
             return self.receive(out, from);
         };
-        if data.device() == Device::Cpu {
-            self.send(data, to)?;
-            return self.receive(out, from);
-        }
         let bytes = (data.len() * data.dtype().size_bytes()) as u64;
         self.tally.add(Traffic { sent: bytes, received: 0, peers: Peers::One(to) }, self.size(), self.index);
         let traffic = Traffic { sent: 0, received: bytes, peers: Peers::One(from) };
         self.counted(traffic, |_| seat.shift(data, out))
+    }
+
+    /// Our seat for calls that go from card to card.
+    fn nccl_seat(&self, device: Device) -> Option<&nccl::Seat> {
+        match &self.carrier {
+            Carrier::Nccl(seat) if device == Device::Cuda => Some(seat),
+            _ => None,
+        }
     }
 
     /// Where what is about to be started beside computation runs.
