@@ -44,10 +44,14 @@ pub(crate) const LANES: usize = 32;
 /// Sum with `LANES` partial sums, folded in a fixed order: upper half onto lower, five times.
 #[inline(always)]
 pub(crate) fn fold(lanes: [f32; LANES]) -> f32 {
-    let x: [f32; 16] = std::array::from_fn(|i| lanes[i] + lanes[i + 16]);
-    let x: [f32; 8] = std::array::from_fn(|i| x[i] + x[i + 8]);
-    let x: [f32; 4] = std::array::from_fn(|i| x[i] + x[i + 4]);
-    (x[0] + x[2]) + (x[1] + x[3])
+    // Plain loops: what `from_fn` calls may be compiled apart, for no instruction set.
+    let mut x = lanes;
+    for half in [16, 8, 4, 2] {
+        for i in 0..half {
+            x[i] += x[i + half];
+        }
+    }
+    x[0] + x[1]
 }
 
 /// Sum of `f(i)` for `i < len` in the lane order.

@@ -46,31 +46,61 @@ fn walk((rows, cols): (usize, usize), a: Mat<'_>, c: MatMut<'_>, added: [Option<
     let need = (rows - 1) * c.ld + cols;
     assert!(cols <= c.ld && need <= c.data.len(), "c [{rows}, {cols}] in rows of {}", c.ld);
     match a.data.device() {
-        Device::Cpu => by_dtype!(c.data, C => by_dtype!(a.data, A => {
-            let out = &mut C::open_mut(c.data)[..need];
-            let from = A::open(a.data);
-            device::for_each_part((out, ROWS * c.ld), (&mut [] as &mut [u8], 0), |i, out, _| {
-                for (r, out) in out.chunks_mut(c.ld).enumerate() {
-                    let row = i * ROWS + r;
-                    let (out, from) = (&mut out[..cols], &from[row * a.ld..row * a.ld + cols]);
-                    if keep { add_run(out, from) } else { add_both((out, from), added, row) }
-                }
-            });
-        })),
+        Device::Cpu => on_cpu((rows, cols), a, c, added, keep),
         Device::Cuda => cuda::walk((rows, cols), a, c, added, keep),
     }
 }
 
-/// out = from + what is added in this row, in f32 until the end.
-fn add_both<C: Float, A: Float>((out, from): (&mut [C], &[A]), added: [Option<Mat<'_>>; 2], row: usize) {
-    let n = out.len();
-    match added.map(|added| added.map(|m| m.data.narrow(row * m.ld, n))) {
-        [None, None] => copy_run(out, from),
-        [Some(one), None] | [None, Some(one)] => by_dtype!(one, B => sum_two(out, from, B::open(one))),
-        [Some(bias), Some(residual)] => by_dtype!(bias, B => by_dtype!(residual, R => {
-            sum_three(out, (from, B::open(bias), R::open(residual)));
-        })),
+/// c = a + what is added (+ c), in f32 until the end. What is asked for is found out before the rows: they
+/// are short.
+fn on_cpu(sizes: (usize, usize), a: Mat<'_>, c: MatMut<'_>, added: [Option<Mat<'_>>; 2], keep: bool) {
+    if added.iter().all(Option::is_none) && !keep && a.data.dtype() == c.data.dtype() {
+        let (size, from) = (a.data.dtype().size_bytes(), a.data.bytes());
+        let row_bytes = |row| row_of(from, a.ld * size, sizes.1 * size, row);
+        return each_row(sizes, c.data.bytes(), (c.ld, size), |row, out| out.copy_from_slice(row_bytes(row)));
     }
+    by_dtype!(c.data, C => by_dtype!(a.data, A => {
+        let (out, ld, a_ld, from) = (C::open_mut(c.data), c.ld, a.ld, A::open(a.data));
+        let from = |row| row_of(from, a_ld, sizes.1, row);
+        match added {
+            [None, None] if keep => each_row(sizes, out, (ld, 1), |row, out| add_run(out, from(row))),
+            [None, None] => each_row(sizes, out, (ld, 1), |row, out| copy_run(out, from(row))),
+            [Some(one), None] | [None, Some(one)] => by_dtype!(one.data, B => {
+                let (one, one_ld) = (B::open(one.data), one.ld);
+                let one = |row| row_of(one, one_ld, sizes.1, row);
+                each_row(sizes, out, (ld, 1), |row, out| sum_two(out, from(row), one(row)))
+            }),
+            [Some(bias), Some(residual)] => by_dtype!(bias.data, B => by_dtype!(residual.data, R => {
+                let (bias, bias_ld, residual, ld_r) = (B::open(bias.data), bias.ld, R::open(residual.data), residual.ld);
+                let more = |row| (row_of(bias, bias_ld, sizes.1, row), row_of(residual, ld_r, sizes.1, row));
+                each_row(sizes, out, (ld, 1), |row, out| {
+                    let (bias, residual) = more(row);
+                    sum_three(out, (from(row), bias, residual));
+                })
+            })),
+        }
+    }))
+}
+
+/// The first `cols` elements of a row.
+fn row_of<T>(all: &[T], ld: usize, cols: usize, row: usize) -> &[T] {
+    &all[row * ld..row * ld + cols]
+}
+
+/// `body(row, its columns)` for all rows of a matrix whose elements are `size` items of `T`.
+fn each_row<T: Send>(
+    (rows, cols): (usize, usize),
+    out: &mut [T],
+    (ld, size): (usize, usize),
+    body: impl Fn(usize, &mut [T]) + Sync + Send,
+) {
+    let (ld, cols) = (ld * size, cols * size);
+    let out = &mut out[..(rows - 1) * ld + cols];
+    device::for_each_part((out, ROWS * ld), (&mut [] as &mut [u8], 0), |i, out, _| {
+        for (r, out) in out.chunks_mut(ld).enumerate() {
+            body(i * ROWS + r, &mut out[..cols]);
+        }
+    });
 }
 
 multiversion! {

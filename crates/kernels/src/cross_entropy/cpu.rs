@@ -80,7 +80,11 @@ pub(super) fn narrow_in_place(x: &mut [f32], f: impl Fn(f32) -> f32) {
     let whole = x.len() - x.len() % LANES;
     for at in (0..whole).step_by(LANES) {
         let from: [f32; LANES] = x[at..at + LANES].try_into().expect("a whole run");
-        let to: [f32; LANES / 2] = std::array::from_fn(|i| pair(from[2 * i], from[2 * i + 1]));
+        // A plain loop: what `from_fn` calls may be compiled apart, for no instruction set.
+        let mut to = [0f32; LANES / 2];
+        for (i, to) in to.iter_mut().enumerate() {
+            *to = pair(from[2 * i], from[2 * i + 1]);
+        }
         x[at / 2..at / 2 + LANES / 2].copy_from_slice(&to);
     }
     for at in (whole..x.len()).step_by(2) {
