@@ -92,6 +92,15 @@ fn split_parts<A: Send, B: Send>(
     match count {
         0 => {}
         1 => body(first, a, b),
+        _ if rayon::current_num_threads() == 1 => {
+            let (mut a, mut b) = (a, b);
+            for i in first..first + count {
+                let (a_here, a_rest) = a.split_at_mut(a_len.min(a.len()));
+                let (b_here, b_rest) = b.split_at_mut(b_len.min(b.len()));
+                body(i, a_here, b_here);
+                (a, b) = (a_rest, b_rest);
+            }
+        }
         _ => {
             let half = count / 2;
             let (a0, a1) = a.split_at_mut(half * a_len);

@@ -1,11 +1,18 @@
-//! `cargo xtask bench mesh`: what the cost model predicts of steps on meshes of this machine, then the
+//! `cargo xtask bench mesh`: what the cost model predicts of steps on meshes of this machine, beside the
 //! same steps measured.
+//!
+//! A machine that others use too changes its speed every few seconds. So all runs are started once and stopped,
+//! and go on in turn for a few steps each: what is compared was measured in the same seconds.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use comfy_table::{CellAlignment, Table, presets};
+use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -22,20 +29,26 @@ pub struct Args {
     /// Meshes of each number of ranks, spread over all from the best to the worst.
     #[arg(long, default_value_t = 5)]
     meshes: usize,
-    /// Steps of one run that count.
-    #[arg(long, default_value_t = 5)]
+    /// Steps of a turn that count.
+    #[arg(long, default_value_t = 2)]
     steps: usize,
-    /// Times everything is predicted and measured, in turn. Of all predictions and of all steps the least
-    /// counts: what disturbs a machine only ever adds.
-    #[arg(long, default_value_t = 8)]
+    /// Turns of every mesh. Of all steps the least counts: what disturbs a machine only ever adds.
+    #[arg(long, default_value_t = 40)]
     rounds: usize,
+    /// Times everything is predicted, spread over the rounds; the least counts.
+    #[arg(long, default_value_t = 8)]
+    predictions: usize,
     /// What runs [default: bench/mesh/recipe.toml].
     #[arg(long, value_name = "PATH")]
     recipe: Option<PathBuf>,
 }
 
 /// Steps before those that count.
-const WARM_UP: usize = 2;
+const WARM_UP: usize = 3;
+/// A step that takes longer has failed.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// How often the log of a run is looked at.
+const LOOK: Duration = Duration::from_millis(5);
 
 /// One plan as `trilith plan --here --json` prints it.
 #[derive(Clone, Deserialize, Serialize)]
@@ -69,44 +82,153 @@ fn least(seconds: &[f64]) -> f64 {
     seconds.iter().copied().fold(f64::INFINITY, f64::min)
 }
 
-/// Predicts every mesh, then measures each; prints the table and keeps it.
+/// Predicts and measures every mesh in turn; prints the table and keeps it.
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     ensure!(
-        args.steps >= 1 && args.meshes >= 1 && args.rounds >= 1,
-        "--steps, --meshes and --rounds are at least 1"
+        args.steps >= 1 && args.meshes >= 1 && args.rounds >= 1 && args.predictions >= 1,
+        "--steps, --meshes, --rounds and --predictions are at least 1"
     );
     let trilith = peers::cargo_build(root, &["--package", "trilith"], "trilith")?;
     let facts = machine::facts(root, None);
     let recipe = args.recipe.clone().unwrap_or_else(|| root.join("bench/mesh/recipe.toml"));
+    let here = (root, trilith.as_path());
     let mut rows: Vec<Row> = Vec::new();
+    for ranks in &args.ranks {
+        let plans = spread(predict(here, &recipe, *ranks)?, args.meshes);
+        rows.extend(plans.into_iter().map(|plan| Row {
+            predicted_s: vec![plan.step_s],
+            measured_s: Vec::new(),
+            plan,
+        }));
+    }
+    let bar = ProgressBar::new((rows.len() * (1 + args.rounds)) as u64);
+    bar.set_style(ProgressStyle::with_template("{bar:30} {pos}/{len} {msg} {elapsed}")?);
+    let mut runs = Vec::new();
+    for (nth, row) in rows.iter().enumerate() {
+        bar.set_message(format!("starting {}", row.plan.mesh));
+        let run = Paused::start(here, &recipe, &row.plan, nth);
+        runs.push(run.with_context(|| format!("{} on {} ranks", row.plan.mesh, row.plan.ranks))?);
+        bar.inc(1);
+    }
+    let every = args.rounds.div_ceil(args.predictions);
     for round in 0..args.rounds {
-        for ranks in &args.ranks {
-            let all = predict((root, &trilith), &recipe, *ranks)?;
-            match round {
-                0 => rows.extend(spread(all, args.meshes).into_iter().map(|plan| Row {
-                    predicted_s: vec![plan.step_s],
-                    measured_s: Vec::new(),
-                    plan,
-                })),
-                _ => rows.iter_mut().for_each(|row| {
-                    let again =
-                        all.iter().filter(|plan| plan.ranks == row.plan.ranks && plan.mesh == row.plan.mesh);
-                    row.predicted_s.extend(again.map(|plan| plan.step_s));
-                }),
-            }
+        if round > 0 && round.is_multiple_of(every) {
+            bar.set_message("predicting");
+            predict_again(here, &recipe, &args.ranks, &mut rows)?;
         }
-        for row in &mut rows {
-            let steps_s = measure((root, &trilith), &recipe, &row.plan, args.steps)
-                .with_context(|| format!("measuring {} on {} ranks", row.plan.mesh, row.plan.ranks))?;
-            row.measured_s.extend(steps_s);
+        for (run, row) in runs.iter_mut().zip(&mut rows) {
+            bar.set_message(row.plan.mesh.clone());
+            row.measured_s.extend(run.turn(args.steps)?);
+            bar.inc(1);
         }
     }
+    bar.finish_and_clear();
+    drop(runs);
     println!("{}\n{}", table(&rows), verdict(&rows));
     let name = recipe.file_name().map(|name| name.to_string_lossy());
     let path =
         report::save(root, json!({ "bench": "mesh", "recipe": name, "machine": facts, "rows": rows }))?;
     println!("wrote {}", path.display());
     Ok(())
+}
+
+fn predict_again(here: (&Path, &Path), recipe: &Path, ranks: &[usize], rows: &mut [Row]) -> Result<()> {
+    for ranks in ranks {
+        let all = predict(here, recipe, *ranks)?;
+        for row in rows.iter_mut().filter(|row| row.plan.ranks == *ranks) {
+            let again = all.iter().filter(|plan| plan.mesh == row.plan.mesh);
+            row.predicted_s.extend(again.map(|plan| plan.step_s));
+        }
+    }
+    Ok(())
+}
+
+/// A training run that stands still but for its turns. Killed when dropped.
+struct Paused {
+    child: Child,
+    dir: PathBuf,
+    log: PathBuf,
+}
+
+impl Drop for Paused {
+    fn drop(&mut self) {
+        // A run that is gone already is as good.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Paused {
+    /// Starts it, and stops it behind its first steps.
+    fn start((root, trilith): (&Path, &Path), recipe: &Path, plan: &Plan, nth: usize) -> Result<Paused> {
+        let dir = root.join(format!("target/bench-mesh/run-{nth}"));
+        if dir.exists() {
+            std::fs::remove_dir_all(&dir).with_context(|| format!("clearing {}", dir.display()))?;
+        }
+        std::fs::create_dir_all(dir.with_file_name("logs"))?;
+        let log = dir.with_file_name(format!("logs/run-{nth}.log"));
+        // A run that stands still does not see an interrupt: it would outlive us.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).arg(trilith).current_dir(root);
+        command.arg("train").arg(recipe).arg("--overwrite");
+        for set in &plan.sets {
+            command.args(["--set", set]);
+        }
+        // It never comes to its end.
+        command.args(["--set", "train.steps=1000000", "--set", &format!("run.dir={}", dir.display())]);
+        let out = File::create(&log).with_context(|| format!("creating {}", log.display()))?;
+        let child = command
+            .stdout(out.try_clone()?)
+            .stderr(out)
+            .spawn()
+            .context("starting setpriv (util-linux) with trilith")?;
+        let mut run = Paused { child, dir, log };
+        run.wait_for(WARM_UP)?;
+        run.signal(Signal::STOP)?;
+        Ok(run)
+    }
+
+    /// Seconds of its next `steps` steps, behind the one that was stopped.
+    fn turn(&mut self, steps: usize) -> Result<Vec<f64>> {
+        let before = self.steps()?.len();
+        self.signal(Signal::CONT)?;
+        let all = self.wait_for(before + 1 + steps)?;
+        self.signal(Signal::STOP)?;
+        Ok(all[before + 1..before + 1 + steps].to_vec())
+    }
+
+    fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal).context("signalling a run")
+    }
+
+    /// Seconds of its steps when there are `count`.
+    fn wait_for(&mut self, count: usize) -> Result<Vec<f64>> {
+        let started = Instant::now();
+        loop {
+            let steps = self.steps()?;
+            if steps.len() >= count {
+                return Ok(steps);
+            }
+            let ended = self.child.try_wait()?.map(|status| format!("{status}"));
+            let late = (started.elapsed() > PATIENCE).then(|| format!("no step in {PATIENCE:?}"));
+            if let Some(what) = ended.or(late) {
+                let said = std::fs::read_to_string(&self.log).unwrap_or_default();
+                bail!("a run ended: {what}\n{}", said.trim_end());
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    /// Seconds of its steps so far. A line that is still being written does not count.
+    fn steps(&self) -> Result<Vec<f64>> {
+        let path = self.dir.join("metrics.jsonl");
+        let log = match std::fs::read_to_string(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            log => log.with_context(|| format!("reading {}", path.display()))?,
+        };
+        let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        Ok(lines.filter(|line| line["kind"] == "step").filter_map(|line| line["seconds"].as_f64()).collect())
+    }
 }
 
 fn predict((root, trilith): (&Path, &Path), recipe: &Path, ranks: usize) -> Result<Vec<Plan>> {
@@ -124,25 +246,6 @@ fn spread(plans: Vec<Plan>, count: usize) -> Vec<Plan> {
     let all = plans.len();
     let taken = count.min(all);
     (0..taken).map(|i| plans[i * (all - 1) / (taken - 1).max(1)].clone()).collect()
-}
-
-fn measure((root, trilith): (&Path, &Path), recipe: &Path, plan: &Plan, steps: usize) -> Result<Vec<f64>> {
-    let dir = root.join("target/bench-mesh/run");
-    let mut command = Command::new(trilith);
-    command.current_dir(root).arg("train").arg(recipe).arg("--overwrite");
-    for set in &plan.sets {
-        command.args(["--set", set]);
-    }
-    command.args(["--set", &format!("train.steps={}", steps + WARM_UP)]);
-    command.args(["--set", &format!("run.dir={}", dir.display())]);
-    capture(&mut command)?;
-    let path = dir.join("metrics.jsonl");
-    let log = std::fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))?;
-    let lines = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let seconds = lines.filter(|line| line["kind"] == "step").filter_map(|line| line["seconds"].as_f64());
-    let seconds: Vec<f64> = seconds.skip(WARM_UP).collect();
-    ensure!(!seconds.is_empty(), "the run logged no steps");
-    Ok(seconds)
 }
 
 fn table(rows: &[Row]) -> Table {

@@ -50,12 +50,18 @@ pub struct Pace {
     /// Bytes a second of operands that are packed before a product; infinite where products read them
     /// as they lie.
     pub packed_bytes_per_s: f64,
+    /// Bytes a second of what products write beside that; infinite: not counted.
+    pub written_bytes_per_s: f64,
     /// Bytes a second of the residual stream that pass through norms.
     pub norm_bytes_per_s: f64,
     /// Bytes a second of other values that pass through memory outside products.
     pub element_bytes_per_s: f64,
     /// Logits a second of the loss and its gradient beside the head's products; infinite: not counted.
     pub logits_per_s: f64,
+    /// Bytes a second that copies read and write: what travels is laid out for it, and again where it comes.
+    pub moved_bytes_per_s: f64,
+    /// Bytes a second of memory that comes and goes with what ranks share; infinite: not counted.
+    pub fresh_bytes_per_s: f64,
     /// Bytes a second the optimizer reads and writes.
     pub update_bytes_per_s: f64,
     /// Whether messages travel beside computation. Where the cores that compute also copy them, every
@@ -75,9 +81,12 @@ impl Pace {
         Pace {
             attention_flops_per_s: ATTENTION_RATE * flops_per_s,
             packed_bytes_per_s: f64::INFINITY,
+            written_bytes_per_s: f64::INFINITY,
             norm_bytes_per_s: bytes_per_s,
             element_bytes_per_s: bytes_per_s,
             logits_per_s: f64::INFINITY,
+            moved_bytes_per_s: bytes_per_s,
+            fresh_bytes_per_s: f64::INFINITY,
             update_bytes_per_s: bytes_per_s,
             beside: true,
             sharing: 1.0,

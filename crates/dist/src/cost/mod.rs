@@ -29,7 +29,7 @@ pub use picture::{layer_flows, mixed_flows, pure_grids, svg, table, title};
 pub use plan::{Offload, Plan, PlanError, Zero};
 pub use price::{AxisTraffic, Price, price};
 pub use search::{Contender, Decision, NoFit, Space, Variation, fewer, search};
-pub use seconds::Seconds;
+pub use seconds::{Seconds, Turn, Work};
 pub use volume::{
     Flow, Grid, Half, Product, Volume, one_d, peers, summa, three_d, two_point_five_d, volume,
     weight_stationary,

@@ -298,6 +298,13 @@ impl<'a> Run<'a> {
             fsdp.add(gather, STATE_BYTES.weight, gathers);
             // What shows makes a microbatch longer on every stage: a step is as many as walk one after the other.
             let microbatches = microbatches + (self.pipeline.stages() as f64 - 1.0) / chunks;
+            // Memory of what belongs to others comes and goes with every microbatch.
+            let fresh = match zero {
+                Zero::One => 0.0,
+                Zero::Two => STATE_BYTES.grad,
+                Zero::Three => STATE_BYTES.grad + (2.0 - turn) * STATE_BYTES.weight,
+            };
+            seconds.gradients += microbatches * fresh * gather.elements / self.cluster.pace.fresh_bytes_per_s;
             seconds.gradients += match zero {
                 Zero::One => gathered,
                 Zero::Two => gathered + (microbatches - 1.0) * (scattered - backward).max(0.0),

@@ -6,11 +6,17 @@ use super::plan::Plan;
 use super::volume::{Flow, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
 use super::{Batch, ExpertFlows, MixtureShape, ModelShape, Pair, expert_flows, expert_products, experts};
 use crate::pipeline::Times;
-use crate::{Axis, ContextAttention, MeshShape, Moved, Scheme};
+use crate::{Axis, ContextAttention, Moved, Scheme};
 
 /// Times each kept value passes through memory outside products, forward: written, read by the next
 /// op, and once more for residuals and norms.
 const ELEMENT_PASSES: f64 = 3.0;
+
+/// Times a copy passes through memory: read and written.
+const COPIED: f64 = 2.0;
+
+/// Times what is finished passes through memory: the sum, what is added to it, the outcome.
+const FINISHED: f64 = 3.0;
 
 /// A step by cause. Parts of messages that run beside products count nowhere.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -157,8 +163,8 @@ impl LayerCost {
         // Too far apart is no plan: `Plan::check` says so.
         let flows = crossing(&plan.mesh, plan.scheme, plan.scheme_of(pair), elements).unwrap_or_default();
         let seconds = TENSOR.iter().zip(flows).map(|(axis, flow)| {
-            let packed = ACTIVATION_BYTES * flow.elements / cluster.pace.element_bytes_per_s;
-            cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES) + packed
+            let laid = COPIED * ACTIVATION_BYTES * flow.elements / cluster.pace.moved_bytes_per_s;
+            cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES) + laid
         });
         let seconds: f64 = seconds.sum();
         self.layer.forward.tensor += seconds;
@@ -180,9 +186,9 @@ impl LayerCost {
         self.layer.input.experts += seconds(&flows.backward);
         self.expert_flows = flows;
         for (times, product) in expert_products(mixture, model.width, at, m) {
-            let compute = times * gemm_seconds(cluster, product, 1.0);
-            for phase in [&mut self.layer.forward, &mut self.layer.input, &mut self.layer.weight] {
-                phase.compute += compute;
+            let Phases { forward, input, weight } = &mut self.layer;
+            for (phase, turn) in [(forward, Turn::Forward), (input, Turn::Input), (weight, Turn::Weight)] {
+                phase.compute += times * gemm_seconds(cluster, turn, product, 1.0);
             }
         }
     }
@@ -222,14 +228,14 @@ fn product_seconds(
         volume.backward_weight[2] = Flow::default();
     }
     let panels = panels(scheme, grid) as f64;
-    let compute = gemm_seconds(cluster, block(scheme, grid, product, half), panels);
-    let phase = |flows: [Flow; 3]| {
+    let here = block(scheme, grid, product, half);
+    let phase = |turn, flows: [Flow; 3]| {
+        let compute = gemm_seconds(cluster, turn, here, panels);
         let each = TENSOR.iter().zip(flows);
         let messages = each.map(|(axis, flow)| {
-            // Columns are laid out piece by piece before they travel, or side by side when they have come.
-            let laid = if scheme == Scheme::WeightStationary { whole(&plan.mesh, *axis, flow) } else { 0.0 };
+            let laid = COPIED * ACTIVATION_BYTES * laid_out(scheme, plan.mesh.size(*axis), flow);
             cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)
-                + ACTIVATION_BYTES * laid / cluster.pace.element_bytes_per_s
+                + laid / cluster.pace.moved_bytes_per_s
         });
         let messages: f64 = messages.sum();
         // Streaming panels, only the first and what is longer than the products show.
@@ -239,11 +245,21 @@ fn product_seconds(
         };
         Phase { compute, tensor: shown, ..Phase::default() }
     };
-    let phases = Phases {
-        forward: phase(volume.forward),
-        input: phase(volume.backward_input),
-        weight: phase(volume.backward_weight),
+    let mut phases = Phases {
+        forward: phase(Turn::Forward, volume.forward),
+        input: phase(Turn::Input, volume.backward_input),
+        weight: phase(Turn::Weight, volume.backward_weight),
     };
+    // What was summed over ranks or panels is rounded or gets its residual once it is whole.
+    let finished = match (scheme, half) {
+        (Scheme::OneD | Scheme::OneDSequence, Half::Leave) | (Scheme::ThreeD, _) => 0.0,
+        (Scheme::OneD, Half::Return) | (Scheme::Summa | Scheme::TwoPointFiveD, _) => here.m * here.n,
+        (Scheme::OneDSequence, Half::Return) | (Scheme::WeightStationary, Half::Leave) => {
+            here.m * here.n / grid.x as f64
+        }
+        (Scheme::WeightStationary, Half::Return) => here.m * here.n / grid.y as f64,
+    };
+    phases.forward.compute += FINISHED * ACTIVATION_BYTES * finished / cluster.pace.moved_bytes_per_s;
     let mut backward = volume.backward_input;
     for (sum, flow) in backward.iter_mut().zip(volume.backward_weight) {
         sum.add(flow);
@@ -251,20 +267,63 @@ fn product_seconds(
     (phases, (volume.forward, backward))
 }
 
-/// Elements of the array of which a rank of `axis` receives all but its own piece.
-fn whole(mesh: &MeshShape, axis: Axis, flow: Flow) -> f64 {
-    let n = mesh.size(axis) as f64;
-    if n > 1.0 { flow.elements * n / (n - 1.0) } else { 0.0 }
+/// Elements that a rank of `n` copies for a flow of a product: columns are laid out piece by piece before they
+/// travel, or side by side when they have come; the owner of a panel cuts it out or puts it back.
+fn laid_out(scheme: Scheme, n: usize, flow: Flow) -> f64 {
+    let (n, others) = (n as f64, (n as f64 - 1.0).max(1.0));
+    match scheme {
+        Scheme::WeightStationary => flow.elements * n / others,
+        Scheme::Summa | Scheme::TwoPointFiveD => flow.elements / others,
+        Scheme::OneD | Scheme::OneDSequence | Scheme::ThreeD => 0.0,
+    }
 }
 
-/// Seconds of a block: its FLOPs or its bytes, whichever take longer. Panels accumulate in f32.
-fn gemm_seconds(cluster: &Cluster, block: Product, panels: f64) -> f64 {
+/// Which product of a linear layer y [M, N] = x [M, K] wᵀ [K, N].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// y = x wᵀ.
+    Forward,
+    /// dx = dy w.
+    Input,
+    /// dw += dyᵀ x, in f32.
+    Weight,
+}
+
+/// What a product of a layer makes a device do.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Work {
+    /// Multiplications and additions.
+    pub flops: f64,
+    /// Bytes of operands, each counted as often as it is packed.
+    pub packed_bytes: f64,
+    /// Bytes of the outcome that are written, and read to be added to.
+    pub written_bytes: f64,
+}
+
+impl Work {
+    /// Of m tokens, k inputs and n outputs, the inputs walked in `panels`.
+    pub fn of(turn: Turn, Product { m, k, n }: Product, panels: f64) -> Work {
+        const ADDED: f64 = 8.0;
+        let (packed, written_bytes) = match turn {
+            Turn::Forward if panels > 1.0 => (m * k + k * n, ADDED * panels * m * n),
+            Turn::Forward => (m * k + k * n, ACTIVATION_BYTES * m * n),
+            Turn::Input => (panels * m * n + k * n, ACTIVATION_BYTES * m * k),
+            Turn::Weight => (panels * m * n + m * k, ADDED * k * n),
+        };
+        Work { flops: 2.0 * m * k * n, packed_bytes: ACTIVATION_BYTES * packed, written_bytes }
+    }
+}
+
+/// Seconds of a block: its FLOPs or its bytes, whichever take longer, and what is packed and written. Panels
+/// accumulate in f32.
+fn gemm_seconds(cluster: &Cluster, turn: Turn, block: Product, panels: f64) -> f64 {
     let Product { m, k, n } = block;
+    let Work { flops, packed_bytes, written_bytes } = Work::of(turn, block, panels);
     let written = if panels > 1.0 { 8.0 * panels * m * n } else { ACTIVATION_BYTES * m * n };
     let bytes = ACTIVATION_BYTES * (m * k + k * n) + written;
-    let packed = ACTIVATION_BYTES * (m * k + k * n);
-    (2.0 * m * k * n / cluster.flops_per_s).max(bytes / cluster.device_bytes_per_s)
-        + packed / cluster.pace.packed_bytes_per_s
+    (flops / cluster.flops_per_s).max(bytes / cluster.device_bytes_per_s)
+        + packed_bytes / cluster.pace.packed_bytes_per_s
+        + written_bytes / cluster.pace.written_bytes_per_s
 }
 
 fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, cluster: &Cluster, plan: &Plan) {
@@ -278,15 +337,16 @@ fn attention_seconds(layer: &mut Phases, model: &ModelShape, batch: Batch, clust
     layer.forward.compute += seconds;
     layer.input.compute += 2.0 * seconds;
     if cp > 1 {
-        let ContextFlows { forward, backward, hides } = context_flows(model, plan, m);
+        let ContextFlows { forward, backward, hides, moved_bytes } = context_flows(model, plan, m);
         let link = cluster.link(&plan.mesh, Axis::Cp);
         // The ring runs beside attention, the exchange before and behind it.
         let shown = |flow: Flow, beside: f64| {
             (link.seconds(flow, ACTIVATION_BYTES) - if hides && cluster.pace.beside { beside } else { 0.0 })
                 .max(0.0)
         };
-        layer.forward.context += shown(forward, seconds);
-        layer.input.context += shown(backward, 2.0 * seconds);
+        let [there, back] = moved_bytes.map(|bytes| bytes / cluster.pace.moved_bytes_per_s);
+        layer.forward.context += shown(forward, seconds) + there;
+        layer.input.context += shown(backward, 2.0 * seconds) + back;
     }
 }
 
@@ -296,6 +356,8 @@ pub(super) struct ContextFlows {
     pub backward: Flow,
     /// Whether it runs beside the computation.
     pub hides: bool,
+    /// Read and written by a rank beside attention and messages: forward, backward.
+    pub moved_bytes: [f64; 2],
 }
 
 /// A ring of keys and values, or the exchange of heads against tokens, as training would choose. `m`
@@ -315,11 +377,34 @@ pub(super) fn context_flows(model: &ModelShape, plan: &Plan, m: f64) -> ContextF
         if hides { ([hops, 2.0 * hops], [hops, 2.0 * hops]) } else { ([2.0; 2], [2.0 * hops; 2]) };
     let wide = 4.0 / ACTIVATION_BYTES;
     let backward = moved.backward + wide * moved.backward_f32;
+    let (q, kv) = (heads.0 as f64 * each, 2.0 * k as f64 * each);
+    let moved_bytes = if hides {
+        ring_bytes(q, kv, ranks as f64 - 1.0)
+    } else {
+        // Queries, keys, values and the outcome are cut for their ranks, and put together where they come.
+        let copied = 2.0 * COPIED * ACTIVATION_BYTES * (2.0 * q + kv);
+        [copied, copied]
+    };
     ContextFlows {
         forward: Flow { elements: moved.forward * each, calls: calls[0], hops: hops[0] },
         backward: Flow { elements: backward * each, calls: calls[1], hops: hops[1] },
         hides,
+        moved_bytes,
     }
+}
+
+/// Bytes a rank of a ring reads and writes for `q` elements of queries and `kv` of keys and values in `hops`
+/// blocks of others: forward, backward.
+fn ring_bytes(q: f64, kv: f64, hops: f64) -> [f64; 2] {
+    const F32: f64 = 4.0;
+    let cut_out = COPIED * ACTIVATION_BYTES * kv;
+    let rounded = F32 + ACTIVATION_BYTES;
+    // What a block adds is written, and merged into the sum: two read, one written.
+    let forward = cut_out + hops * 4.0 * F32 * q + rounded * q;
+    // Gradients begin as zeros, those of keys and values for every block, and are added along the ring.
+    let zeros = F32 * (q + (hops + 1.0) * kv);
+    let backward = cut_out + zeros + hops * 3.0 * F32 * kv + rounded * (q + kv);
+    [forward, backward]
 }
 
 /// The head by the scheme that suits it: its output is never moved where that can be helped.

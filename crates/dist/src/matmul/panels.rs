@@ -108,8 +108,13 @@ impl Side<'_> {
         Ok(())
     }
 
-    /// The sum over ranks of `part`, added to the owner's piece `own`.
-    fn deliver(&self, mut part: Tensor, own: ViewMut<'_>, panel: &Range<usize>) -> Result<(), Fault> {
+    /// The sum over ranks of `part` becomes its columns of the owner's piece `own`, or is added to them.
+    fn deliver(
+        &self,
+        mut part: Tensor,
+        (own, add): (ViewMut<'_>, bool),
+        panel: &Range<usize>,
+    ) -> Result<(), Fault> {
         let (owner, col) = self.find(panel);
         if let Some(axis) = self.axis {
             self.mesh.group(axis).reduce_sum(part.view_mut(), owner)?;
@@ -117,9 +122,16 @@ impl Side<'_> {
         if self.is_ours(owner) {
             let len = own.len();
             let to = MatMut { data: own.narrow(col, len - col), ld: self.piece };
-            block::add(self.rows, panel.len(), Mat::new(part.view(), panel.len()), to);
+            let put = if add { block::add } else { block::copy };
+            put(self.rows, panel.len(), Mat::new(part.view(), panel.len()), to);
         }
         Ok(())
+    }
+
+    /// Whether no panel of `all` columns reaches some of our piece's.
+    fn is_padded(&self, all: usize) -> bool {
+        let own = self.axis.map_or(0, |axis| self.mesh.coord(axis));
+        (own + 1) * self.piece > all
     }
 }
 
@@ -192,14 +204,17 @@ pub(super) fn backward(
     dy: &Tensor,
 ) -> Result<Tensor, Fault> {
     let weight = weights.0;
-    let mut dx = Tensor::zeros(x.device(), x.dtype(), x.shape())?;
+    let mut dx = Tensor::new(x.device(), x.dtype(), x.shape())?;
     {
         let walk = Walk::new(product, &x, tape.params.spec(weight).len());
+        if walk.x.is_padded(product.inputs) {
+            device::fill_zero(dx.view_mut());
+        }
         let (m, n) = (walk.x.rows, walk.w.rows);
         let w = tape.params.weight(weight);
         walk.w.walk(w, &walk.panels, |panel, b| {
             let part = local((m, panel.len(), n), Mat::new(dy.view(), n), b.mat(), x.dtype())?;
-            walk.x.deliver(part, dx.view_mut(), panel)
+            walk.x.deliver(part, (dx.view_mut(), false), panel)
         })?;
     }
     let (there, dy) = (product.clone(), dy.clone());
@@ -219,10 +234,13 @@ fn add_weight_gradient(
 ) -> Result<(), Fault> {
     let walk = Walk::new(product, x, tape.params.spec(weight).len());
     let (m, n) = (walk.x.rows, walk.w.rows);
-    let mut dw = tape.params.added_grad(weight);
+    let (mut dw, add) = tape.params.grad_mut(weight);
+    if !add && walk.w.is_padded(product.inputs) {
+        device::fill_zero(dw.reborrow());
+    }
     walk.x.walk(x.view(), &walk.panels, |panel, b| {
         let part = local((n, panel.len(), m), Mat::new(dy.view(), n).t(), b.mat(), DType::F32)?;
-        walk.w.deliver(part, dw.reborrow(), panel)
+        walk.w.deliver(part, (dw.reborrow(), add), panel)
     })
 }
 

@@ -1,20 +1,22 @@
 //! What N ranks reach on this machine, measured with all of them busy at once, at the recipe's own
 //! shapes: the figures a mesh is chosen by. Ranks are threads, each with its share of the cores.
 
+mod timed;
+
 use crate::TrainError;
 use crate::learner::{Learner, LearnerOptions};
 use crate::recipe::Recipe;
 use crate::step::StepPlan;
 use data::Batch as Rows;
-use device::{Buffer, DType, Device};
+use device::Device;
 use dist::cost::{
-    Batch, Cluster, Link, ModelShape, Offload, Pace, Plan, Product, Zero, expert_products, price,
+    Batch, Cluster, Link, ModelShape, Offload, Pace, Plan, Product, Turn, Work, Zero, expert_products, price,
 };
-use dist::{Axis, CommError, Flow, Group, Mesh, MeshShape, Options, Scheme, launch};
-use kernels::gemm::{Epilogue, Mat, MatMut, gemm};
+use dist::{Axis, Flow, Group, Mesh, MeshShape, Options, Scheme, launch};
 use model::{Config, Recompute};
 use std::time::Instant;
 use tensor::Fault;
+use timed::{Operands, Sample, copies, fit, mean, messages, pages};
 
 /// Tokens of the probe on all ranks together at most, of those a microbatch has: how well workers share an op
 /// depends on its size.
@@ -31,27 +33,23 @@ const RUNS: usize = 3;
 /// Times all of it is measured; the least of each figure counts. What disturbs a machine only ever adds, and
 /// often for longer than one of these times.
 const ROUNDS: usize = 4;
-/// Times a collective is.
-const CALLS: usize = 12;
-/// Bytes of the whole array in collectives.
-const SIZES: [usize; 2] = [64 << 10, 4 << 20];
-
-/// Seconds as a sum of two costs: (amount of the first, of the second, seconds).
-type Sample = (f64, f64, f64);
 
 /// What one rank reached, or all of them.
 #[derive(Clone)]
 struct Reached {
-    /// FLOPs, bytes packed.
-    products: Vec<Sample>,
+    /// FLOPs, bytes packed, bytes written.
+    products: Vec<Sample<3>>,
     /// Calls, bytes received.
-    messages: Vec<Sample>,
+    messages: Vec<Sample<2>>,
     /// Seconds of attention, of norms, of the rest of the layers, of embedding, head and loss, of the optimizer.
     attention: f64,
     norms: f64,
     layers: f64,
     head: f64,
     update: f64,
+    /// Seconds a byte: of a copy, of memory that comes and goes.
+    moved: f64,
+    fresh: f64,
     /// Of a whole step, by one clock.
     step: f64,
     params: usize,
@@ -60,9 +58,21 @@ struct Reached {
 impl Reached {
     /// All seconds: of samples, of parts.
     fn seconds(&mut self) -> impl Iterator<Item = &mut f64> {
-        let Reached { products, messages, attention, norms, layers, head, update, step, .. } = self;
-        let samples = products.iter_mut().chain(messages).map(|(.., seconds)| seconds);
-        samples.chain([attention, norms, layers, head, update, step])
+        let Reached {
+            products,
+            messages,
+            attention,
+            norms,
+            layers,
+            head,
+            update,
+            moved,
+            fresh,
+            step,
+            params: _,
+        } = self;
+        let samples = products.iter_mut().map(|s| &mut s.1).chain(messages.iter_mut().map(|s| &mut s.1));
+        samples.chain([attention, norms, layers, head, update, moved, fresh, step])
     }
 
     /// Every figure of this and of another one, as one.
@@ -133,29 +143,47 @@ impl<'a> Probe<'a> {
         let group = mesh.group(Axis::X);
         let products = self.products(&group)?;
         let messages = messages(mesh, self.recipe.train.dtype)?;
+        let dtype = self.recipe.train.dtype;
+        let moved = copies(&group, dtype, self.shape.width.div_ceil(2))?;
+        let fresh = pages(&group, dtype, self.shape.params() as usize)?;
         let (attention, norms, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0);
-        let mut reached =
-            Reached { products, messages, attention, norms, layers, head, update, step, params };
+        let mut reached = Reached {
+            products,
+            messages,
+            attention,
+            norms,
+            layers,
+            head,
+            update,
+            moved,
+            fresh,
+            step,
+            params,
+        };
         self.pass(&group, learner, &mut reached)?;
         Ok(reached)
     }
 
-    /// The products of a layer forward and for both gradients, whole and cut among the ranks.
-    fn products(&self, group: &Group) -> Result<Vec<Sample>, Fault> {
-        let mut samples = Vec::new();
+    /// The products of a layer forward and for both gradients, whole and cut among the ranks either way.
+    fn products(&self, group: &Group) -> Result<Vec<Sample<3>>, Fault> {
+        let (mut samples, ranks) = (Vec::new(), self.ranks.max(2));
         for Product { m, k, n } in self.layer_products() {
             let (m, k, n) = ((m as usize).max(1), k as usize, n as usize);
-            for n in [n, n.div_ceil(self.ranks.max(2))] {
-                let mut operands = Operands::new(self.recipe.train.dtype, (m, k, n))?;
+            for (k, n) in [(k, n), (k, n.div_ceil(ranks)), (k.div_ceil(ranks), n)] {
+                let mut operands = Operands::cold(self.recipe.train.dtype, (m, k, n))?;
+                let count = operands.len();
                 for turn in [Turn::Forward, Turn::Input, Turn::Weight] {
                     group.barrier()?;
-                    operands.multiply(turn);
+                    operands[count - 1].multiply(turn);
+                    let mut run = 0;
                     let seconds = mean(RUNS, || {
-                        operands.multiply(turn);
+                        operands[run % count].multiply(turn);
+                        run += 1;
                         Ok(())
                     })?;
-                    let (flops, packed) = (2 * m * k * n, 2 * packed(turn, (m, k, n)));
-                    samples.push((flops as f64, packed as f64, seconds));
+                    let product = Product { m: m as f64, k: k as f64, n: n as f64 };
+                    let Work { flops, packed_bytes, written_bytes } = Work::of(turn, product, 1.0);
+                    samples.push(([flops, packed_bytes, written_bytes], seconds));
                 }
             }
         }
@@ -228,9 +256,9 @@ impl<'a> Probe<'a> {
     }
 
     fn cluster(&self, reached: &Reached) -> Cluster {
-        let Reached { attention, norms, layers, head, update, step, params, .. } = *reached;
-        let (flop_s, packed_s) = fit(&reached.products);
-        let (call_s, byte_s) = fit(&reached.messages);
+        let Reached { attention, norms, layers, head, update, moved, fresh, step, params, .. } = *reached;
+        let [flop_s, packed_s, written_s] = fit(&reached.products);
+        let [call_s, byte_s] = fit(&reached.messages);
         // No messages: no time, at an infinite rate.
         let link = Link { latency_s: 0.0, call_s, bytes_per_s: 1.0 / byte_s };
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
@@ -253,9 +281,12 @@ impl<'a> Probe<'a> {
             pace: Pace {
                 attention_flops_per_s: endless,
                 packed_bytes_per_s: 1.0 / packed_s,
+                written_bytes_per_s: 1.0 / written_s,
                 norm_bytes_per_s: endless,
                 element_bytes_per_s: endless,
                 logits_per_s: endless,
+                moved_bytes_per_s: 1.0 / moved,
+                fresh_bytes_per_s: 1.0 / fresh,
                 update_bytes_per_s,
                 beside: false,
                 sharing: (self.ranks as f64 / device::cores() as f64).max(1.0),
@@ -303,6 +334,7 @@ fn faster(cluster: Cluster, times: f64) -> Cluster {
     let pace = Pace {
         attention_flops_per_s: times * pace.attention_flops_per_s,
         packed_bytes_per_s: times * pace.packed_bytes_per_s,
+        written_bytes_per_s: times * pace.written_bytes_per_s,
         norm_bytes_per_s: times * pace.norm_bytes_per_s,
         element_bytes_per_s: times * pace.element_bytes_per_s,
         logits_per_s: times * pace.logits_per_s,
@@ -328,68 +360,6 @@ fn solo(rows: usize) -> Plan {
     }
 }
 
-/// Which product of a linear layer y [M, N] = x [M, K] wᵀ [K, N].
-#[derive(Clone, Copy)]
-enum Turn {
-    Forward,
-    Input,
-    Weight,
-}
-
-/// Elements both operands have.
-fn packed(turn: Turn, (m, k, n): (usize, usize, usize)) -> usize {
-    match turn {
-        Turn::Forward => m * k + n * k,
-        Turn::Input => m * n + n * k,
-        Turn::Weight => m * n + m * k,
-    }
-}
-
-/// x [M, K], w [N, K], y [M, N] and the gradient of w.
-struct Operands {
-    sizes: (usize, usize, usize),
-    dtype: DType,
-    x: Buffer,
-    w: Buffer,
-    y: Buffer,
-    dw: Buffer,
-}
-
-impl Operands {
-    fn new(dtype: DType, (m, k, n): (usize, usize, usize)) -> Result<Operands, Fault> {
-        let (x, w, y) = (zeros(dtype, m * k)?, zeros(dtype, n * k)?, zeros(dtype, m * n)?);
-        Ok(Operands { sizes: (m, k, n), dtype, x, w, y, dw: zeros(DType::F32, n * k)? })
-    }
-
-    fn multiply(&mut self, turn: Turn) {
-        let (dtype, (m, k, n), none) = (self.dtype, self.sizes, Epilogue::default());
-        let Operands { x, w, y, dw, .. } = self;
-        match turn {
-            Turn::Forward => {
-                let (x, w) = (Mat::new(x.view(dtype, 0, m * k), k), Mat::new(w.view(dtype, 0, n * k), k));
-                let data = y.view_mut(dtype, 0, m * n);
-                gemm(m, n, k, x, w.t(), MatMut { data, ld: n }, false, none);
-            }
-            Turn::Input => {
-                let (dy, w) = (Mat::new(y.view(dtype, 0, m * n), n), Mat::new(w.view(dtype, 0, n * k), k));
-                let data = x.view_mut(dtype, 0, m * k);
-                gemm(m, k, n, dy, w, MatMut { data, ld: k }, false, none);
-            }
-            Turn::Weight => {
-                let (dy, x) = (Mat::new(y.view(dtype, 0, m * n), n), Mat::new(x.view(dtype, 0, m * k), k));
-                let data = dw.view_mut(DType::F32, 0, n * k);
-                gemm(n, k, m, dy.t(), x, MatMut { data, ld: k }, true, none);
-            }
-        }
-    }
-}
-
-fn zeros(dtype: DType, len: usize) -> Result<Buffer, Fault> {
-    let mut buffer = Buffer::new(Device::Cpu, len * dtype.size_bytes())?;
-    buffer.view_mut(dtype, 0, len).bytes().fill(0);
-    Ok(buffer)
-}
-
 /// Layers of the probe: as many as have `IN_USE` bytes in use on all ranks, of those the model has.
 fn layers(shape: &ModelShape, tokens: usize, ranks: usize) -> usize {
     // Weight and gradient; what is kept of a token, in two bytes each.
@@ -397,86 +367,4 @@ fn layers(shape: &ModelShape, tokens: usize, ranks: usize) -> usize {
     let each = 6.0 * shape.layer_params() + 2.0 * kept * tokens as f64;
     let wanted = (IN_USE / (each * ranks as f64)).ceil() as usize;
     wanted.clamp(1, shape.layers.max(1))
-}
-
-/// Collectives of gradients and of activations over groups of every size that ranks divide into, all groups
-/// of a size at once.
-fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample>, Fault> {
-    let (ranks, rank) = (mesh.world_size(), mesh.rank());
-    let all = mesh.group(Axis::X);
-    let types = if dtype == DType::F32 { vec![dtype] } else { vec![DType::F32, dtype] };
-    let mut samples = Vec::new();
-    for n in (2..=ranks).filter(|n| ranks.is_multiple_of(*n)) {
-        let first = rank / n * n;
-        let group = mesh.group_of(&format!("probe of {n}"), &(first..first + n).collect::<Vec<_>>());
-        for (size, dtype) in SIZES.into_iter().flat_map(|size| types.iter().map(move |dtype| (size, *dtype)))
-        {
-            all.barrier()?;
-            exchange(&group, size, dtype, &mut samples)?;
-        }
-    }
-    Ok(samples)
-}
-
-/// Of `size` bytes in the whole array. A sum on all ranks counts as two calls: it is priced as one to scatter
-/// the sums and one to gather them.
-fn exchange(group: &Group, size: usize, dtype: DType, samples: &mut Vec<Sample>) -> Result<(), Fault> {
-    let (n, len) = (group.size(), size / dtype.size_bytes() / group.size());
-    let bytes = (len * (n - 1) * dtype.size_bytes()) as f64;
-    let (mut whole, mut part) = (zeros(dtype, n * len)?, zeros(dtype, len)?);
-    let mut add = |times: f64, seconds: f64| samples.push((times, times * bytes, seconds));
-    add(2.0, calls(group, || group.all_reduce_sum(whole.view_mut(dtype, 0, n * len)))?);
-    add(1.0, calls(group, || group.all_gather(part.view(dtype, 0, len), whole.view_mut(dtype, 0, n * len)))?);
-    let scatter = || group.reduce_scatter_sum(whole.view(dtype, 0, n * len), part.view_mut(dtype, 0, len));
-    add(1.0, calls(group, scatter)?);
-    add(1.0, calls(group, || group.broadcast(whole.view_mut(dtype, 0, n * len), 0))?);
-    Ok(())
-}
-
-fn calls(group: &Group, mut call: impl FnMut() -> Result<(), CommError>) -> Result<f64, Fault> {
-    call()?;
-    group.barrier()?;
-    mean(CALLS, || Ok(call()?))
-}
-
-/// Mean seconds of a run: where ranks share cores, single runs are long or short by whose turn it is.
-fn mean(runs: usize, mut run: impl FnMut() -> Result<(), Fault>) -> Result<f64, Fault> {
-    let started = Instant::now();
-    for _ in 0..runs {
-        run()?;
-    }
-    Ok(started.elapsed().as_secs_f64() / runs as f64)
-}
-
-/// The costs a and b of seconds = a x + b y that leave the least relative error, neither below zero.
-fn fit(samples: &[Sample]) -> (f64, f64) {
-    let (mut xx, mut xy, mut yy, mut x1, mut y1) = (0.0, 0.0, 0.0, 0.0, 0.0);
-    for (x, y, seconds) in samples.iter().filter(|(.., seconds)| *seconds > 0.0) {
-        let (x, y) = (x / seconds, y / seconds);
-        (xx, xy, yy, x1, y1) = (xx + x * x, xy + x * y, yy + y * y, x1 + x, y1 + y);
-    }
-    let alone = |one: f64, square: f64| if square > 0.0 { one / square } else { 0.0 };
-    let det = xx * yy - xy * xy;
-    let (a, b) = ((x1 * yy - y1 * xy) / det, (y1 * xx - x1 * xy) / det);
-    match (a > 0.0, b > 0.0) {
-        (true, true) => (a, b),
-        (_, true) => (0.0, alone(y1, yy)),
-        _ => (alone(x1, xx), 0.0),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn costs_are_found_again_and_never_below_zero() {
-        let samples: Vec<Sample> =
-            [(1.0, 5.0), (2.0, 3.0), (7.0, 1.0)].map(|(x, y)| (x, y, 3.0 * x + 0.5 * y)).to_vec();
-        let (a, b) = fit(&samples);
-        assert!((a - 3.0).abs() < 1e-9 && (b - 0.5).abs() < 1e-9, "{a} {b}");
-        // The larger takes less: all of it is the first cost.
-        assert_eq!(fit(&[(1.0, 1.0, 1.0), (1.0, 2.0, 0.5)]).1, 0.0);
-        assert_eq!(fit(&[]), (0.0, 0.0));
-    }
 }
