@@ -303,9 +303,11 @@ pub struct Work {
 impl Work {
     /// Of m tokens, k inputs and n outputs, the inputs walked in `panels`.
     pub fn of(turn: Turn, Product { m, k, n }: Product, panels: f64) -> Work {
+        // Of f32: written, or read as well to be added to.
+        const WRITTEN: f64 = 4.0;
         const ADDED: f64 = 8.0;
         let (packed, written_bytes) = match turn {
-            Turn::Forward if panels > 1.0 => (m * k + k * n, ADDED * panels * m * n),
+            Turn::Forward if panels > 1.0 => (m * k + k * n, (WRITTEN + ADDED * (panels - 1.0)) * m * n),
             Turn::Forward => (m * k + k * n, ACTIVATION_BYTES * m * n),
             Turn::Input => (panels * m * n + k * n, ACTIVATION_BYTES * m * k),
             Turn::Weight => (panels * m * n + m * k, ADDED * k * n),

@@ -28,11 +28,11 @@ const VOCAB: usize = 4096;
 /// Bytes that the layers of the probe have in use at once, all ranks together: several times what caches
 /// hold, for a step finds little of what it left there.
 const IN_USE: f64 = (128 << 20) as f64;
-/// Times a product or a step is measured, after one that warms up.
+/// Times a product is measured in a round, after one that warms up.
 const RUNS: usize = 3;
 /// Times all of it is measured; the least of each figure counts. What disturbs a machine only ever adds, and
 /// often for longer than one of these times.
-const ROUNDS: usize = 4;
+const ROUNDS: usize = 10;
 
 /// What one rank reached, or all of them.
 #[derive(Clone)]
@@ -81,12 +81,15 @@ impl Reached {
         self
     }
 
-    fn mean<'a>(ranks: impl ExactSizeIterator<Item = &'a Reached>) -> Reached {
+    /// Of all ranks: each figure on average, but a step as it is in a run, where nobody goes on before the last.
+    fn of_all<'a>(ranks: impl ExactSizeIterator<Item = &'a Reached> + Clone) -> Reached {
         let count = ranks.len() as f64;
+        let last = ranks.clone().map(|rank| rank.step).fold(0.0, f64::max);
         let sum = ranks.cloned().reduce(|sum, rank| sum.with(rank, |a, b| a + b));
-        let mut mean = sum.expect("there are ranks");
-        mean.seconds().for_each(|seconds| *seconds /= count);
-        mean
+        let mut all = sum.expect("there are ranks");
+        all.seconds().for_each(|seconds| *seconds /= count);
+        all.step = last;
+        all
     }
 
     fn least(self, other: Reached) -> Reached {
@@ -103,8 +106,7 @@ pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cl
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));
     let reached =
         ends.map_err(|failure| TrainError::Mesh { what: format!("measuring speeds: {failure}") })?;
-    // Ranks wait for each other, so that a round takes what they take on average.
-    let rounds = (0..ROUNDS).map(|round| Reached::mean(reached.iter().map(|rounds| &rounds[round])));
+    let rounds = (0..ROUNDS).map(|round| Reached::of_all(reached.iter().map(|rounds| &rounds[round])));
     let least = rounds.reduce(Reached::least).expect("there are rounds");
     Ok(probe.cluster(&least))
 }
@@ -135,7 +137,9 @@ impl<'a> Probe<'a> {
     }
 
     fn run(&self, mesh: &Mesh) -> Result<Vec<Reached>, TrainError> {
-        let mut learner = self.learner()?;
+        let (mut learner, batch) = (self.learner()?, self.batch());
+        learner.step(std::slice::from_ref(&batch), self.step_plan())?;
+        learner.profile(&batch)?;
         (0..ROUNDS).map(|_| self.round(mesh, &mut learner)).collect()
     }
 
@@ -219,31 +223,31 @@ impl<'a> Probe<'a> {
         Ok(learner)
     }
 
-    /// Its steps: as a run makes them, and op by op.
+    /// A step of it: as a run makes it, and op by op.
     fn pass(&self, group: &Group, learner: &mut Learner, reached: &mut Reached) -> Result<(), TrainError> {
         let batch = self.batch();
-        // Weights stay as they are.
-        let plan = StepPlan { lr: 0.0, clip: self.recipe.train.clip };
-        learner.step(std::slice::from_ref(&batch), plan)?;
-        learner.profile(&batch)?;
         group.barrier().map_err(Fault::outside)?;
-        for _ in 0..RUNS {
-            let started = Instant::now();
-            learner.step(std::slice::from_ref(&batch), plan)?;
-            reached.step += started.elapsed().as_secs_f64() / RUNS as f64;
-            for (_, op, seconds) in learner.profile(&batch)? {
-                let part = match op.as_str() {
-                    "attention" => &mut reached.attention,
-                    "rms_norm" | "layer_norm" => &mut reached.norms,
-                    "head_loss" | "embedding" => &mut reached.head,
-                    "adamw" => &mut reached.update,
-                    _ => &mut reached.layers,
-                };
-                *part += seconds / RUNS as f64;
-            }
+        let started = Instant::now();
+        learner.step(std::slice::from_ref(&batch), self.step_plan())?;
+        reached.step = started.elapsed().as_secs_f64();
+        group.barrier().map_err(Fault::outside)?;
+        for (_, op, seconds) in learner.profile(&batch)? {
+            let part = match op.as_str() {
+                "attention" => &mut reached.attention,
+                "rms_norm" | "layer_norm" => &mut reached.norms,
+                "head_loss" | "embedding" => &mut reached.head,
+                "adamw" => &mut reached.update,
+                _ => &mut reached.layers,
+            };
+            *part += seconds;
         }
         reached.params = learner.params.specs().iter().map(|spec| spec.len()).sum();
         Ok(())
+    }
+
+    /// Weights stay as they are.
+    fn step_plan(&self) -> StepPlan {
+        StepPlan { lr: 0.0, clip: self.recipe.train.clip }
     }
 
     /// Rows whose every token is learned.
