@@ -19,8 +19,8 @@ const SWEEPS: usize = 10_000;
 const COLD: usize = 16 << 20;
 /// Bytes of a copy.
 const COPIED: usize = 8 << 20;
-/// Bytes of memory that come and go at once.
-const FRESH: usize = 2 << 20;
+/// Bytes of memory that come and go at once: more than the system keeps at hand for a core.
+const FRESH: usize = 16 << 20;
 /// Bytes of the whole array in collectives.
 const SIZES: [usize; 2] = [64 << 10, 4 << 20];
 
