@@ -147,13 +147,18 @@ pub fn run(root: &Path, args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// Predicts everything once more. What one prediction leaves out counts for no mesh.
 fn predict_again(here: (&Path, &Path), recipe: &Path, ranks: &[usize], rows: &mut [Row]) -> Result<()> {
+    let mut all = Vec::new();
     for ranks in ranks {
-        let all = predict(here, recipe, *ranks)?;
-        for row in rows.iter_mut().filter(|row| row.plan.ranks == *ranks) {
-            let again = all.iter().filter(|plan| plan.mesh == row.plan.mesh);
-            row.predicted_s.extend(again.map(|plan| plan.step_s));
-        }
+        all.extend(predict(here, recipe, *ranks)?);
+    }
+    let again = |row: &Row| {
+        let same = |plan: &&Plan| plan.ranks == row.plan.ranks && plan.mesh == row.plan.mesh;
+        all.iter().find(same).map(|plan| plan.step_s)
+    };
+    if let Some(steps_s) = rows.iter().map(again).collect::<Option<Vec<f64>>>() {
+        rows.iter_mut().zip(steps_s).for_each(|(row, step_s)| row.predicted_s.push(step_s));
     }
     Ok(())
 }
