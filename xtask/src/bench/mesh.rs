@@ -48,6 +48,9 @@ pub struct Args {
 const WARM_UP: usize = 3;
 /// A step that takes longer has failed.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// Draws of rounds that say how sure a difference is, and of how many of a hundred of them it must hold.
+const RESAMPLES: usize = 500;
+const SURE_PERCENT: usize = 95;
 /// How often the log of a run is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 
@@ -89,12 +92,30 @@ fn settled(rounds: &[Vec<f64>]) -> Vec<f64> {
     rounds.iter().map(|mesh| quiet * part(mesh).unwrap_or(1.0)).collect()
 }
 
-/// (predicted, measured) seconds of a step of every mesh.
-fn both(rows: &[Row]) -> Vec<(f64, f64)> {
-    let predicted: Vec<Vec<f64>> = rows.iter().map(|row| row.predicted_s.clone()).collect();
+/// The same from rounds drawn again and again from those there are: what their chance can explain.
+fn resampled(rounds: &[Vec<f64>]) -> Vec<Vec<f64>> {
+    let count = rounds.iter().map(Vec::len).min().unwrap_or(0);
+    // Knuth's MMIX generator: the same draws every time.
+    let mut state = 1u64;
+    let mut draw = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % count
+    };
+    let mut again = || -> Vec<Vec<f64>> {
+        let drawn: Vec<usize> = (0..count).map(|_| draw()).collect();
+        rounds.iter().map(|mesh| drawn.iter().map(|round| mesh[*round]).collect()).collect()
+    };
+    (0..RESAMPLES).map(|_| settled(&again())).collect()
+}
+
+fn predicted(rows: &[Row]) -> Vec<f64> {
+    settled(&rows.iter().map(|row| row.predicted_s.clone()).collect::<Vec<_>>())
+}
+
+/// By mesh, the least step of every turn.
+fn turns(rows: &[Row]) -> Vec<Vec<f64>> {
     let turn = |steps: &Vec<f64>| least(steps.iter().copied());
-    let measured: Vec<Vec<f64>> = rows.iter().map(|row| row.turns_s.iter().map(turn).collect()).collect();
-    settled(&predicted).into_iter().zip(settled(&measured)).collect()
+    rows.iter().map(|row| row.turns_s.iter().map(turn).collect()).collect()
 }
 
 /// Predicts and measures every mesh in turn; prints the table and keeps it.
@@ -273,7 +294,8 @@ fn table(rows: &[Row]) -> Table {
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(["ranks", "mesh", "predicted", "measured", "least", "median", "predicted / measured"]);
     let ms = |seconds: f64| format!("{:.0} ms", seconds * 1e3);
-    for (row, (predicted, measured)) in rows.iter().zip(both(rows)) {
+    let (predicted, measured) = (predicted(rows), settled(&turns(rows)));
+    for (row, (predicted, measured)) in rows.iter().zip(predicted.into_iter().zip(measured)) {
         let steps = || row.turns_s.iter().flatten().copied();
         let [least, median] = [least(steps()), median(steps()).unwrap_or(measured)].map(ms);
         let ratio = format!("{:.2}", predicted / measured);
@@ -284,19 +306,30 @@ fn table(rows: &[Row]) -> Table {
     table
 }
 
-/// How many are within a quarter, and how many pairs that differ are ordered rightly.
+/// How many are within a quarter, and how many pairs that differ are ordered rightly: of all that do, and of
+/// those that do so beyond chance.
 fn verdict(rows: &[Row]) -> String {
-    let both = both(rows);
-    let near = both.iter().filter(|(predicted, measured)| (predicted / measured - 1.0).abs() <= 0.25).count();
-    let pairs = || both.iter().enumerate().flat_map(|(i, a)| both[..i].iter().map(move |b| (*a, *b)));
-    let differ = |a: f64, b: f64| (a / b).max(b / a) > 1.15;
-    let apart = || pairs().filter(|(a, b)| differ(a.1, b.1));
-    let ordered = apart().filter(|(a, b)| (a.1 < b.1) == (a.0 < b.0)).count();
+    let (predicted, turns) = (predicted(rows), turns(rows));
+    let (measured, samples) = (settled(&turns), resampled(&turns));
+    let near = predicted.iter().zip(&measured).filter(|(p, m)| (*p / *m - 1.0).abs() <= 0.25).count();
+    let slower = |(i, j): (usize, usize), steps: &[f64]| steps[i] / steps[j] > 1.15;
+    let surely = |pair: (usize, usize)| {
+        let often = samples.iter().filter(|steps| slower(pair, steps)).count();
+        often * 100 >= SURE_PERCENT * RESAMPLES
+    };
+    let pairs = (0..rows.len()).flat_map(|i| (0..rows.len()).map(move |j| (i, j)));
+    let apart: Vec<(usize, usize)> = pairs.filter(|pair| slower(*pair, &measured)).collect();
+    let sure: Vec<(usize, usize)> = apart.iter().copied().filter(|pair| surely(*pair)).collect();
+    let right =
+        |pairs: &[(usize, usize)]| pairs.iter().filter(|(i, j)| predicted[*i] > predicted[*j]).count();
     format!(
-        "{near} of {} within 25 %; of {} pairs whose measured steps differ by more than 15 %, {ordered} are \
-         ordered rightly",
+        "{near} of {} within 25 %; of {} pairs whose measured steps differ by more than 15 %, {} are ordered \
+         rightly; of {} that do so in {SURE_PERCENT} of 100 resamples of the rounds, {}",
         rows.len(),
-        apart().count()
+        apart.len(),
+        right(&apart),
+        sure.len(),
+        right(&sure)
     )
 }
 
@@ -318,6 +351,21 @@ mod tests {
         let rows = [row(2.0, 1.0), row(1.9, 2.0), row(2.2, 2.1)];
         let said = verdict(&rows);
         assert!(said.starts_with("2 of 3 within 25 %; of 2 pairs") && said.contains("15 %, 1 are"), "{said}");
+        assert!(said.ends_with("of 2 that do so in 95 of 100 resamples of the rounds, 1"), "{said}");
+    }
+
+    #[test]
+    fn a_difference_that_hangs_on_few_rounds_is_not_sure() {
+        let (mut slow, quick) = (row(2.0, 1.1), row(1.0, 1.0));
+        let step = |times: f64| vec![times * 1.1; 2];
+        slow.turns_s = [1.0, 1.2, 1.0, 1.2, 1.2, 1.0, 1.2].map(step).to_vec();
+        let quick = Row { turns_s: vec![vec![1.0; 2]; 7], ..quick };
+        let said = verdict(&[slow, quick]);
+        assert!(
+            said.contains("of 1 pairs")
+                && said.ends_with("of 0 that do so in 95 of 100 resamples of the rounds, 0"),
+            "{said}"
+        );
     }
 
     #[test]
