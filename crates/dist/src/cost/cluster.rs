@@ -60,6 +60,8 @@ pub struct Pace {
     pub logits_per_s: f64,
     /// Bytes a second that copies read and write: what travels is laid out for it, and again where it comes.
     pub moved_bytes_per_s: f64,
+    /// Bytes a second of terms that a sum over ranks adds, beside their way; infinite: not counted.
+    pub summed_bytes_per_s: f64,
     /// Bytes a second of memory that comes and goes with what ranks share; infinite: not counted.
     pub fresh_bytes_per_s: f64,
     /// Bytes a second the optimizer reads and writes.
@@ -86,6 +88,7 @@ impl Pace {
             element_bytes_per_s: bytes_per_s,
             logits_per_s: f64::INFINITY,
             moved_bytes_per_s: bytes_per_s,
+            summed_bytes_per_s: f64::INFINITY,
             fresh_bytes_per_s: f64::INFINITY,
             update_bytes_per_s: bytes_per_s,
             beside: true,

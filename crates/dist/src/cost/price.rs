@@ -262,6 +262,7 @@ impl<'a> Run<'a> {
         let (mesh, times, held) = (&self.plan.mesh, self.times, &self.fullest.params);
         let params = held.all();
         let microbatches = self.pipeline.microbatches() as f64;
+        let added = |flow: Flow| STATE_BYTES.grad * flow.elements / self.cluster.pace.summed_bytes_per_s;
         let mut once = 0.0;
         let shards = mesh.size(Axis::Fsdp) as f64;
         for axis in [Axis::Dp, Axis::Ep, Axis::Cp, Axis::X, Axis::Y, Axis::Z] {
@@ -269,6 +270,7 @@ impl<'a> Run<'a> {
             if flow.elements == 0.0 {
                 continue;
             }
+            once += added(flow);
             flow.add(flow);
             once += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
             traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
@@ -276,7 +278,7 @@ impl<'a> Run<'a> {
         let link = self.cluster.link(mesh, Axis::Fsdp);
         let twice = if zero == Zero::One { 0.0 } else { self.scattered_twice(held) };
         let (scatter, gather) = (Flow::ring(shards, params + twice), Flow::ring(shards, params));
-        let scattered = link.seconds(scatter, STATE_BYTES.grad);
+        let scattered = link.seconds(scatter, STATE_BYTES.grad) + added(scatter);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
         let chunks = self.pipeline.chunks() as f64;
         // Where messages take the cores that compute, nothing hides them.

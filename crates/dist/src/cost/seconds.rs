@@ -3,7 +3,7 @@
 use super::cluster::Cluster;
 use super::memory::{ACTIVATION_BYTES, passing_elements, tokens};
 use super::plan::Plan;
-use super::volume::{Flow, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
+use super::volume::{Flow, Grid, Half, Laid, Product, block, crossing, inner_cut, overlaps, panels};
 use super::{Batch, ExpertFlows, MixtureShape, ModelShape, Pair, expert_flows, expert_products, experts};
 use crate::pipeline::Times;
 use crate::{Axis, ContextAttention, Moved, Scheme};
@@ -221,7 +221,7 @@ fn product_seconds(
     laid: Laid,
     (half, product): (Half, Product),
 ) -> (Phases, ([Flow; 3], [Flow; 3])) {
-    let Laid { scheme, grid, .. } = laid;
+    let (scheme, grid) = (laid.scheme, laid.grid);
     let mut volume = laid.volume(product, half);
     if scheme == Scheme::TwoPointFiveD {
         // The sum over depth is taken once a step, with the other gradients.
@@ -232,10 +232,13 @@ fn product_seconds(
     let phase = |turn, flows: [Flow; 3]| {
         let compute = gemm_seconds(cluster, turn, here, panels);
         let each = TENSOR.iter().zip(flows);
+        let added = summed(scheme, half, turn).map(|axis| laid.placed(axis));
         let messages = each.map(|(axis, flow)| {
-            let laid = COPIED * ACTIVATION_BYTES * laid_out(scheme, plan.mesh.size(*axis), flow);
+            let copied = COPIED * laid_out(scheme, plan.mesh.size(*axis), flow);
+            let added = if added == Some(*axis) { flow.elements } else { 0.0 };
             cluster.link(&plan.mesh, *axis).seconds(flow, ACTIVATION_BYTES)
-                + laid / cluster.pace.moved_bytes_per_s
+                + ACTIVATION_BYTES * copied / cluster.pace.moved_bytes_per_s
+                + ACTIVATION_BYTES * added / cluster.pace.summed_bytes_per_s
         });
         let messages: f64 = messages.sum();
         // Streaming panels, only the first and what is longer than the products show.
@@ -250,21 +253,45 @@ fn product_seconds(
         input: phase(Turn::Input, volume.backward_input),
         weight: phase(Turn::Weight, volume.backward_weight),
     };
-    // What was summed over ranks or panels is rounded or gets its residual once it is whole.
-    let finished = match (scheme, half) {
-        (Scheme::OneD | Scheme::OneDSequence, Half::Leave) | (Scheme::ThreeD, _) => 0.0,
-        (Scheme::OneD, Half::Return) | (Scheme::Summa | Scheme::TwoPointFiveD, _) => here.m * here.n,
-        (Scheme::OneDSequence, Half::Return) | (Scheme::WeightStationary, Half::Leave) => {
-            here.m * here.n / grid.x as f64
-        }
-        (Scheme::WeightStationary, Half::Return) => here.m * here.n / grid.y as f64,
-    };
-    phases.forward.compute += FINISHED * ACTIVATION_BYTES * finished / cluster.pace.moved_bytes_per_s;
+    phases.forward.compute +=
+        FINISHED * ACTIVATION_BYTES * finished(scheme, half, grid, here) / cluster.pace.moved_bytes_per_s;
     let mut backward = volume.backward_input;
     for (sum, flow) in backward.iter_mut().zip(volume.backward_weight) {
         sum.add(flow);
     }
     (phases, (volume.forward, backward))
+}
+
+/// Elements of a block whose sum over ranks or panels is rounded or gets its residual once it is whole.
+fn finished(scheme: Scheme, half: Half, grid: Grid, Product { m, n, .. }: Product) -> f64 {
+    match (scheme, half) {
+        (Scheme::OneD | Scheme::OneDSequence, Half::Leave) | (Scheme::ThreeD, _) => 0.0,
+        (Scheme::OneD, Half::Return) | (Scheme::Summa | Scheme::TwoPointFiveD, _) => m * n,
+        (Scheme::OneDSequence, Half::Return) | (Scheme::WeightStationary, Half::Leave) => {
+            m * n / grid.x as f64
+        }
+        (Scheme::WeightStationary, Half::Return) => m * n / grid.y as f64,
+    }
+}
+
+/// The axis of the scheme over which the outcome of a product is summed.
+fn summed(scheme: Scheme, half: Half, turn: Turn) -> Option<Axis> {
+    use {Half::*, Turn::*};
+    match (scheme, half, turn) {
+        (Scheme::OneD | Scheme::OneDSequence, Leave, Input) => Some(Axis::X),
+        (Scheme::OneD | Scheme::OneDSequence, Return, Forward) => Some(Axis::X),
+        (Scheme::WeightStationary, Leave, Forward) | (Scheme::WeightStationary, Return, Input) => {
+            Some(Axis::X)
+        }
+        (Scheme::WeightStationary, Leave, Input) | (Scheme::WeightStationary, Return, Forward) => {
+            Some(Axis::Y)
+        }
+        (Scheme::Summa | Scheme::TwoPointFiveD, _, Input) => Some(Axis::Y),
+        (Scheme::Summa | Scheme::TwoPointFiveD | Scheme::ThreeD, _, Weight) => Some(Axis::X),
+        (Scheme::ThreeD, Leave, Forward) | (Scheme::ThreeD, Return, Input) => Some(Axis::Z),
+        (Scheme::ThreeD, Leave, Input) | (Scheme::ThreeD, Return, Forward) => Some(Axis::Y),
+        _ => None,
+    }
 }
 
 /// Elements that a rank of `n` copies for a flow of a product: columns are laid out piece by piece before they

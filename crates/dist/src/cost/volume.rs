@@ -83,6 +83,15 @@ impl Laid {
     }
 
     /// What a rank receives for one product, over the axes of the mesh.
+    /// Where an axis of the scheme lies on the mesh.
+    pub fn placed(&self, axis: Axis) -> Axis {
+        match axis {
+            Axis::X if self.turned => Axis::Y,
+            Axis::Y if self.turned => Axis::X,
+            _ => axis,
+        }
+    }
+
     pub fn volume(&self, product: Product, half: Half) -> Volume {
         let mut volume = volume(self.scheme, self.grid, product, half);
         if self.turned {

@@ -39,8 +39,8 @@ const ROUNDS: usize = 10;
 struct Reached {
     /// FLOPs, bytes packed, bytes written.
     products: Vec<Sample<3>>,
-    /// Calls, bytes received.
-    messages: Vec<Sample<2>>,
+    /// Calls, bytes received, those of them that are added.
+    messages: Vec<Sample<3>>,
     /// Seconds of attention, of norms, of the rest of the layers, of embedding, head and loss, of the optimizer.
     attention: f64,
     norms: f64,
@@ -262,7 +262,7 @@ impl<'a> Probe<'a> {
     fn cluster(&self, reached: &Reached) -> Cluster {
         let Reached { attention, norms, layers, head, update, moved, fresh, step, params, .. } = *reached;
         let [flop_s, packed_s, written_s] = fit(&reached.products);
-        let [call_s, byte_s] = fit(&reached.messages);
+        let [call_s, byte_s, summed_s] = fit(&reached.messages);
         // No messages: no time, at an infinite rate.
         let link = Link { latency_s: 0.0, call_s, bytes_per_s: 1.0 / byte_s };
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
@@ -290,6 +290,7 @@ impl<'a> Probe<'a> {
                 element_bytes_per_s: endless,
                 logits_per_s: endless,
                 moved_bytes_per_s: 1.0 / moved,
+                summed_bytes_per_s: 1.0 / summed_s,
                 fresh_bytes_per_s: 1.0 / fresh,
                 update_bytes_per_s,
                 beside: false,

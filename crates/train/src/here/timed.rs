@@ -81,7 +81,7 @@ pub(super) fn zeros(dtype: DType, len: usize) -> Result<Buffer, Fault> {
 
 /// Collectives of gradients and of activations over groups of every size that ranks divide into, all groups
 /// of a size at once.
-pub(super) fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample<2>>, Fault> {
+pub(super) fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample<3>>, Fault> {
     let (ranks, rank) = (mesh.world_size(), mesh.rank());
     let all = mesh.group(Axis::X);
     let types = if dtype == DType::F32 { vec![dtype] } else { vec![DType::F32, dtype] };
@@ -100,16 +100,21 @@ pub(super) fn messages(mesh: &Mesh, dtype: DType) -> Result<Vec<Sample<2>>, Faul
 
 /// Of `size` bytes in the whole array. A sum on all ranks counts as two calls: it is priced as one to scatter
 /// the sums and one to gather them.
-fn exchange(group: &Group, size: usize, dtype: DType, samples: &mut Vec<Sample<2>>) -> Result<(), Fault> {
+fn exchange(group: &Group, size: usize, dtype: DType, samples: &mut Vec<Sample<3>>) -> Result<(), Fault> {
     let (n, len) = (group.size(), size / dtype.size_bytes() / group.size());
     let bytes = (len * (n - 1) * dtype.size_bytes()) as f64;
     let (mut whole, mut part) = (zeros(dtype, n * len)?, zeros(dtype, len)?);
-    let mut add = |times: f64, seconds: f64| samples.push(([times, times * bytes], seconds));
-    add(2.0, calls(group, || group.all_reduce_sum(whole.view_mut(dtype, 0, n * len)))?);
-    add(1.0, calls(group, || group.all_gather(part.view(dtype, 0, len), whole.view_mut(dtype, 0, n * len)))?);
+    let mut add = |[calls, sums]: [f64; 2], seconds: f64| {
+        samples.push(([calls, calls * bytes, sums * bytes], seconds));
+    };
+    add([2.0, 1.0], calls(group, || group.all_reduce_sum(whole.view_mut(dtype, 0, n * len)))?);
+    add(
+        [1.0, 0.0],
+        calls(group, || group.all_gather(part.view(dtype, 0, len), whole.view_mut(dtype, 0, n * len)))?,
+    );
     let scatter = || group.reduce_scatter_sum(whole.view(dtype, 0, n * len), part.view_mut(dtype, 0, len));
-    add(1.0, calls(group, scatter)?);
-    add(1.0, calls(group, || group.broadcast(whole.view_mut(dtype, 0, n * len), 0))?);
+    add([1.0, 1.0], calls(group, scatter)?);
+    add([1.0, 0.0], calls(group, || group.broadcast(whole.view_mut(dtype, 0, n * len), 0))?);
     Ok(())
 }
 
