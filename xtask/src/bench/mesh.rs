@@ -3,7 +3,8 @@
 //!
 //! A machine that others use too changes its speed every few seconds. So all runs are started once and stopped,
 //! and go on in turn for a few steps each: what is compared was measured in the same seconds. A mesh's step is its
-//! part of a round, the median of all rounds, at the level of the quietest; predictions are taken in the same way.
+//! part of a round, the median of all rounds; predictions are taken in the same way. How high both are is compared
+//! where they lie next to each other, between two predictions.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -39,6 +40,9 @@ pub struct Args {
     /// Times everything is predicted, spread over the rounds.
     #[arg(long, default_value_t = 8)]
     predictions: usize,
+    /// Prints the table of results that were kept, and runs nothing.
+    #[arg(long, value_name = "PATH")]
+    kept: Option<PathBuf>,
     /// What runs [default: bench/mesh/recipe.toml].
     #[arg(long, value_name = "PATH")]
     recipe: Option<PathBuf>,
@@ -65,11 +69,17 @@ struct Plan {
 }
 
 /// A plan, its step as it was predicted each time, and the steps of every turn.
-#[derive(Serialize)]
+#[derive(Deserialize, Serialize)]
 struct Row {
     plan: Plan,
     predicted_s: Vec<f64>,
     turns_s: Vec<Vec<f64>>,
+}
+
+/// Results as they are kept.
+#[derive(Deserialize)]
+struct Kept {
+    rows: Vec<Row>,
 }
 
 fn least(seconds: impl Iterator<Item = f64>) -> f64 {
@@ -82,14 +92,13 @@ fn middle(seconds: impl ExactSizeIterator<Item = f64>) -> f64 {
     (seconds.map(f64::ln).sum::<f64>() / count).exp()
 }
 
-/// Seconds of every mesh from its seconds in every round: its part of a round, by the median of all rounds, at
-/// the level of the least of all meshes. What disturbs a machine only ever adds, but rarely to all alike.
-fn settled(rounds: &[Vec<f64>]) -> Vec<f64> {
+/// Every mesh's part of a round, by the median of all rounds: its seconds over the middle of all meshes. What
+/// slows a machine down slows what runs in the same seconds.
+fn parts(rounds: &[Vec<f64>]) -> Vec<f64> {
     let count = rounds.iter().map(Vec::len).min().unwrap_or(0);
     let levels: Vec<f64> = (0..count).map(|round| middle(rounds.iter().map(|mesh| mesh[round]))).collect();
-    let quiet = middle(rounds.iter().map(|mesh| least(mesh.iter().copied())));
     let part = |mesh: &Vec<f64>| median(mesh.iter().zip(&levels).map(|(seconds, level)| seconds / level));
-    rounds.iter().map(|mesh| quiet * part(mesh).unwrap_or(1.0)).collect()
+    rounds.iter().map(|mesh| part(mesh).unwrap_or(1.0)).collect()
 }
 
 /// The same from rounds drawn again and again from those there are: what their chance can explain.
@@ -105,11 +114,7 @@ fn resampled(rounds: &[Vec<f64>]) -> Vec<Vec<f64>> {
         let drawn: Vec<usize> = (0..count).map(|_| draw()).collect();
         rounds.iter().map(|mesh| drawn.iter().map(|round| mesh[*round]).collect()).collect()
     };
-    (0..RESAMPLES).map(|_| settled(&again())).collect()
-}
-
-fn predicted(rows: &[Row]) -> Vec<f64> {
-    settled(&rows.iter().map(|row| row.predicted_s.clone()).collect::<Vec<_>>())
+    (0..RESAMPLES).map(|_| parts(&again())).collect()
 }
 
 /// By mesh, the least step of every turn.
@@ -118,12 +123,39 @@ fn turns(rows: &[Row]) -> Vec<Vec<f64>> {
     rows.iter().map(|row| row.turns_s.iter().map(turn).collect()).collect()
 }
 
+/// (predicted, measured) seconds of a step of every mesh. A prediction takes the least of what it times; it is
+/// held against the least steps of as many rounds as lie between two predictions.
+fn both(rows: &[Row]) -> Vec<(f64, f64)> {
+    let predicted: Vec<Vec<f64>> = rows.iter().map(|row| row.predicted_s.clone()).collect();
+    let turns = turns(rows);
+    let count = |rounds: &[Vec<f64>]| rounds.iter().map(Vec::len).min().unwrap_or(0);
+    let block = count(&turns).div_ceil(count(&predicted).max(1)).max(1);
+    let blocks: Vec<Vec<f64>> = turns
+        .iter()
+        .map(|mesh| mesh.chunks(block).map(|rounds| least(rounds.iter().copied())).collect())
+        .collect();
+    let at_level = |rounds: &[Vec<f64>], parts: Vec<f64>| -> Vec<f64> {
+        let levels = (0..count(rounds)).map(|round| middle(rounds.iter().map(|mesh| mesh[round])));
+        let level = median(levels).unwrap_or(f64::NAN);
+        parts.into_iter().map(|part| level * part).collect()
+    };
+    let predicted = at_level(&predicted, parts(&predicted));
+    predicted.into_iter().zip(at_level(&blocks, parts(&turns))).collect()
+}
+
 /// Predicts and measures every mesh in turn; prints the table and keeps it.
 pub fn run(root: &Path, args: &Args) -> Result<()> {
     ensure!(
         args.steps >= 1 && args.meshes >= 1 && args.rounds >= 1 && args.predictions >= 1,
         "--steps, --meshes, --rounds and --predictions are at least 1"
     );
+    if let Some(path) = &args.kept {
+        let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+        let kept: Kept = serde_json::from_str(&text)
+            .with_context(|| format!("{} is not of this bench; name what it wrote", path.display()))?;
+        println!("{}\n{}", table(&kept.rows), verdict(&kept.rows));
+        return Ok(());
+    }
     let trilith = peers::cargo_build(root, &["--package", "trilith"], "trilith")?;
     let facts = machine::facts(root, None);
     let recipe = args.recipe.clone().unwrap_or_else(|| root.join("bench/mesh/recipe.toml"));
@@ -294,8 +326,7 @@ fn table(rows: &[Row]) -> Table {
     table.load_style(presets::ASCII_MARKDOWN);
     table.set_header(["ranks", "mesh", "predicted", "measured", "least", "median", "predicted / measured"]);
     let ms = |seconds: f64| format!("{:.0} ms", seconds * 1e3);
-    let (predicted, measured) = (predicted(rows), settled(&turns(rows)));
-    for (row, (predicted, measured)) in rows.iter().zip(predicted.into_iter().zip(measured)) {
+    for (row, (predicted, measured)) in rows.iter().zip(both(rows)) {
         let steps = || row.turns_s.iter().flatten().copied();
         let [least, median] = [least(steps()), median(steps()).unwrap_or(measured)].map(ms);
         let ratio = format!("{:.2}", predicted / measured);
@@ -309,8 +340,8 @@ fn table(rows: &[Row]) -> Table {
 /// How many are within a quarter, and how many pairs that differ are ordered rightly: of all that do, and of
 /// those that do so beyond chance.
 fn verdict(rows: &[Row]) -> String {
-    let (predicted, turns) = (predicted(rows), turns(rows));
-    let (measured, samples) = (settled(&turns), resampled(&turns));
+    let (predicted, measured): (Vec<f64>, Vec<f64>) = both(rows).into_iter().unzip();
+    let samples = resampled(&turns(rows));
     let near = predicted.iter().zip(&measured).filter(|(p, m)| (*p / *m - 1.0).abs() <= 0.25).count();
     let slower = |(i, j): (usize, usize), steps: &[f64]| steps[i] / steps[j] > 1.15;
     let surely = |pair: (usize, usize)| {
@@ -375,11 +406,11 @@ mod tests {
             quiet.into_iter().chain([third.to_vec()]).collect::<Vec<_>>()
         };
         let near = |got: Vec<f64>| {
-            let close = got.iter().zip([1.0, 2.0, 4.0]).all(|(got, want)| (got - want).abs() < 1e-9);
+            let close = got.iter().zip([0.5, 1.0, 2.0]).all(|(got, want)| (got - want).abs() < 1e-9);
             assert!(close, "{got:?}");
         };
-        near(settled(&rounds(&[4.0, 8.0, 28.0, 4.0, 20.0])));
-        near(settled(&rounds(&[4.0, 8.0, 28.0, 12.0, 20.0])));
+        near(parts(&rounds(&[4.0, 8.0, 28.0, 4.0, 20.0])));
+        near(parts(&rounds(&[4.0, 8.0, 28.0, 12.0, 20.0])));
     }
 
     #[test]

@@ -262,23 +262,12 @@ impl<'a> Run<'a> {
         let (mesh, times, held) = (&self.plan.mesh, self.times, &self.fullest.params);
         let params = held.all();
         let microbatches = self.pipeline.microbatches() as f64;
-        let added = |flow: Flow| STATE_BYTES.grad * flow.elements / self.cluster.pace.summed_bytes_per_s;
-        let mut once = 0.0;
         let shards = mesh.size(Axis::Fsdp) as f64;
-        for axis in [Axis::Dp, Axis::Ep, Axis::Cp, Axis::X, Axis::Y, Axis::Z] {
-            let mut flow = Flow::ring(mesh.size(axis) as f64, self.summed(held, axis) / shards);
-            if flow.elements == 0.0 {
-                continue;
-            }
-            once += added(flow);
-            flow.add(flow);
-            once += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
-            traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
-        }
+        let mut once = self.sum_copies(traffic);
         let link = self.cluster.link(mesh, Axis::Fsdp);
         let twice = if zero == Zero::One { 0.0 } else { self.scattered_twice(held) };
         let (scatter, gather) = (Flow::ring(shards, params + twice), Flow::ring(shards, params));
-        let scattered = link.seconds(scatter, STATE_BYTES.grad) + added(scatter);
+        let scattered = link.seconds(scatter, STATE_BYTES.grad) + self.added(scatter);
         let gathered = link.seconds(gather, STATE_BYTES.weight);
         let chunks = self.pipeline.chunks() as f64;
         // Where messages take the cores that compute, nothing hides them.
@@ -329,6 +318,29 @@ impl<'a> Run<'a> {
         let hides = backward * (layers - 1.0) / layers;
         seconds.gradients += (once - hides).max(once / layers);
         seconds.gradients *= self.evened();
+    }
+
+    /// Sums of a rank's shard over everything else that holds copies of it.
+    fn sum_copies(&self, traffic: &mut [AxisTraffic; Axis::ALL.len()]) -> f64 {
+        let (mesh, held) = (&self.plan.mesh, &self.fullest.params);
+        let shards = mesh.size(Axis::Fsdp) as f64;
+        let mut seconds = 0.0;
+        for axis in [Axis::Dp, Axis::Ep, Axis::Cp, Axis::X, Axis::Y, Axis::Z] {
+            let mut flow = Flow::ring(mesh.size(axis) as f64, self.summed(held, axis) / shards);
+            if flow.elements == 0.0 {
+                continue;
+            }
+            seconds += self.added(flow);
+            flow.add(flow);
+            seconds += self.cluster.link(mesh, axis).seconds(flow, STATE_BYTES.grad);
+            traffic[axis as usize].add(flow, STATE_BYTES.grad, 1.0);
+        }
+        seconds
+    }
+
+    /// Seconds of gradients that come to be added, beside their way.
+    fn added(&self, flow: Flow) -> f64 {
+        STATE_BYTES.grad * flow.elements / self.cluster.pace.summed_bytes_per_s
     }
 
     /// Parameters of a rank whose gradients are scattered twice a microbatch: where gradients of weights
