@@ -50,6 +50,8 @@ struct Reached {
     /// Seconds a byte: of a copy, of memory that comes and goes.
     moved: f64,
     fresh: f64,
+    /// Part of a step beside layers, embedding, head and loss.
+    beside: f64,
     /// Of a whole step, by one clock.
     step: f64,
     params: usize,
@@ -68,11 +70,12 @@ impl Reached {
             update,
             moved,
             fresh,
+            beside,
             step,
             params: _,
         } = self;
         let samples = products.iter_mut().map(|s| &mut s.1).chain(messages.iter_mut().map(|s| &mut s.1));
-        samples.chain([attention, norms, layers, head, update, moved, fresh, step])
+        samples.chain([attention, norms, layers, head, update, moved, fresh, beside, step])
     }
 
     /// Every figure of this and of another one, as one.
@@ -106,9 +109,13 @@ pub fn measure_here(config: &Config, recipe: &Recipe, ranks: usize) -> Result<Cl
     let ends = launch(&line, &Options { deadline: recipe.mesh.deadline }, |mesh| probe.run(mesh));
     let reached =
         ends.map_err(|failure| TrainError::Mesh { what: format!("measuring speeds: {failure}") })?;
-    let rounds = (0..ROUNDS).map(|round| Reached::of_all(reached.iter().map(|rounds| &rounds[round])));
-    let least = rounds.reduce(Reached::least).expect("there are rounds");
-    Ok(probe.cluster(&least))
+    let round = |round: usize| Reached::of_all(reached.iter().map(|rounds| &rounds[round]));
+    let rounds: Vec<Reached> = (0..ROUNDS).map(round).collect();
+    // A difference of two clocks has no least that means something.
+    let mut beside: Vec<f64> = rounds.iter().map(|round| round.beside).collect();
+    beside.sort_by(f64::total_cmp);
+    let least = rounds.into_iter().reduce(Reached::least).expect("there are rounds");
+    Ok(probe.cluster(&Reached { beside: beside[ROUNDS / 2], ..least }))
 }
 
 /// What every rank runs.
@@ -161,6 +168,7 @@ impl<'a> Probe<'a> {
             update,
             moved,
             fresh,
+            beside: 0.0,
             step,
             params,
         };
@@ -241,6 +249,8 @@ impl<'a> Probe<'a> {
             };
             *part += seconds;
         }
+        let Reached { attention, norms, layers, head, .. } = reached;
+        reached.beside = 1.0 - (*attention + *norms + *layers + *head) / reached.step;
         reached.params = learner.params.specs().iter().map(|spec| spec.len()).sum();
         Ok(())
     }
@@ -268,7 +278,7 @@ impl<'a> Probe<'a> {
         let free = device::available_bytes().map_or(f64::INFINITY, |bytes| bytes as f64);
         // What a step has beside its layers and its head: the update, the norm of all gradients, what is
         // cleared and counted. It goes with the parameters.
-        let beside = (step - attention - norms - layers - head).max(update);
+        let beside = (reached.beside * step).max(update);
         let per_s = |seconds: f64| UPDATE_BYTES * params as f64 / seconds;
         let (memory_bytes_per_s, update_bytes_per_s) = (per_s(update), per_s(beside));
         let endless = f64::INFINITY;
