@@ -27,7 +27,10 @@ pub struct Stretch {
 impl Stretch {
     /// Put memory behind those that are away; they read as zeros.
     pub fn bring(&mut self) {
-        self.loans.iter_mut().filter(|loan| !loan.here).for_each(Loan::bring);
+        for loan in self.loans.iter_mut().filter(|loan| !loan.here) {
+            loan.bring();
+            loan.touch();
+        }
     }
 
     /// Give the memory of all but the `keep`-th back; their bytes are lost.
@@ -100,19 +103,18 @@ impl Loan {
                 unsafe { cuda::present().driver().fill(cuda::stream(), at, 0, bytes) };
             }
             Device::Cpu if self.block.is_pinned(self.granule()) => self.bytes_mut().fill(0),
-            Device::Cpu => self.touch(),
-            Device::Cuda => {}
+            _ => {}
         }
         brought
     }
 
-    /// Has the system find all its pages at once, for less than a fault each. Older systems refuse; then they come
-    /// one by one.
-    fn touch(&mut self) {
+    /// Has the system find all pages of a granule that is used at once: for less than a fault each. Older systems
+    /// refuse; then they come one by one.
+    pub(super) fn touch(&mut self) {
         #[cfg(target_os = "linux")]
-        // SAFETY: pages of our own mapping that are ours alone; they keep their bytes.
-        unsafe {
-            libc::madvise(self.first().cast(), self.len_bytes(), libc::MADV_POPULATE_WRITE);
+        if self.block.device == Device::Cpu {
+            // SAFETY: pages of our own mapping that are ours alone; they keep their bytes.
+            unsafe { libc::madvise(self.first().cast(), self.len_bytes(), libc::MADV_POPULATE_WRITE) };
         }
     }
 

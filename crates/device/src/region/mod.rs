@@ -111,7 +111,7 @@ impl Region {
             Device::Cpu => Self::map(device, bytes, granule_bytes, (0, true))?,
             Device::Cuda => Self::standing_on_card(bytes, granule_bytes)?,
         };
-        (0..region.granules()).for_each(|i| region.bring(i));
+        (0..region.granules()).for_each(|i| region.lend(i).bring());
         Ok(region)
     }
 
@@ -191,7 +191,9 @@ impl Region {
 
     /// Put memory behind granule `i`; it reads as zeros.
     pub fn bring(&mut self, i: usize) {
-        self.lend(i).bring();
+        let mut loan = self.lend(i);
+        loan.bring();
+        loan.touch();
     }
 
     /// Give the memory of granule `i` back; its bytes are lost.
