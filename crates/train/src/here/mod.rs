@@ -35,7 +35,7 @@ const RUNS: usize = 3;
 const ROUNDS: usize = 10;
 
 /// What one rank reached, or all of them.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 struct Reached {
     /// FLOPs, bytes packed, bytes written.
     products: Vec<Sample<3>>,
@@ -157,21 +157,7 @@ impl<'a> Probe<'a> {
         let dtype = self.recipe.train.dtype;
         let moved = copies(&group, dtype, self.shape.width.div_ceil(2))?;
         let fresh = pages(&group, dtype, self.shape.params() as usize)?;
-        let (attention, norms, layers, head, update, step, params) = (0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0);
-        let mut reached = Reached {
-            products,
-            messages,
-            attention,
-            norms,
-            layers,
-            head,
-            update,
-            moved,
-            fresh,
-            beside: 0.0,
-            step,
-            params,
-        };
+        let mut reached = Reached { products, messages, moved, fresh, ..Reached::default() };
         self.pass(&group, learner, &mut reached)?;
         Ok(reached)
     }
